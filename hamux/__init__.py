@@ -2,7 +2,13 @@
 
 __version__ = "0.3.0"
 
-from .lagrangians import *
-from .neurons import *
-from .synapses import *
+from . import dynamics, hypergraph, lagrangians, memories, neurons, plots, synapses
+from .dynamics import *
 from .hypergraph import *
+from .lagrangians import *
+from .memories import *
+from .neurons import *
+from .plots import *
+from .synapses import *
+
+__all__ = [name for module in (lagrangians, neurons, synapses, hypergraph, dynamics, memories, plots) for name in module.__all__]

@@ -100,7 +100,9 @@ def tempered(value, slope, curve, dual):
 
     def moved(primals, tangents): # w f''(z) for w = dz
         (x, beta), (dx, dbeta) = primals, tangents
-        return curve(beta * x, along((lambda: beta, dx), (lambda: x, dbeta)))
+        z = beta * x
+        z = jnp.where((z == 0) & (x > 0), jnp.finfo(z.dtype).tiny, z) # a small state is still on the right of a kink at 0
+        return curve(z, along((lambda: beta, dx), (lambda: x, dbeta)))
 
     act.defjvp(lambda p, t: (act(*p), moved(p, t)), symbolic_zeros=True)
     warm.defjvp(lambda p, t: (warm(*p), p[0] * moved(p, t) / p[1] - along((lambda: 2 * warm(*p) / p[1], t[1]))), symbolic_zeros=True)
@@ -218,7 +220,8 @@ def scaled(x, eps, axes, centre):
     "The row's scale A (a power of two), c/A and y/A (keepdims)."
     root = jnp.sqrt(eps)
     size = jnp.maximum(abs(x).max(axes, keepdims=True), root)
-    A = jnp.ldexp(jnp.ones_like(size), jnp.frexp(jnp.where(size > 0, size, 1))[1] - 1)
+    power = jnp.frexp(jnp.where(size > 0, size, 1))[1] - 1
+    A = jnp.ldexp(jnp.ones_like(size), jnp.minimum(power, jnp.finfo(x.dtype).maxexp - 2)) # so that 1/A is a normal number too
     c = x / A
     if centre:
         c = c - c.max(axes, keepdims=True) # exact for near entries, so that equal ones give exactly zero

@@ -65,7 +65,7 @@ def file_problems(
         raise FileProblem.at(path, "does not fit in memory; ask for smaller batches") from e
     except UnicodeDecodeError as e:
         raise FileProblem.at(path, "is not UTF-8 text; save it as comma-separated UTF-8") from e
-    except (zipfile.BadZipFile, zlib.error, EOFError) as e:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as e: # the last: a zip version that does not exist
         raise FileProblem.at(path, "is damaged or cut short; make it or copy it again") from e
 
 # %% ../nbs/api/09_files.ipynb #b0239cce
@@ -124,32 +124,39 @@ class _Layout(NamedTuple):
         return self
 
 # %% ../nbs/api/09_files.ipynb #ff093d94
+def _npy_header(
+    file: BinaryIO, # open at the beginning of the header
+    path: Path, # its name, for the message
+    size: int, # bytes of header and values together
+) -> _Layout: # raises `FileProblem`
+    "Read a `.npy` header, and hold the size of the file or member against it"
+    try: # a header of version 3 is laid out as one of version 2; they differ in the names of fields, and records are refused
+        read = {1: npy_format.read_array_header_1_0, 2: npy_format.read_array_header_2_0, 3: npy_format.read_array_header_2_0}
+        shape, fortran, dtype = read[npy_format.read_magic(file)[0]](file)
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error): raise
+    except Exception as e: # whatever a mangled header makes of the parser
+        raise FileProblem.at(path, "its .npy header cannot be read; save it again with numpy.save") from e
+    layout = _Layout(shape, dtype, fortran, file.tell()).checked(path)
+    expected = layout.offset + shape[0] * layout.row_bytes
+    if size != expected:
+        state = "is cut short" if size < expected else "holds more than one array"
+        raise FileProblem.at(path, f"{state} ({size} bytes, and {expected} by its header); make it or copy it again")
+    return layout
+
+# %% ../nbs/api/09_files.ipynb #5eb0a280
 class _Npy:
     "The `.npy` format: a header, then the values"
 
     @staticmethod
     def layout(file: BinaryIO, path: Path, name: str | None) -> _Layout:
-        return _Npy.header(file, path, os.fstat(file.fileno()).st_size)
-
-    @staticmethod
-    def header(file: BinaryIO, path: Path, size: int) -> _Layout:
-        try: # a header of version 3 is laid out as one of version 2; they differ in the names of fields, and records are refused
-            read = {1: npy_format.read_array_header_1_0, 2: npy_format.read_array_header_2_0, 3: npy_format.read_array_header_2_0}
-            shape, fortran, dtype = read[npy_format.read_magic(file)[0]](file)
-        except (OSError, zipfile.BadZipFile): raise
-        except Exception as e: # whatever a mangled header makes of the parser
-            raise FileProblem.at(path, "its .npy header cannot be read; save it again with numpy.save") from e
-        layout = _Layout(shape, dtype, fortran, file.tell()).checked(path)
-        expected = layout.offset + shape[0] * layout.row_bytes
-        if size != expected:
-            state = "is cut short" if size < expected else "holds more than one array"
-            raise FileProblem.at(path, f"{state} ({size} bytes, and {expected} by its header); make it or copy it again")
-        return layout
+        return _npy_header(file, path, os.fstat(file.fileno()).st_size)
 
     @staticmethod
     def chunks(file: BinaryIO, path: Path, layout: _Layout, size: int) -> Iterator[np.ndarray]:
+        "Batches of rows"
         if layout.fortran:
             for start in range(0, layout.shape[0], size):
+                if os.fstat(file.fileno()).st_size < layout.offset + layout.shape[0] * layout.row_bytes: raise EOFError
                 rows = np.memmap(file, layout.dtype, "r", layout.offset, layout.shape, "F")[start:start + size]
                 yield np.array(rows, order="C").reshape(-1, layout.features)
         else:
@@ -158,6 +165,7 @@ class _Npy:
 
     @staticmethod
     def in_order(file: BinaryIO, layout: _Layout, size: int) -> Iterator[np.ndarray]:
+        "Batches of rows that follow one another from here"
         for start in range(0, layout.shape[0], size):
             raw = np.empty((min(size, layout.shape[0] - start), layout.row_bytes), np.uint8)
             if file.readinto(raw) != raw.nbytes: raise EOFError
@@ -166,6 +174,7 @@ class _Npy:
     @staticmethod
     @contextmanager
     def writer(file: BinaryIO, path: Path, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[Callable[[np.ndarray], object]]:
+        "A function that appends a batch of shape (n, features)"
         header = {"descr": npy_format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
         with file_problems(path): npy_format.write_array_header_1_0(file, header)
         yield file.write
@@ -176,18 +185,18 @@ class _Npz:
 
     @staticmethod
     def layout(file: BinaryIO, path: Path, name: str | None) -> _Layout:
+        "Choose an array, and read its header"
         with zipfile.ZipFile(file) as archive:
             arrays = {info.filename[:-4]: info for info in archive.infolist() if info.filename.endswith(".npy")}
             wanted = name or (next(iter(arrays)) if len(arrays) == 1 else "rows")
             if wanted not in arrays:
                 listed = ", ".join(map(repr, arrays)) or "none at all"
-                what = f"has no array {name!r}; it holds {listed}" if name else f"needs a choice between its arrays; it holds {listed}"
-                raise FileProblem.at(path, what)
+                raise FileProblem.at(path, f"{f'has no array {name!r}' if name else 'needs a choice between its arrays'}; it holds {listed}")
             info = arrays[wanted]
             if info.flag_bits & 0x61 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise FileProblem.at(path, "is encrypted, or packed in a way that NumPy does not use; save it again with numpy.savez")
             with archive.open(info) as member:
-                return _Npy.header(member, path, info.file_size)._replace(member=info.filename)
+                return _npy_header(member, path, info.file_size)._replace(member=info.filename)
 
     @staticmethod
     def chunks(file: BinaryIO, path: Path, layout: _Layout, size: int) -> Iterator[np.ndarray]:
@@ -198,7 +207,6 @@ class _Npz:
                 for start in range(0, len(whole), size): yield np.array(whole[start:start + size], order="C").reshape(-1, layout.features)
             else:
                 yield from _Npy.in_order(member, layout, size)
-            member.read(1)
 
     @staticmethod
     @contextmanager
@@ -247,6 +255,7 @@ class _Csv:
 
     @staticmethod
     def layout(file: BinaryIO, path: Path, name: str | None) -> _Layout:
+        "Count the rows and the features"
         with closing(_csv_lines(file, path)) as lines:
             _, first = next(lines, (0, ""))
             n = bool(first) + sum(1 for _ in lines)
@@ -263,6 +272,7 @@ class _Csv:
 
     @staticmethod
     def numbers(text: str, line: int, path: Path) -> list[float]:
+        "The values of a line; a blank cell is NaN"
         numbers = []
         try:
             for cell in text.split(","):
@@ -311,25 +321,31 @@ class RowSource:
         return rows
 
     def _stream(self, size):
+        "A generator over a file that is open while it runs"
         with file_problems(self.path), open(self.path, "rb") as file:
             self._check_unchanged(file)
             for rows in self._format.chunks(file, self.path, self._layout, size): yield rows.astype(self.dtype, copy=False)
             self._check_unchanged(file)
 
     def _check_unchanged(self, file):
+        "Refuse a file that is no longer the one that was looked at"
         if _stamp(file) != self._stamp: raise FileProblem.at(self.path, "was changed while it was in use; run it again")
 
 # %% ../nbs/api/09_files.ipynb #812656a1
 _FORMATS = {".npy": _Npy, ".npz": _Npz, ".csv": _Csv}
 _MAGIC = {b"\x93NUMPY": ".npy", b"PK\x03\x04": ".npz", b"PK\x05\x06": ".npz"}
 
-def _stamp(file): return (s := os.fstat(file.fileno())).st_dev, s.st_ino, s.st_size, s.st_mtime_ns
+def _stamp(file):
+    "What changes when an open file is replaced or written to"
+    return (s := os.fstat(file.fileno())).st_dev, s.st_ino, s.st_size, s.st_mtime_ns
 
 def _suffix(path):
+    "The extension of a path, if it names a format"
     if (suffix := path.suffix.lower()) in _FORMATS: return suffix
     raise FileProblem.at(path, f"{suffix or 'a name without extension'} is no known format; name a .npy, .npz or .csv file")
 
 def _check_content(path, suffix, start):
+    "Refuse a file whose first bytes belie its extension"
     if not start: raise FileProblem.at(path, "is empty (0 bytes); make it or copy it again")
     found = next((s for magic, s in _MAGIC.items() if start.startswith(magic)), None)
     if found and found != suffix: raise FileProblem.at(path, f"is a {found} file by its content; rename it to end in {found}")
@@ -411,10 +427,11 @@ def write_rows(
     "Write a file of rows in batches; it appears when the block ends, unless it ends in an exception"
     path = Path(path)
     form = _FORMATS[_suffix(path)]
-    row_shape = (row_shape,) if isinstance(row_shape, int) else tuple(row_shape)
-    layout = _Layout((n_rows, *row_shape), np.dtype(dtype).newbyteorder("=")).checked(path)
+    shape = tuple(int(n) for n in (n_rows, *np.atleast_1d(row_shape)))
+    layout = _Layout(shape, np.dtype(dtype).newbyteorder("=")).checked(path)
     with atomic_file(path) as file:
-        needed, free = n_rows * layout.row_bytes, shutil.disk_usage(os.path.dirname(file.name)).free
+        with file_problems(path): free = shutil.disk_usage(os.path.dirname(file.name)).free
+        needed = n_rows * layout.row_bytes
         if form is not _Csv and needed > free:
             raise FileProblem.at(path, f"needs {needed:,} bytes, and its disk has {free:,} left; free some space, or choose another place")
         with form.writer(file, path, layout.shape, layout.dtype) as emit:

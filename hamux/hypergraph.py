@@ -21,7 +21,7 @@ import jax.tree_util as jtu
 from fastcore.basics import patch
 from jaxtyping import Array, Float
 
-from .neurons import NeuronLayer, _as_state, _differs, _name
+from .neurons import NeuronLayer, _as_state, _name
 from .parameters import is_parameter, seal, unseal
 
 # %% ../nbs/api/03_hypergraph.ipynb #d2c902a6

@@ -9,7 +9,6 @@ __all__ = ['lagr_identity', 'lagr_repu', 'lagr_relu', 'lagr_exp', 'lagr_rexp', '
            'lagr_ghostmax', 'ghostmax', 'lagr_layernorm', 'lagr_spherical_norm']
 
 # %% ../nbs/api/00_lagrangians.ipynb #16a4fd95
-import functools as ft
 import math
 import numbers
 
@@ -61,24 +60,28 @@ def lagr_identity(
     return half_square(x).sum().astype(dtype)
 
 # %% ../nbs/api/00_lagrangians.ipynb #3f8436c7
+def _power_unit(x, n, who):
+    "The rectified power Lagrangian of constant or learned degree."
+    x, dtype = _real(x, who)
+    learned = _hyper(n, "n", who, x.shape, x.dtype, at_least=1, strictly=False)
+    constant = isinstance(n, numbers.Real)
+    rows = repu(x, int(n) if float(n).is_integer() else float(n)) if constant else repu_learned(x, learned)
+    return rows.sum().astype(dtype)
+
+
 def lagr_repu(
     x: Float[Array, "..."], # state, any shape
     n, # degree, at least 1; a number, or an array to learn it
 ) -> Float[Array, ""]: # (1/n) Σ max(x, 0)ⁿ
     "The Lagrangian of the rectified power unit of degree `n`: the activation is max(x, 0)ⁿ⁻¹ (Krotov & Hopfield 2016)."
-    x, dtype = _real(x, "lagr_repu")
-    learned = _hyper(n, "n", "lagr_repu", x.shape, x.dtype, at_least=1, strictly=False)
-    if isinstance(n, numbers.Real):
-        rows = repu(x, int(n) if float(n).is_integer() else float(n))
-    else: rows = repu_learned(x, learned)
-    return rows.sum().astype(dtype)
+    return _power_unit(x, n, "lagr_repu")
 
 
 def lagr_relu(
     x: Float[Array, "..."], # state, any shape
 ) -> Float[Array, ""]: # ½ Σ max(x, 0)²
     "The Lagrangian of the rectified linear unit: the activation is max(x, 0)."
-    return lagr_repu(x, 2)
+    return _power_unit(x, 2, "lagr_relu")
 
 # %% ../nbs/api/00_lagrangians.ipynb #44d56416
 def _elementwise(L, who):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 # %% ../nbs/api/00c_parameters.ipynb #ec0ca9b6
 def is_parameter(

@@ -87,12 +87,12 @@ class BiasSynapse(eqx.Module):
 class LinearSynapseWithBias(eqx.Module):
     "Joins two layers of vectors by −x̂₁ᵀ W x̂₂ − b·x̂₂."
     W: Float[Array, "d1 d2"]
-    b: Float[Array, "d2"]
+    b: Float[Array, " d2"]
     trainable: bool = eqx.field(static=True)
 
     def __init__(self,
                  W: Float[Array, "d1 d2"], # weights, one row per neuron of the first layer
-                 b: Float[Array, "d2"], # bias of the second layer
+                 b: Float[Array, " d2"], # bias of the second layer
                  trainable=True): # whether gradients reach weights and bias
         self.W, self.b = _weights(W, "W", "LinearSynapseWithBias", 2), _weights(b, "b", "LinearSynapseWithBias", 1)
         if self.b.shape != self.W.shape[1:]:
