@@ -1,0 +1,209 @@
+"""Every Lagrangian in 200-bit arithmetic: value, gradient, Hessian-vector product, and how sensitive each is to its inputs.
+
+Written from the definitions, not from the library. A *condition* here is componentwise: the sum of the absolute changes of a
+quantity, per unit, when every entry of x, every entry of the direction t and every hyperparameter moves by a relative unit. An
+error of a few eps × condition is what rounding the inputs once would already cause; more than that is the code's own doing.
+Differences of nearly equal numbers are written out (1 − p_i as the sum of the other p_j), so that the conditions do not hide the
+loss of the small number.
+"""
+from dataclasses import dataclass
+
+import mpmath
+
+mp = mpmath.MPContext()
+mp.prec = 200
+
+
+@dataclass
+class Ref:
+    value: list
+    value_cond: list
+    grad: list
+    grad_cond: list
+    hvp: list
+    hvp_cond: list
+    grad_kink: list  # how far the one-sided limits are apart where the derivative jumps: all between is a (sub)derivative
+    hvp_kink: list
+    hvp_scale: list  # the entry of the Hessian behind each product: where that does not fit in the dtype, neither need its product
+    floor: float = 1.0  # what an intermediate result that flushes to zero can be multiplied by afterwards
+    hvp_cond_t: list = ()  # the same where the direction's entries are not first compared with each other: Σ_j |H_ij t_j| in place of |Σ_j H_ij t_j|
+    radius: float = mp.inf  # what a norm divides by; a radius below the smallest normal flushes to zero, and its Hessian is then 0
+    wild: bool = False  # eps × |x| is as large as what the norm measures: rounding x once can turn its direction around
+
+
+def exp(x):
+    """exp, with a limited exponent: e^±1e6 is beyond every dtype, and mpmath is slow at e^1e308."""
+    return mp.exp(x) if abs(x) < 1e6 else mp.exp(1e6) if x > 0 else mp.zero
+
+
+# Elementwise Lagrangians Σ ψ(βx)/β: ψ and its first three derivatives, and the right limits of (ψ', ψ'') at a kink
+
+
+def psi_identity(z):
+    return z * z / 2, z, mp.one, mp.zero
+
+
+def psi_exp(z):
+    return (exp(z),) * 4
+
+
+def psi_rexp(z):
+    if z <= 0:
+        return mp.one, mp.zero, mp.zero, mp.zero
+    e = exp(z)
+    return e - z, mp.expm1(z) if z < 1 else e - 1, e, e
+
+
+def psi_tanh(z):
+    a = abs(z)
+    e = exp(-2 * a)
+    value = mp.log1p(2 * mp.sinh(a / 2) ** 2) if a < 1 else a + mp.log1p(e) - mp.log(2)
+    slope = mp.sign(z) * (-mp.expm1(-2 * a) if a < 1 else 1 - e) / (1 + e)
+    curve = 4 * e / (1 + e) ** 2
+    return value, slope, curve, -2 * slope * curve
+
+
+def psi_sigmoid(z):
+    e = exp(-abs(z))
+    s = 1 / (1 + e)
+    curve = e * s * s
+    return max(z, mp.zero) + mp.log1p(e), s if z >= 0 else e * s, curve, -mp.sign(z) * curve * (1 - e) * s
+
+
+def elementwise(psi, x, t, beta):
+    out = Ref([mp.zero], [mp.zero], [], [], [], [], [], [], [], floor=1 + beta + 1 / beta)
+    for xi, ti in zip(x, t):
+        z = beta * xi
+        f, f1, f2, f3 = psi(z)
+        out.value[0] += f / beta
+        out.value_cond[0] += abs(f / beta) + abs(xi * f1) + abs(xi * f1 - f / beta)
+        out.grad.append(f1)
+        out.grad_cond.append(abs(f1) + 2 * abs(z * f2))
+        out.hvp.append(beta * f2 * ti)
+        out.hvp_scale.append(beta * f2)
+        out.hvp_cond.append(beta * abs(ti) * (abs(f2) + abs(z * f3) + abs(f2 + z * f3)))
+        out.grad_kink.append(mp.zero)
+        out.hvp_kink.append(beta * abs(ti) if psi is psi_rexp and xi == 0 else mp.zero)
+    return out
+
+
+def repu(x, t, n):
+    out = Ref([mp.zero], [mp.zero], [], [], [], [], [], [], [], floor=n)
+    for xi, ti in zip(x, t):
+        f = g = h = cf = cg = ch = gk = hk = mp.zero
+        if xi > 0:
+            log = mp.log(xi)
+            f, g, h = xi**n / n, xi ** (n - 1), (n - 1) * xi ** (n - 2)
+            cf = f + n * f + abs(f * (n * log - 1))
+            cg = g * (1 + (n - 1) + n * abs(log))
+            ch = abs(ti) * (h * (1 + abs(n - 2)) + n * xi ** (n - 2) * abs(1 + (n - 1) * log))
+        elif xi == 0:
+            gk, hk = mp.mpf(n == 1), abs(ti) * (n == 2)
+        out.value[0] += f
+        out.value_cond[0] += cf
+        for name, v in dict(grad=g, grad_cond=cg, hvp=h * ti, hvp_cond=ch, grad_kink=gk, hvp_kink=hk, hvp_scale=h).items():
+            getattr(out, name).append(v)
+    return out
+
+
+# Normalised exponentials
+
+
+def softmax(x, t, beta, ghost=False):
+    """(1/β) log Σ exp(βx); the ghost is one more entry, fixed at 0."""
+    n = len(x)
+    if ghost:
+        x, t = [*x, mp.zero], [*t, mp.zero]
+    every = range(len(x))
+    top = max(every, key=lambda i: x[i])
+    w = [exp(beta * (xi - x[top])) for xi in x]
+    rest = sum(w[j] for j in every if j != top)
+    p = [wi / (1 + rest) for wi in w]
+    value = x[top] + mp.log1p(rest) / beta
+    q = [sum(p[j] for j in every if j != i) for i in every]  # 1 - p_i, not by subtraction
+    px = sum(pi * xi for pi, xi in zip(p, x))
+    cf = abs(value) + sum(abs(pi * xi) for pi, xi in zip(p, x)) + abs(px - value)
+    # the relative change of p_i when every x_k, and β, moves by a relative unit
+    move = [beta * (sum(abs(x[k]) * (q[i] if i == k else p[k]) for k in every)
+                    + abs(sum(p[k] * (x[i] - x[k]) for k in every))) for i in every]
+    cg = [p[i] * (1 + move[i]) for i in range(n)]
+    pair = [[beta * p[i] * p[j] * (t[i] - t[j]) for j in every] for i in range(n)]
+    h = [sum(row) for row in pair]
+    ch = [sum(abs(v) * (1 + move[i] + move[j]) for j, v in enumerate(row)) for i, row in enumerate(pair)]
+    cht = [beta * p[i] * (q[i] * abs(t[i]) * (1 + move[i]) + sum(p[j] * abs(t[j]) * (1 + move[j]) for j in every if j != i))
+           + ch[i] for i in range(n)]
+    none = [mp.zero] * n
+    return Ref([value], [cf], p[:n], cg, h, ch, none, none, none, floor=1 + beta + 1 / beta, hvp_cond_t=cht)
+
+
+# Norms: w γ sqrt(Σd²/w + eps) + Σδx, with d = x − mean(x) and w = D (layer norm), or d = x and w = 1 (spherical norm)
+
+
+def norm(x, t, gamma, delta, eps, unit, center):
+    n = len(x)
+    every = range(n)
+    w = mp.mpf(n if center else 1)
+    mean = (lambda v: sum(v) / n) if center else (lambda v: mp.zero)
+    proj = [[mp.mpf(i == j) - (1 / w if center else 0) for j in every] for i in every]
+    d = [xi - mean(x) for xi in x]
+    pt = [ti - mean(t) for ti in t]
+    r = mp.sqrt(sum(v * v for v in d) / w + eps)
+    shift, ashift = sum(a * b for a, b in zip(delta, x)), sum(abs(a * b) for a, b in zip(delta, x))
+    value, size = w * gamma * r + shift, max(map(abs, x))
+    wild = 64 * unit * size >= r
+    none = [mp.zero] * n
+    if r == 0:  # the kink of the norm: 0 lies in the subdifferential and is the convention
+        cf = ashift + gamma * sum(map(abs, x))
+        return Ref([value], [cf], delta, list(map(abs, delta)), none, none, none, none, none, floor=1 + gamma, wild=size > 0)
+    u = [v / r for v in d]
+    s = sum(a * b for a, b in zip(u, t))
+    g = [gamma * ui + di for ui, di in zip(u, delta)]
+    hess = [[gamma / r * (proj[i][j] - u[i] * u[j] / w) for j in every] for i in every]
+    eps_u = eps / r**2 / 2  # relative change of r per relative change of eps
+    cf = w * gamma * r * (2 + eps_u) + 2 * ashift + sum(abs(xi * gi) for xi, gi in zip(x, g))
+    cf += gamma * sum(map(abs, x)) if wild else 0
+    cg = [gamma * abs(u[i]) * (2 + eps_u) + abs(delta[i]) + sum(abs(x[j] * hess[i][j]) for j in every) for i in every]
+    h = [gamma / r * (pt[i] - u[i] * s / w) for i in every]
+
+    def third(i, k):  # ∂h_i/∂x_k
+        return -gamma / r**2 * (
+            u[k] / w * (pt[i] - u[i] * s / w) + (proj[i][k] * s + u[i] * pt[k] - 2 * u[i] * u[k] * s / w) / w
+        )
+
+    # The projection t − u<u,t>/w is measured against its own terms, i.e. relative to |t| and not to what is left of it.
+    terms = [(abs(t[i]) + (sum(map(abs, t)) / n if center else 0)
+              + abs(u[i]) * sum(abs(a * b) for a, b in zip(u, t)) / w) for i in every]
+    ch = [gamma / r * terms[i] * (1 + 3 * eps_u) + sum(abs(x[k] * third(i, k)) for k in every) for i in every]
+    return Ref([value], [cf], g, cg, h, ch, none, none, [gamma / r] * n, floor=(1 + gamma) * (n + 1 / r), radius=r, wild=wild)
+
+
+def reference(name, x, t, hyper, unit=2.0**-53):
+    """`Ref` of the Lagrangian `lagr_<name>` at the exact vectors x, t and the hyperparameters, in the order of its signature."""
+    x, t = [mp.mpf(v) for v in x], [mp.mpf(v) for v in t]
+    hyper = [[mp.mpf(u) for u in v] if isinstance(v, (list, tuple)) else mp.mpf(v) for v in hyper]
+    if name in ("repu", "relu"):
+        return repu(x, t, hyper[0] if hyper else mp.mpf(2))
+    if name in ("softmax", "ghostmax"):
+        return softmax(x, t, *hyper, ghost=name == "ghostmax")
+    if name in ("layernorm", "spherical_norm"):
+        return norm(x, t, *hyper, unit, center=name == "layernorm")
+    psi = dict(identity=psi_identity, exp=psi_exp, rexp=psi_rexp, tanh=psi_tanh, sigmoid=psi_sigmoid)[name]
+    return elementwise(psi, x, t, *(hyper or [mp.one]))
+
+
+def derivative(fn, args, k, rel=2.0**-60):
+    """∂fn/∂args[k] by central differences with a step relative to args[k] (absolute at 0), for fn with values in a list."""
+    step = (abs(args[k]) or mp.one) * mp.mpf(rel)
+    up, down = ([*args[:k], args[k] + s, *args[k + 1:]] for s in (step, -step))
+    return [(a - b) / (2 * step) for a, b in zip(fn(up), fn(down))]
+
+
+def with_cond(fn, args, k, rel=2.0**-60):
+    """∂fn/∂args[k], and its componentwise condition in all args."""
+    slope = lambda a: derivative(fn, a, k, rel)  # noqa: E731
+    value = slope(args)
+    cond = [abs(v) for v in value]
+    for j, a in enumerate(args):
+        if a != 0:
+            cond = [c + abs(a * d) for c, d in zip(cond, derivative(slope, args, j, rel))]
+    return value, cond

@@ -1,0 +1,573 @@
+"""Every Lagrangian, in every dtype and over its whole range, against 200-bit arithmetic (tests/reference.py)."""
+import functools
+import math
+import zlib
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from reference import mp, reference, with_cond  # pytest puts this folder on sys.path
+
+import hamux.lagrangians as lagr
+
+# |got − true| ≤ C × eps(dtype) × condition + TINY × (smallest normal), see reference.py for "condition"
+C_VALUE, C_GRAD, C_HVP = 16, 16, 16
+TINY = 4
+
+DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64]
+HYPER = dict(identity=(), repu=("n",), relu=(), exp=("beta",), rexp=("beta",), tanh=("beta",), sigmoid=("beta",),
+             softmax=("beta",), ghostmax=("beta",), layernorm=("gamma", "delta", "eps"),
+             spherical_norm=("gamma", "delta", "eps"))
+NAMES = list(HYPER)
+WITH_BETA = [k for k, v in HYPER.items() if "beta" in v]
+NORMS = ["layernorm", "spherical_norm"]
+WITH_AXIS = ["softmax", "ghostmax", *NORMS]
+ROWS, DIM = 8, 4  # every hypothesis example is a batch of ROWS vectors of DIM entries: one compilation for each Lagrangian and dtype
+
+L = {name: getattr(lagr, f"lagr_{name}") for name in NAMES}
+MINIMAL = {"repu": (2.5,)}  # positional arguments without a default
+
+
+# compiled, for the tests that are not about validation: (value, gradient); axis and eps=0 are static
+STATIC = {name: ["axis", "eps"] if name in NORMS else ["axis"] if name in WITH_AXIS else [] for name in NAMES}
+VG = {name: jax.jit(jax.value_and_grad(f), static_argnames=STATIC[name]) for name, f in L.items()}
+
+
+def call(name, x, hyper):
+    return L[name](x, **dict(zip(HYPER[name], hyper)))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def x64():
+    with jax.enable_x64(True):  # for this module alone
+        yield
+
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
+
+
+def every(names):
+    return pytest.mark.parametrize("name", names)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# (a), (b): value, gradient and Hessian-vector product over the whole range
+
+
+def rounded(v, dtype):
+    """`v` as the nearest finite number of the dtype that is normal or zero."""
+    info = jnp.finfo(dtype)
+    with np.errstate(over="ignore"):
+        v = float(np.asarray(min(max(v, -float(info.max)), float(info.max))).astype(dtype))
+    return v if abs(v) >= float(info.tiny) else 0.0
+
+
+def numbers(dtype):
+    info = jnp.finfo(dtype)
+    special = [0, 1, 2, 20, 90, float(info.max), float(info.max) / 2, float(info.tiny), float(info.eps)]
+    exponents = st.integers(int(info.minexp), int(info.maxexp) - 1)
+    log_uniform = st.builds(math.ldexp, st.floats(1, 2, exclude_max=True), exponents)
+    moderate = st.floats(0, 25, allow_subnormal=False)
+    positive = st.one_of(st.sampled_from(special), log_uniform, moderate)
+    signed = st.builds(lambda v, minus: -v if minus else v, positive, st.booleans())
+    return signed.map(lambda v: rounded(v, dtype))
+
+
+def vectors(dtype):
+    """Mixed magnitudes; ties and equal entries; one magnitude; a large common part with differences of a few ulp or of order one."""
+    eps, one = float(jnp.finfo(dtype).eps), numbers(dtype)
+    unit = st.floats(-1, 1, allow_subnormal=False)
+    four = lambda s: st.lists(s, min_size=DIM, max_size=DIM)
+    ties = st.lists(one, min_size=1, max_size=DIM - 1).flatmap(lambda pool: four(st.sampled_from(pool)))
+    scaled = st.builds(lambda a, us: [a * u for u in us], one, four(unit))
+    ulps = st.builds(lambda a, ks: [a * (1 + k * eps) for k in ks], one, four(st.integers(-8, 8)))
+    offset = st.builds(lambda a, us: [a + 8 * u for u in us], one, four(unit))
+    return st.one_of(four(one), ties, scaled, ulps, offset).map(lambda v: [rounded(u, dtype) for u in v])
+
+
+def directions(dtype):
+    t = st.floats(-4, 4, allow_subnormal=False).map(lambda v: rounded(v, dtype))
+    return st.one_of(st.lists(t, min_size=DIM, max_size=DIM), st.sampled_from(np.eye(DIM).tolist()))
+
+
+def hypers(name, dtype):
+    scale = st.one_of(st.just(1.0), st.floats(-6, 6).map(lambda e: rounded(2.0**e, dtype)))
+    shift = st.floats(-2, 2).map(lambda v: rounded(v, dtype))
+    delta = st.one_of(st.just([0.0] * DIM), st.lists(shift, min_size=DIM, max_size=DIM))
+    # 1e-5 is below the smallest normal of float16, and the default nevertheless
+    eps = st.sampled_from([0.0, float(jnp.asarray(1e-5, dtype)), rounded(1e-3, dtype), 0.25])
+    draw = dict(beta=scale, gamma=scale, delta=delta, eps=eps, n=st.sampled_from([1.0, 1.5, 2.0, 2.5, 3.0, 7.25, 20.0]))
+    return st.tuples(*(draw[h] for h in HYPER[name]))
+
+
+@functools.cache
+def evaluator(name):
+    """Value, gradient, and the Hessian-vector product both ways, for a batch of vectors with hyperparameters of their own."""
+    def one(x, t, hyper):
+        f = lambda x: call(name, x, hyper)
+        grad = jax.grad(f)
+        g, h = jax.jvp(grad, (x,), (t,))
+        hrr = jax.grad(lambda x: jnp.sum(grad(x) * t))(x)
+        return f(x), g, h, hrr
+
+    return jax.jit(jax.vmap(one))
+
+
+def ratio(got, true, cond, kink, scale, c, floor, dtype):
+    """The error over what is allowed: at most 1 passes. Infinity is right where the true value does not fit."""
+    info = jnp.finfo(dtype)
+    got, eps, tiny, top = float(got), float(info.eps), float(info.tiny), float(info.max)
+    allowed = c * eps * cond + kink + TINY * tiny * floor
+    if math.isnan(got): return 0.0 if true == 0 and scale * (1 + c * eps) > top else math.inf  # inf × 0
+    if math.isinf(got):
+        return 0.0 if got * float(mp.sign(true)) > 0 and max(abs(true) + allowed, scale * (1 + c * eps)) >= top else math.inf
+    return float(min(abs(mp.mpf(got) - true) / allowed, mp.mpf(1e30)))
+
+
+def misses(name, dtype, rows):
+    """What is wrong with rows of (x, t, hyperparameters), in words; also asserts (b)."""
+    xs, ts = (jnp.asarray([row[k] for row in rows], dtype) for k in (0, 1))
+    hs = tuple(jnp.asarray([row[2][k] for row in rows], dtype) for k in range(len(HYPER[name])))
+    got = evaluator(name)(xs, ts, hs)
+    n = len(rows)
+    assert [(v.dtype, v.shape) for v in got] == [(dtype, s) for s in ((n,), xs.shape, xs.shape, xs.shape)]
+    f, g, h, hrr = (np.asarray(v, np.float64) for v in got)
+    for k, (x, t, hyper) in enumerate(rows):
+        ref = reference(name, x, t, hyper, float(jnp.finfo(dtype).eps))
+        where = f"lagr_{name} {jnp.dtype(dtype)} x={x} t={t} {dict(zip(HYPER[name], hyper))}"
+        quantities = [("value", f[k : k + 1], ref.value, ref.value_cond, [0], [0], C_VALUE)]
+        hvp = lambda cond: (ref.hvp, cond, ref.hvp_kink, ref.hvp_scale, C_HVP)
+        if not ref.wild: quantities += [("grad", g[k], ref.grad, ref.grad_cond, ref.grad_kink, [0] * DIM, C_GRAD)]
+        lost = ref.wild or ref.radius < float(jnp.finfo(dtype).tiny)
+        # transposed, the products are summed without seeing all of t at once
+        if not lost: quantities += [("jvp of grad", h[k], *hvp(ref.hvp_cond)),
+                                    ("grad of grad", hrr[k], *hvp(ref.hvp_cond_t or ref.hvp_cond))]
+        for what, *columns, c in quantities:
+            for i, (a, true, cond, kink, scale) in enumerate(zip(*columns)):
+                r = ratio(a, true, cond, kink, scale, c, ref.floor, dtype)
+                key = name, jnp.dtype(dtype).name, what
+                worst[key] = max(worst.get(key, (0, "")), (r, where))
+                error = f"true {mp.nstr(true, 17)}, condition {mp.nstr(cond, 3)}, {r:.3g} × allowed"
+                if r > 1: yield f"{what}[{i}] {float(a)!r}, {error}: {where}"
+        if lost and np.isnan([*g[k], *h[k], *hrr[k]]).any(): yield f"NaN {g[k]} {h[k]} {hrr[k]}: {where}"
+
+
+def check(name, dtype, rows):
+    bad = list(misses(name, dtype, rows))
+    assert not bad, "\n".join(bad[:12])
+
+
+worst = {}  # (name, dtype, quantity) → (error over allowed, where); for whoever wants to look
+
+
+@dtypes
+@every(NAMES)
+def test_whole_range(name, dtype):
+    row = st.tuples(vectors(dtype), directions(dtype), hypers(name, dtype))
+
+    @seed(zlib.crc32(f"{name} {jnp.dtype(dtype)}".encode()))
+    # no shrinking: the message names the row that fails, and a batch shrinks slowly
+    @settings(max_examples=20, deadline=None, database=None, phases=[Phase.generate],
+              suppress_health_check=list(HealthCheck))
+    @given(st.lists(row, min_size=ROWS, max_size=ROWS))
+    def holds(rows):
+        check(name, dtype, rows)
+
+    holds()
+
+
+def hard_vectors(dtype):
+    info = jnp.finfo(dtype)
+    top, tiny = float(info.max), float(info.tiny)
+    return [
+        [0.0] * 4, [top] * 4, [-top] * 4, [top, -top, top, -top], [top, top, top, -top], [tiny] * 4, [tiny, -tiny, tiny, 0.0],
+        [tiny, 1.5 * tiny, 2 * tiny, 4 * tiny], [top, tiny, -tiny, 0.0], [0.0, -20.0, -40.0, -60.0], [0.0, -20.5, -20.5, -20.5],
+        [1e-4, -1e-4, 1e-3, -1e-3], [8.0, -8.0, 5.0, -5.0], [90.0, -90.0, 12.0, -12.0], [1000.0, -1000.0, 1000.0, 1000.0],
+        [1.0, 0.0, 0.0, 0.0], [top / 2, top / 4, 1.0, -top], [1e4, 1e4, 1e4 - 8, 1e4 - 16], [3.0, 3.0, 3.0, 3.0], [-3.0, -4.0, 0.0, -0.0],
+    ]
+
+
+@dtypes
+@every(NAMES)
+def test_hard_cases(name, dtype):
+    ts = [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [-1.0, 2.0, 0.5, -0.25]]
+    hyper = dict(beta=[1.0, 8.0, 0.125], gamma=[1.0, 2.0], delta=[[0.0] * DIM, [0.5, -1.0, 0.25, 2.0]], n=[1.0, 1.5, 2.0, 3.0, 2.5],
+                 eps=[0.0, float(jnp.asarray(1e-5, dtype)), 0.25])
+    xs = [[rounded(v, dtype) for v in x] for x in hard_vectors(dtype)]
+    rows = [(x, ts[(k + s) % 3], tuple(hyper[h][(k // 3 + s) % len(hyper[h])] for h in HYPER[name]))
+            for s in range(6) for k, x in enumerate(xs)]
+    for k in range(0, len(rows) - ROWS + 1, ROWS):  # in batches of ROWS: nothing more to compile
+        check(name, dtype, rows[k : k + ROWS])
+
+
+@every(NAMES)
+def test_reference_is_its_own_derivative(name):
+    """The reference's gradient, product and invariances, against its own value and central differences."""
+    rng = np.random.default_rng(7)
+    hyper = {"repu": (2.5,), "layernorm": (2.0, [0.5, -1.0, 0.25, 2.0], 0.1), "spherical_norm": (2.0, [0.5, -1.0, 0.25, 2.0], 0.1)}
+    h = hyper.get(name, (0.7,) if HYPER[name] else ())
+    for x in (rng.normal(size=DIM) * 3, np.array([30.0, -1.0, 0.5, -25.0])):
+        x, t = [mp.mpf(float(v)) for v in x], [mp.mpf(float(v)) for v in rng.normal(size=DIM)]
+        ref = reference(name, x, t, h)
+        for i in range(DIM):
+            along = lambda s, v: [a + s * b for a, b in zip(x, v)]
+            unit = [mp.mpf(i == j) for j in range(DIM)]
+            s = mp.mpf(2) ** -60
+            fd = (reference(name, along(s, unit), t, h).value[0] - reference(name, along(-s, unit), t, h).value[0]) / (2 * s)
+            assert abs(fd - ref.grad[i]) <= mp.mpf(1e-25) * ref.grad_cond[i] + mp.mpf(1e-35)
+            fd = (reference(name, along(s, t), t, h).grad[i] - reference(name, along(-s, t), t, h).grad[i]) / (2 * s)
+            assert abs(fd - ref.hvp[i]) <= mp.mpf(1e-25) * ref.hvp_cond[i] + mp.mpf(1e-35)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# (c) convexity
+
+
+@every(NAMES)
+def test_convex(name):
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    hyper = dict(beta=1.5, gamma=2.0, delta=0.3, eps=1e-5, n=2.5)
+    args = tuple(hyper[h] for h in HYPER[name])
+    x, y, t = (rng.normal(size=(200, DIM)) * np.exp(rng.uniform(-5, 4, size=(200, 1))) for _ in range(3))
+
+    @jax.jit
+    @jax.vmap
+    def gap(x, y, t):
+        f = lambda x: call(name, x, args)
+        h = jax.jvp(jax.grad(f), (x,), (t,))[1]
+        return (f(x) + f(y)) / 2 - f((x + y) / 2), abs(f(x)) + abs(f(y)), t @ h, abs(t) @ (abs(t) + abs(h))
+
+    middle, size, curve, scale = gap(x, y, t)
+    eps = np.finfo(np.float64).eps
+    assert (np.isposinf(size) | (middle >= -16 * eps * size)).all()
+    # the norms' Hessian is of size γ/r, and t.Ht is a difference of terms of that size
+    scale = scale + (2 * np.sum(t * t, 1) / np.minimum(np.std(x, axis=1), np.linalg.norm(x, axis=1)) if name in NORMS else 0)
+    assert (curve >= -16 * eps * scale).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# (d) the activation is the known closed form
+
+CLOSED = dict(
+    identity=lambda x: x, repu=lambda x: jnp.maximum(x, 0) ** 1.5, relu=jax.nn.relu, exp=jnp.exp,
+    rexp=lambda x: jnp.expm1(jnp.maximum(x, 0)), tanh=jnp.tanh, sigmoid=jax.nn.sigmoid, softmax=jax.nn.softmax,
+    ghostmax=lambda x: jnp.exp(x) / (1 + jnp.sum(jnp.exp(x))),
+    layernorm=lambda x: (x - jnp.mean(x)) / jnp.sqrt(jnp.var(x) + 1e-5),
+    spherical_norm=lambda x: x / jnp.sqrt(jnp.sum(x**2) + 1e-5))
+
+
+@every(NAMES)
+def test_activation_is_the_closed_form(name):
+    x = jnp.asarray(np.random.default_rng(3).normal(size=9) * 3)
+    np.testing.assert_allclose(VG[name](x, *MINIMAL.get(name, ()))[1], CLOSED[name](x), rtol=1e-13, atol=1e-15)
+
+
+@dtypes
+def test_ghostmax_is_the_activation_of_its_lagrangian(dtype):
+    x = jnp.asarray([[3.0, -1.0, 0.5], [-40.0, -50.0, -45.0]], dtype)
+    got = lagr.ghostmax(x, beta=2.0)
+    assert got.dtype == dtype and got.shape == x.shape
+    eps = float(jnp.finfo(dtype).eps)
+    grad = np.float64(VG["ghostmax"](x, 2.0)[1])
+    np.testing.assert_allclose(np.float64(got), grad, rtol=200 * eps, atol=4 * float(jnp.finfo(dtype).tiny))
+    for row, at in zip(np.float64(got), np.float64(x).tolist()):
+        true = reference("ghostmax", at, [0.0] * 3, (2.0,))
+        for a, p, c in zip(row, true.grad, true.grad_cond): assert ratio(a, p, c, 0, 0, C_GRAD, 1, dtype) <= 1
+
+
+def test_sigmoid_activation_is_exactly_jax_nn_sigmoid():
+    x = jnp.asarray(np.random.default_rng(4).normal(size=1000) * 10, jnp.float32)
+    assert (jax.grad(lagr.lagr_sigmoid)(x) == jax.nn.sigmoid(x)).all()
+    assert (jax.grad(lambda x: jnp.sum(jax.nn.sigmoid(x) * x) - lagr.lagr_sigmoid(x))(x) != 0).any()  # here sigma moves with x
+    assert (jax.grad(lambda x, xhat: jnp.sum(xhat * x) - lagr.lagr_sigmoid(x))(x, jax.nn.sigmoid(x)) == 0).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# (e) hyperparameters
+
+HYPER_X = dict(
+    beta=[[0.5, -1.25, 2.0], [1.0, 1.0, -1.0], [0.0, -20.0, -30.0], [90.0, -90.0, 3.0], [1e4, -1e4, 0.0], [1e-4, -1e-5, 1e-6],
+          [-90.0, -1e4, -3.0], [0.0, 0.0, 0.0]],
+    n=[[0.5, -1.25, 2.0], [1.0, 1.0, -1.0], [1e4, 1e-4, 0.0], [90.0, -90.0, 3.0]],
+    gamma=[[0.5, -1.25, 2.0], [1e4, -1e4, 0.0], [1e-4, -1e-5, 1e-6], [1e20, 2e20, -3e20]])
+HYPER_AT = dict(beta=[1.0, 0.25, 4.0], n=[2.5, 3.0, 1.5], gamma=[2.0], delta=[0.3], eps=[1e-5, 0.5])
+
+
+def with_hyper(name, x, k, v):
+    """The hyperparameters of a Lagrangian with the k-th replaced, as `reference` takes them (delta for every entry)."""
+    hyper = {h: HYPER_AT[h][0] for h in HYPER[name]} | {HYPER[name][k]: v}
+    return [[hyper[h]] * len(x) if h == "delta" else hyper[h] for h in HYPER[name]]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("name, k", [(n, k) for n in NAMES for k in range(len(HYPER[n]))], ids=lambda v: str(v))
+def test_hyperparameter_derivatives(name, k, dtype):
+    """∂L/∂θ and ∂²L/∂x∂θ at ordinary and extreme arguments, componentwise."""
+    param = HYPER[name][k]
+
+    @jax.jit
+    def derivatives(x, theta):
+        args = with_hyper(name, x, k, theta)
+        f = lambda x, v: call(name, x, [jnp.asarray(a) if HYPER[name][j] == "delta" and j != k else v if j == k else a
+                                      for j, a in enumerate(args)])
+        mixed = jax.jvp(lambda v: jax.grad(f)(x, v), (theta,), (jnp.ones_like(theta),))[1]
+        return jax.grad(f, 1)(x, theta), mixed, jax.grad(lambda x: jax.grad(f, 1)(x, theta))(x)
+
+    bad = []
+    for x in HYPER_X[param if param in HYPER_X else "gamma"]:
+        for v in HYPER_AT[param]:
+            xd, vd = jnp.asarray(x, dtype), jnp.asarray(v, dtype)
+            first, mixed, mixed2 = derivatives(xd, vd)
+            assert first.dtype == mixed.dtype == dtype
+
+            def both(a):
+                xs, v = a[:-1], a[-1]
+                ref = reference(name, xs, [mp.zero] * 3, with_hyper(name, xs, k, v))
+                return [ref.value[0], *ref.grad]
+
+            # the other hyperparameters reach the library as Python floats, as they do the reference
+            with mp.workprec(600):
+                true, cond = with_cond(both, [mp.mpf(float(u)) for u in [*xd, vd]], 3)
+            floor = 1 + max(1, v) / min(1, v) ** 3
+            for what, got, t, c in zip(["first", *["mixed"] * 3, *["mixed, other order"] * 3],
+                                       [first, *mixed, *mixed2], true + true[1:], cond + cond[1:]):
+                # python floats are rounded to the dtype, and central differences are good to 1e-30
+                r = ratio(got, t, c * 1.0000001 + mp.mpf(10) ** -40, 0, 0, C_HVP, floor, dtype)
+                error = f"true {mp.nstr(t, 12)}, condition {mp.nstr(c, 3)}, {r:.3g} × allowed"
+                if r > 1: bad.append(f"{what} {param}: {float(got)!r}, {error}, x={x} {param}={v}")
+    assert not bad, f"lagr_{name} {jnp.dtype(dtype)}:\n" + "\n".join(bad)
+
+
+@pytest.mark.parametrize("name, k", [(n, k) for n in NAMES for k in range(len(HYPER[n]))], ids=lambda v: str(v))
+def test_hyperparameter_gradients_match_finite_differences(name, k):
+    """In float64, through the library alone: no reference between."""
+    x, param = jnp.asarray([[0.5, -1.25, 2.0], [3.0, 0.25, -0.75]]), HYPER[name][k]
+    base = dict(beta=0.7, gamma=2.0, delta=0.3, eps=0.1, n=2.5)
+    f = lambda v: call(name, x, [v if j == k else base[h] for j, h in enumerate(HYPER[name])])
+    g = lambda v: jax.grad(lambda x: call(name, x, [v if j == k else base[h] for j, h in enumerate(HYPER[name])]))(x)
+    s, v = 1e-6, jnp.asarray(base[param])
+    around = jax.jit(jax.vmap(lambda v: (f(v), jax.grad(f)(v), g(v), jax.jacfwd(g)(v))))
+    value, first, grad, mixed = around(jnp.asarray([v - s, v, v + s]))
+    np.testing.assert_allclose(first[1], (value[2] - value[0]) / (2 * s), rtol=1e-7, atol=1e-8)
+    np.testing.assert_allclose(mixed[1], (grad[2] - grad[0]) / (2 * s), rtol=1e-7, atol=1e-8)
+
+
+@every(NORMS)
+def test_delta_of_the_shape_of_x_has_the_gradient_x(name):
+    x = jnp.asarray(np.random.default_rng(5).normal(size=(4, 3)))
+    grad = jax.jit(jax.grad(lambda d: L[name](x, 1.5, d)))
+    np.testing.assert_allclose(grad(jnp.ones((4, 3))), x, rtol=1e-15)
+    np.testing.assert_allclose(grad(jnp.ones(3)), x.sum(0), rtol=1e-14)
+    np.testing.assert_allclose(grad(jnp.ones(())), x.sum(), rtol=1e-13)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# (f) defects of earlier implementations (the numbers are those of the project's list of facts)
+
+
+@every(WITH_BETA)
+def test_fact_05_a_learnable_temperature_learns(name):
+    class Learnable(eqx.Module):
+        beta: jax.Array
+
+        def __call__(self, x):
+            return L[name](x, self.beta)
+
+    def energy(lagrangian, x):  # the Legendre energy at rest
+        return jnp.vdot(jax.grad(lagrangian)(x), x) - lagrangian(x)
+
+    x, s = jnp.asarray([0.5, -1.25, 2.0]), 1e-6
+    learn = eqx.filter_jit(eqx.filter_value_and_grad(energy))
+    (up, _), (down, _), (_, got) = (learn(Learnable(jnp.asarray(0.7 + d)), x) for d in (s, -s, 0))
+    np.testing.assert_allclose(got.beta, (up - down) / (2 * s), rtol=1e-7)
+    if name == "tanh":  # and without jit, where a leaked tracer would be seen
+        np.testing.assert_allclose(eqx.filter_grad(energy)(Learnable(jnp.asarray(0.7)), x).beta, got.beta, rtol=1e-13)
+
+
+def test_fact_06_beta_gradient_of_tanh_and_sigmoid():
+    x, beta = jnp.asarray([-2.0, 0.3, 1.5]), jnp.asarray(0.7)
+    z = beta * x
+    tanh, sigmoid = (jax.grad(f, 1)(x, beta) for f in (lagr.lagr_tanh, lagr.lagr_sigmoid))
+    np.testing.assert_allclose(tanh, jnp.sum(x * jnp.tanh(z) / beta - jnp.log(jnp.cosh(z)) / beta**2), rtol=1e-13)
+    np.testing.assert_allclose(sigmoid, jnp.sum(x * jax.nn.sigmoid(z) / beta - jnp.log1p(jnp.exp(z)) / beta**2), rtol=1e-13)
+    assert abs(tanh) > 0.1 and abs(sigmoid) > 0.1
+
+
+@dtypes
+def test_fact_07_second_derivative_of_sigmoid_at_minus_100(dtype):
+    second = jax.jit(jax.grad(jax.grad(lagr.lagr_sigmoid)))
+    assert second(jnp.asarray(-1e4, dtype)) == 0 and second(jnp.asarray(1e4, dtype)) == 0
+    true = math.exp(-100) if float(jnp.finfo(dtype).tiny) < math.exp(-100) else 0
+    for x in (-100.0, 100.0):
+        np.testing.assert_allclose(float(second(jnp.asarray(x, dtype))), true, rtol=0.02, atol=4 * float(jnp.finfo(dtype).tiny))
+
+
+def test_fact_09_repu_of_real_degree_is_flat_below_zero():
+    hess = jax.jit(jax.hessian(lagr.lagr_repu))(jnp.asarray([-1.0, 0.0, 4.0]), 1.5)
+    np.testing.assert_allclose(hess, np.diag([0.0, 0.0, 0.25]), rtol=1e-14)
+    np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(jax.grad(lagr.lagr_repu)(x, 1.5)))(jnp.asarray([-1.0, -1e300])), 0)
+
+
+@dtypes
+def test_fact_10_sigmoid_and_tanh_do_not_overflow(dtype):
+    for x in (90.0, 1000.0, 30000.0):
+        x, eps = jnp.asarray(x, dtype), float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(float(VG["sigmoid"](x)[0]), float(x), rtol=eps)
+        np.testing.assert_allclose(float(VG["tanh"](x)[0]), float(x) - math.log(2), rtol=eps)
+        np.testing.assert_allclose(float(VG["tanh"](-x)[0]), float(x) - math.log(2), rtol=eps)
+        tiny = 4 * float(jnp.finfo(dtype).tiny)
+        np.testing.assert_allclose(float(VG["sigmoid"](-x)[0]), math.exp(-float(x)), rtol=100 * eps, atol=tiny)
+
+
+@dtypes
+@every(NORMS)
+def test_fact_11_norms_at_extremes(name, dtype):
+    scale = 0.25 * float(jnp.finfo(dtype).max) if dtype == jnp.float16 else 1e20
+    unit = np.array([1.0, -1.0, 0.5, -0.5]) / math.sqrt(2.5 / (4 if name == "layernorm" else 1))
+    x = jnp.asarray(scale * np.array([1.0, -1.0, 0.5, -0.5]), dtype)
+    eps = 4 * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.float64(VG[name](x)[1]), unit, rtol=eps)
+    np.testing.assert_allclose(float(VG[name](x / 2)[0]), scale / 2 * math.sqrt(2.5 * (4 if name == "layernorm" else 1)), rtol=eps)
+    zero = jnp.zeros(4, dtype)  # by convention the direction of nothing is 0, and never NaN
+    value, grad = VG[name](zero, eps=0.0)
+    assert value == 0 and (grad == 0).all() and (VG[name](zero, 2.0, 0.5, eps=0.0)[1] == 0.5).all()
+    assert (jax.jit(jax.hessian(lambda x: L[name](x, eps=0.0)))(zero) == 0).all()
+
+
+@every(NORMS)
+def test_fact_12_a_shift_moves_the_activation_by_itself(name):
+    x = jnp.asarray(np.random.default_rng(6).normal(size=(4, 3)))
+    vg = VG[name]
+    _, plain = vg(x)
+    np.testing.assert_allclose(vg(x, 1.0, 0.5)[1] - plain, 0.5, rtol=1e-13)
+    shift = jnp.asarray(np.random.default_rng(8).normal(size=(4, 3)))
+    np.testing.assert_allclose(vg(x, 1.0, shift)[1] - plain, shift, rtol=1e-12)
+    np.testing.assert_allclose(vg(x, 1.0, shift[0])[1] - plain, jnp.tile(shift[0], (4, 1)), rtol=1e-12)
+
+
+@every(NORMS)
+def test_fact_13_norms_are_per_token(name):
+    x = jnp.asarray(np.random.default_rng(9).normal(size=(5, 12)))
+    np.testing.assert_allclose(VG[name](x)[1], jax.vmap(CLOSED[name])(x), rtol=1e-12)
+
+
+@every(NAMES)
+def test_fact_19_one_scalar_for_any_shape(name):
+    rng = np.random.default_rng(10)
+    for shape in ((2, 3), (2, 1, 3), (3,)):
+        x = jnp.asarray(rng.normal(size=shape))
+        got, grad = VG[name](x, *MINIMAL.get(name, ()))
+        assert got.shape == () and got.dtype == x.dtype
+        assert grad.shape == shape
+        rows = [VG[name](row, *MINIMAL.get(name, ()))[0] for row in x.reshape(-1, shape[-1])]
+        np.testing.assert_allclose(got, sum(map(float, rows)), rtol=1e-13)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# (g) bad input
+
+
+@every(NAMES)
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "bool", "complex64"])
+def test_states_must_be_real_floating(name, dtype):
+    with pytest.raises(TypeError, match=rf"(?s)lagr_{name}\b.*{dtype}|{dtype}.*lagr_{name}\b"):
+        L[name](jnp.ones(3, dtype), *MINIMAL.get(name, ()))
+
+
+BAD = [(n, dict(beta=b)) for n in WITH_BETA for b in (0.0, -1.0, np.float32(-2), jnp.asarray(0.0), math.nan)]
+BAD += [("repu", dict(n=n)) for n in (0.5, 0, -2, math.nan)]
+BAD += [(n, bad) for n in NORMS
+        for bad in (dict(gamma=-1.0), dict(eps=-1e-5), dict(gamma=jnp.asarray(-2.0)), dict(eps=math.nan))]
+BAD += [(n, dict(axis=a)) for n in WITH_AXIS for a in (1, -2, (0, 3))]
+
+
+def words(v):
+    return v if isinstance(v, str) else "-".join(f"{k}={u}" for k, u in v.items())
+
+
+@pytest.mark.parametrize("name, bad", BAD, ids=words)
+def test_hyperparameters_out_of_range(name, bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        L[name](jnp.ones(3), **bad)
+    if "axis" not in bad:  # a traced value cannot be looked at, and passes
+        k = next(iter(bad))
+        jax.eval_shape(lambda v: L[name](jnp.ones(3), **{k: v}), jnp.asarray(bad[k], jnp.float64))
+
+
+@every(WITH_BETA)
+def test_a_beta_that_would_enlarge_x(name):
+    for beta in (jnp.ones((2, 3)), jnp.ones((2, 1)), jnp.ones(2)):
+        with pytest.raises(ValueError, match="beta"):
+            L[name](jnp.ones(3), beta)
+
+
+@every(NORMS)
+def test_a_delta_that_does_not_fit(name):
+    for delta in (jnp.ones((2, 3)), jnp.ones(2)):
+        with pytest.raises(ValueError, match="delta"):
+            L[name](jnp.ones(3), 1.0, delta)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# (h) axes, and the Legendre transform
+
+
+@every(WITH_AXIS)
+def test_any_axis(name):
+    x = jnp.asarray(np.random.default_rng(11).normal(size=(2, 3, 4)))
+    vg = VG[name]
+
+    def same(axis, moved, back):
+        (f, g), (f2, g2) = vg(x, axis=axis), vg(moved)
+        np.testing.assert_allclose(f, f2, rtol=1e-13)
+        np.testing.assert_allclose(g, back(g2), rtol=1e-12)
+
+    for axis in (0, -2):
+        same(axis, jnp.moveaxis(x, axis, -1), lambda g, axis=axis: jnp.moveaxis(g, -1, axis))
+    for axis in ((-1, 0),):
+        same(axis, jnp.moveaxis(x, 1, 0).reshape(3, 8), lambda g: jnp.moveaxis(g.reshape(3, 2, 4), 0, 1))
+    for axis in (None,):
+        same(axis, x.reshape(-1), lambda g: g.reshape(x.shape))
+    if name == "ghostmax":
+        for axis in (0, (0, 2)): np.testing.assert_allclose(lagr.ghostmax(x, axis=axis), vg(x, axis=axis)[1], rtol=1e-12)
+
+
+def xlogx(y):
+    return jnp.where(y > 0, y * jnp.log(jnp.where(y > 0, y, 1)), 0)
+
+
+B, N, G, E = 0.7, 2.5, 1.5, 0.1  # beta, n, gamma, eps of the conjugates; y is the activation, less delta = 0.3 for the norms
+CONJUGATE = dict(
+    identity=lambda y: jnp.sum(y**2) / 2, repu=lambda y: (1 - 1 / N) * jnp.sum(y ** (N / (N - 1))), relu=lambda y: jnp.sum(y**2) / 2,
+    exp=lambda y: jnp.sum(xlogx(y) - y) / B, rexp=lambda y: jnp.sum(xlogx(1 + y) - (1 + y)) / B,
+    tanh=lambda y: jnp.sum(xlogx(1 + y) + xlogx(1 - y)) / 2 / B, sigmoid=lambda y: jnp.sum(xlogx(y) + xlogx(1 - y)) / B,
+    softmax=lambda y: jnp.sum(xlogx(y)) / B, ghostmax=lambda y: (jnp.sum(xlogx(y)) + jnp.sum(xlogx(1 - jnp.sum(y, -1)))) / B,
+    layernorm=lambda y: -jnp.sum(y.shape[-1] * jnp.sqrt(E) * jnp.sqrt(G**2 - jnp.mean((y - 0.3) ** 2, -1))),
+    spherical_norm=lambda y: -jnp.sum(jnp.sqrt(E) * jnp.sqrt(G**2 - jnp.sum((y - 0.3) ** 2, -1))))
+
+
+@every(NAMES)
+def test_fenchel_young(name):
+    x = jnp.asarray(np.random.default_rng(12).normal(size=(3, 4)) * 2)
+    args = {"repu": (N,), "layernorm": (G, 0.3, -1, E), "spherical_norm": (G, 0.3, -1, E)}.get(name, (B,) if HYPER[name] else ())
+    value, y = VG[name](x, *args)
+    np.testing.assert_allclose(value + CONJUGATE[name](y), jnp.vdot(x, y), rtol=1e-11)
+
+
+def test_the_sum_over_the_rest_does_not_overflow_before_it_must():
+    top = float(jnp.finfo(jnp.float32).max)
+    x = jnp.asarray([[top, 0.0], [top, 0.0], [-top, -top], [-top, -top]], jnp.float32)
+    np.testing.assert_allclose(float(lagr.lagr_softmax(x)), 2 * math.log(2), atol=16 * float(jnp.finfo(jnp.float32).eps) * 4 * top)
+
+
+def test_norms_of_a_constant_row_have_no_direction():
+    """Var = 0 and eps = 0: 0.1 + 0.1 + 0.1 + … is not what the mean times their number gives, and must not become a direction."""
+    for dtype in DTYPES:
+        _, g = VG["layernorm"](jnp.full(7, 0.1, dtype), eps=0.0)
+        np.testing.assert_array_equal(np.float64(g), 0)
+
+
