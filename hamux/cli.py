@@ -34,6 +34,18 @@ def _one_line_errors(command):
     except KeyboardInterrupt: _fail(command, "interrupted; nothing was written", 130)
 
 
+@contextmanager
+def _stops_between_batches():
+    "A list that fills when the process is interrupted or terminated: to be looked at where it is safe to stop."
+    asked, old = [], {}
+    for s in (signal.SIGINT, signal.SIGTERM):
+        try: old[s] = signal.signal(s, lambda number, _: asked.append(number))
+        except ValueError: pass # not in the main thread
+    try: yield asked
+    finally:
+        for s, handler in old.items(): signal.signal(s, handler)
+
+
 def _fail(command, what, status=2):
     print(f"{command}: {' '.join(str(what).split())}", file=sys.stderr)
     raise SystemExit(status)
@@ -43,7 +55,7 @@ def _progress(items, total, what):
     "`items` with a progress bar on stderr, if it takes more than two seconds."
     if importlib.util.find_spec("tqdm") is None: return items
     from tqdm import tqdm
-    return tqdm(items, total=total, desc=what, delay=2, leave=False, file=sys.stderr)
+    return tqdm(items, total=total, desc=what, delay=2, leave=False, disable=None) # on a terminal only
 
 
 def _number(kind, low, high, what):
@@ -214,17 +226,15 @@ def hamux_recall(
 ) -> int: # exit status: 0 if every query converged, 1 if some did not (they are written all the same); 2 for a mistake
     "The command `hamux-recall`: recall the rows of one file from the rows of another."
     o = _recall_options(argv)
-    try: signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    except ValueError: pass # not in the main thread
     with _one_line_errors("hamux-recall"):
         source, queries = open_rows(o.memories), open_rows(o.queries)
         if source.shape[1] != queries.shape[1]:
             raise ValueError(f"{o.queries}: a query has {queries.shape[1]} numbers and a memory {source.shape[1]}; they must have as many")
-        with jax.enable_x64(computing_dtype(source.dtype, queries.dtype) == np.float64):
-            return _recall_files(o, source, queries)
+        with jax.enable_x64(computing_dtype(source.dtype, queries.dtype) == np.float64), _stops_between_batches() as asked:
+            return _recall_files(o, source, queries, asked)
 
 # %% ../nbs/api/10_cli.ipynb #b9b934ea
-def _recall_files(o, source, queries):
+def _recall_files(o, source, queries, asked):
     "Recall all queries into the output file, and say how it went."
     begin, dtype, tally = time.perf_counter(), computing_dtype(source.dtype, queries.dtype), _Tally()
     with write_rows(o.output, queries.shape[0], queries.row_shape, dtype) as writer:
@@ -236,6 +246,7 @@ def _recall_files(o, source, queries):
         for answers, marks, known in _progress(batches, -(-queries.shape[0] // batch), "recalling"):
             writer.write(answers)
             tally.add(marks, known)
+            if asked: _fail("hamux-recall", f"stopped by signal {asked[0]}; nothing was written", 128 + asked[0])
     n, steps = queries.shape[0], np.concatenate(tally.steps)
     print(f"{n} queries recalled from {source.shape[0]} memories of {source.shape[1]} numbers ({memory.similarity}, beta = {memory.beta:.3g}): "
           f"{tally.converged} of {n} converged, {int(np.median(steps))} steps in the median and {steps.max()} at most, "

@@ -30,7 +30,7 @@ def dense(tangent):
 
 def total(rows):
     "The sum of all entries, finite whenever the true one is."
-    if rows.ndim == 0: return rows
+    if rows.size == 1: return rows.reshape(())
     plain = rows.sum()
     return jnp.where(jnp.isfinite(plain), plain, (rows * 2.0**-32).sum() * 2.0**32)
 

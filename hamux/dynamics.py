@@ -78,7 +78,8 @@ def _as_mask(name, mask, shape, batch):
     "A boolean array of the layer's shape, with the batch axis if there is one."
     mask = jnp.asarray(mask)
     if mask.dtype != bool:
-        raise TypeError(f"The clamp of the layer {name!r} should be True or a boolean mask, and has dtype {mask.dtype}.")
+        raise TypeError(f"The clamp of the layer {name!r} should be True or a boolean mask, and has dtype {mask.dtype}. "
+                        f"For indices write jnp.zeros({shape}, bool).at[indices].set(True).")
     if mask.shape not in (shape, batch + shape):
         raise ValueError(f"The clamp of the layer {name!r} should have shape {shape}"
                          + (f" or {batch + shape}" if batch else "") + f", and has {mask.shape}.")
@@ -234,7 +235,7 @@ def _words(code, steps, residual, rises):
     "One sentence on what happened and what to do."
     climbed = f" The energy rose in {rises} of {steps} steps: take a smaller dt." if rises else ""
     if code == _CONVERGED:
-        return f"Converged in {steps} steps: the residual is {residual:.2g}.{climbed}"
+        return f"Converged in {steps} steps: the residual of {residual:.2g} is within the tolerance.{climbed}"
     if code == _MAX_STEPS:
         return f"Stopped at the maximum of {steps} steps with a residual of {residual:.2g}." + (climbed or " Allow more steps, or a larger tolerance.")
     if code == _NONFINITE:

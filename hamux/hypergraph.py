@@ -12,6 +12,7 @@ import inspect
 import numbers
 import warnings
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import equinox as eqx
 import jax
@@ -111,11 +112,11 @@ class HAM(eqx.Module):
         _warn_unused(self)
 
     @property
-    def neurons(self) -> dict: return {n: self._neurons[n] for n in self._names[0]}
+    def neurons(self) -> Mapping: return MappingProxyType({n: self._neurons[n] for n in self._names[0]})
     @property
-    def hypersynapses(self) -> dict: return {s: unseal(self._hypersynapses[s]) for s in self._names[1]}
+    def hypersynapses(self) -> Mapping: return MappingProxyType({s: unseal(self._hypersynapses[s]) for s in self._names[1]})
     @property
-    def connections(self) -> list: return list(self._connections)
+    def connections(self) -> tuple: return self._connections
     @property
     def n_neurons(self) -> int: return len(self._neurons)
     @property
@@ -161,7 +162,7 @@ def init_states(self: HAM,
                 dtype=None, # floating dtype of the states; None for that of the parameters
                 ) -> dict: # a state per layer
     "The initial states of all layers: zeros, or random with a key."
-    if bs: warnings.warn("These states have a batch axis, and this HAM takes single ones. Call ham.vectorize() for batches.", stacklevel=2)
+    if bs: warnings.warn("These states have a batch axis, and this HAM takes single ones. Call ham.vectorize() for batches.", stacklevel=3)
     return _init_states(self, bs, key, dtype)
 
 
@@ -227,11 +228,11 @@ class VectorizedHAM(eqx.Module):
     _ham: HAM
 
     @property
-    def neurons(self) -> dict: return self._ham.neurons
+    def neurons(self) -> Mapping: return self._ham.neurons
     @property
-    def hypersynapses(self) -> dict: return self._ham.hypersynapses
+    def hypersynapses(self) -> Mapping: return self._ham.hypersynapses
     @property
-    def connections(self) -> list: return self._ham.connections
+    def connections(self) -> tuple: return self._ham.connections
     @property
     def n_neurons(self) -> int: return self._ham.n_neurons
     @property
@@ -244,7 +245,7 @@ class VectorizedHAM(eqx.Module):
 
     def init_states(self, bs=None, *, key=None, dtype=None) -> dict:
         "The initial states of `bs` networks: zeros, or random with a key."
-        if not bs: warnings.warn("A vectorized HAM takes batches: give init_states a batch size.", stacklevel=2)
+        if not bs: warnings.warn("A vectorized HAM takes batches: give init_states a batch size.", stacklevel=3)
         return _init_states(self._ham, bs, key, dtype)
 
     def activations(self, xs) -> dict:

@@ -37,6 +37,7 @@ def plot_energy(
 def plot_recall(
     *rows, # arrays (columns, pixels) or (columns, height, width): for instance originals, corrupted, recalled
     labels=None, # a name for each row
+    titles=None, # a title for each column
     shape=None, # (height, width) of an image; None for a square, or for what the rows have
     cmap="gray_r", # matplotlib's name of a colour map
     limits=None, # darkest and lightest value; None for those of the first row
@@ -54,6 +55,7 @@ def plot_recall(
     for r, (row, name) in enumerate(zip(rows, labels or [""] * len(rows), strict=True)):
         for ax, image in zip(axes[r], row, strict=True): _draw_image(ax, image, cmap, low, high)
         axes[r][0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+    for ax, title in zip(axes[0], titles or []): ax.set_title(title, fontsize=9)
     return axes
 
 

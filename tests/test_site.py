@@ -23,7 +23,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
-MAX_CELLS, MAX_IMAGE_BYTES = 45, 150_000
+MAX_CELLS, MAX_IMAGE_BYTES = 50, 150_000
 CROSSREF = re.compile(r"(fig|tbl|sec|eq|lst|thm|lem|cor|prp|cnj|def|exm|exr)-")
 
 

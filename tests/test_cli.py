@@ -1,0 +1,266 @@
+"""The two commands as a person meets them: files in, files out, one line for every mistake, and no half-written file."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hamux import cli
+
+RNG = np.random.default_rng(0)
+PATTERNS = RNG.standard_normal((40, 12)).astype(np.float32)
+HOLES = np.where(np.arange(12) < 7, PATTERNS, np.float32(np.nan))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, array in {"memories": PATTERNS, "holes": HOLES, "noise": PATTERNS + np.float32(0.05)}.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    return tmp_path
+
+
+def recall(folder, *argv, memories="memories.npy", queries="holes.npy", out="out.npy"):
+    return cli.hamux_recall([str(folder / memories), str(folder / queries), "-o", str(folder / out), *argv])
+
+
+def refused(folder, capsys, *argv, **files):
+    "The one line that a command says when it refuses, after checking that it is one, with status 2 and nothing left behind"
+    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    with pytest.raises(SystemExit) as stopped: recall(folder, *argv, **files)
+    said = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert said.err.startswith("hamux-recall: ") and said.err.count("\n") == 1 and not said.out
+    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
+    return said.err
+
+
+# recall: what comes back
+
+
+@pytest.mark.parametrize("out", ["out.npy", "out.npz", "out.csv"])
+@pytest.mark.parametrize("batch", [[], ["--batch", "7"]])
+def test_recall_fills_what_is_unknown(folder, capsys, out, batch):
+    assert recall(folder, *batch, out=out) == 0
+    read = {".npy": np.load, ".npz": lambda p: np.load(p)["rows"], ".csv": lambda p: np.loadtxt(p, delimiter=",")}[Path(out).suffix]
+    answers = read(folder / out)
+    np.testing.assert_array_equal(answers[:, :7].astype("f4"), PATTERNS[:, :7])
+    np.testing.assert_allclose(answers, PATTERNS, atol=0.02)
+    said = capsys.readouterr()
+    assert "40 queries recalled from 40 memories of 12 numbers" in said.out and "40 of 40 converged" in said.out and not said.err
+
+
+def test_noisy_queries_are_free_to_move(folder):
+    assert recall(folder, "--noisy", queries="noise.npy") == 0
+    np.testing.assert_allclose(np.load(folder / "out.npy"), PATTERNS, atol=0.02)
+
+
+def test_known_queries_come_back_and_are_said_to(folder, capsys):
+    assert recall(folder, queries="memories.npy") == 0
+    np.testing.assert_array_equal(np.load(folder / "out.npy"), PATTERNS)
+    assert "40 of 40 queries have nothing unknown" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype, out", [("f2", "f4"), ("f4", "f4"), ("f8", "f8"), ("u1", "f4"), ("i8", "f8"), ("?", "f4")])
+def test_dtypes(folder, dtype, out):
+    bits = RNG.integers(0, 2, (9, 20))
+    np.save(folder / "m.npy", bits.astype(dtype))
+    np.save(folder / "q.npy", np.where(np.arange(20) < 14, bits, np.nan).astype("f2" if dtype == "f2" else "f4"))
+    assert recall(folder, memories="m.npy", queries="q.npy") == 0
+    answers = np.load(folder / "out.npy")
+    assert answers.dtype == np.dtype(out)
+    np.testing.assert_array_equal(np.round(answers), bits)
+
+
+@pytest.mark.parametrize("unit, origin", [(1e-30, 0), (1e30, 0), (1, 1e4), (1e-3, -7)])
+def test_units_do_not_matter(folder, unit, origin):
+    np.save(folder / "m.npy", PATTERNS * unit + origin)
+    np.save(folder / "q.npy", HOLES * unit + origin)
+    assert recall(folder, memories="m.npy", queries="q.npy") == 0
+    np.testing.assert_allclose((np.load(folder / "out.npy") - origin) / unit, PATTERNS, atol=0.03)
+
+
+def test_images_keep_their_shape(folder):
+    np.save(folder / "m.npy", PATTERNS.reshape(40, 3, 4))
+    np.save(folder / "q.npy", HOLES.reshape(40, 3, 4))
+    assert recall(folder, memories="m.npy", queries="q.npy") == 0
+    np.testing.assert_allclose(np.load(folder / "out.npy"), PATTERNS.reshape(40, 3, 4), atol=0.02)
+
+
+def test_output_over_the_queries(folder):
+    assert recall(folder, "--batch", "3", out="holes.npy") == 0
+    np.testing.assert_allclose(np.load(folder / "holes.npy"), PATTERNS, atol=0.02)
+
+
+@pytest.mark.parametrize("similarity", ["dot", "euclidean"])
+def test_similarity_and_beta_are_obeyed(folder, capsys, similarity):
+    unit = PATTERNS / np.linalg.norm(PATTERNS, axis=1, keepdims=True)
+    np.save(folder / "m.npy", unit)
+    np.save(folder / "q.npy", np.where(np.isnan(HOLES), np.nan, unit).astype("f4"))
+    assert recall(folder, "--similarity", similarity, "--beta", "50", memories="m.npy", queries="q.npy") == 0
+    assert f"({similarity}, beta = 50)" in capsys.readouterr().out
+    np.testing.assert_allclose(np.load(folder / "out.npy"), unit, atol=0.05)
+
+
+def test_not_converged_is_written_and_said(folder, capsys):
+    assert recall(folder, "--noisy", "--max-steps", "1", queries="noise.npy") == 1
+    assert np.isfinite(np.load(folder / "out.npy")).all()
+    assert "40 of 40 queries did not converge" in capsys.readouterr().err
+
+
+def test_one_memory_one_query_one_feature(folder):
+    np.save(folder / "m.npy", np.array([[3.0]], "f4"))
+    np.save(folder / "q.npy", np.array([[np.nan]], "f4"))
+    assert recall(folder, memories="m.npy", queries="q.npy") == 0
+    np.testing.assert_array_equal(np.load(folder / "out.npy"), [[3]])
+
+
+# recall: what is refused
+
+
+WRONG = {
+    "missing": (dict(memories="lost.npy"), "no such file"),
+    "queries missing": (dict(queries="lost.npy"), "no such file"),
+    "extension": (dict(out="out.txt"), ".txt"),
+    "no folder": (dict(out="no/out.npy"), "folder"),
+    "width": (dict(queries="wide.npy"), "a query has 13 numbers and a memory 12"),
+    "flat": (dict(memories="flat.npy"), "flat.npy"),
+    "empty": (dict(memories="none.npy"), "none.npy"),
+    "no queries": (dict(queries="none.npy"), "none.npy"),
+    "strings": (dict(memories="words.npy"), "words.npy"),
+    "objects": (dict(memories="objects.npy"), "objects.npy"),
+    "complex": (dict(memories="complex.npy"), "complex"),
+    "NaN in memories": (dict(memories="holes.npy"), "row 0, column 7"),
+    "inf in queries": (dict(queries="inf.npy"), "row 31, column 2"),
+    "truncated": (dict(queries="cut.npy"), "cut.npy"),
+    "not an array": (dict(queries="text.npy"), "not a .npy file"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_files_are_one_line(folder, capsys, what):
+    inf = PATTERNS.copy()
+    inf[31, 2] = np.inf
+    arrays = dict(wide=np.zeros((3, 13)), flat=PATTERNS[0], none=PATTERNS[:0], words=np.array([["a"]]), complex=PATTERNS * 1j, inf=inf)
+    for name, array in arrays.items(): np.save(folder / f"{name}.npy", array)
+    np.save(folder / "objects.npy", np.array([[{}]]), allow_pickle=True)
+    (folder / "cut.npy").write_bytes((folder / "holes.npy").read_bytes()[:-100])
+    (folder / "text.npy").write_text("1,2,3\n")
+    files, words = WRONG[what]
+    assert words in refused(folder, capsys, "--batch", "4", **files)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--beta", "0"], "not a positive number"), (["--beta", "nan"], "not a positive number"), (["--dt", "2"], "at most 1"),
+    (["--max-steps", "0"], "positive int"), (["--batch", "1.5"], "positive int"), (["--similarity", "cosine"], "invalid choice"),
+    (["--fast"], "unrecognized"),
+])
+def test_wrong_options_are_one_line(folder, capsys, argv, words):
+    assert words in refused(folder, capsys, *argv)
+
+
+def test_the_old_output_survives_a_late_failure(folder, capsys):
+    queries = HOLES.copy()
+    queries[39, 0] = np.inf # found in the last batch only
+    np.save(folder / "late.npy", queries)
+    (folder / "out.npy").write_bytes(b"what was there")
+    assert "row 39, column 0" in refused(folder, capsys, "--batch", "4", queries="late.npy")
+    assert (folder / "out.npy").read_bytes() == b"what was there"
+
+
+# in a process of its own
+
+
+def run(code, *argv, **kwargs):
+    return subprocess.run([sys.executable, "-c", code, *map(str, argv)], capture_output=True, text=True, timeout=120, **kwargs)
+
+
+RECALL = "import sys; from hamux.cli import hamux_recall; sys.exit(hamux_recall(sys.argv[1:]))"
+
+
+def test_a_full_disk_is_one_line(folder):
+    np.save(folder / "many.npy", np.repeat(HOLES, 2000, 0))
+    limited = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)); "
+    done = run(limited + RECALL, folder / "memories.npy", folder / "many.npy", "-o", folder / "out.npy")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "larger than a file may be" in done.stderr
+    assert not (folder / "out.npy").exists() and not list(folder.glob("*.tmp")) and not list(folder.glob(".hamux*"))
+
+
+def test_terminated_leaves_no_half_written_file(folder):
+    np.save(folder / "many.npy", np.repeat(HOLES, 20_000, 0))
+    (folder / "out.npy").write_bytes(b"what was there")
+    command = [sys.executable, "-c", RECALL, folder / "memories.npy", folder / "many.npy", "-o", folder / "out.npy", "--batch", "8"]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(folder.glob(".hamux*")) and time.monotonic() < deadline: time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    assert (folder / "out.npy").read_bytes() == b"what was there" and not list(folder.glob(".hamux*"))
+
+
+@pytest.mark.slow
+def test_queries_are_streamed(folder):
+    "100 MB of queries pass through a process that grows by a fraction of that"
+    with open(folder / "many.npy", "wb") as f:
+        np.lib.format.write_array_header_1_0(f, {"descr": "<f4", "fortran_order": False, "shape": (400_000, 64)})
+        for _ in range(100): RNG.standard_normal((4000, 64), np.float32).tofile(f)
+    np.save(folder / "m.npy", RNG.standard_normal((16, 64), np.float32))
+    measure = ("import resource, sys; from hamux.cli import hamux_recall; small, *argv = sys.argv[1:]; hamux_recall([argv[0], small, *argv[2:]]);"
+               "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak(); hamux_recall(argv); print(peak() - before)")
+    np.save(folder / "few.npy", RNG.standard_normal((2000, 64), np.float32))
+    done = run(measure, folder / "few.npy", folder / "m.npy", folder / "many.npy", "-o", folder / "out.npy", "--noisy", "--batch", "1024", "--max-steps", "3")
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 40_000 # kilobytes
+    assert os.path.getsize(folder / "out.npy") == os.path.getsize(folder / "many.npy")
+
+
+def test_python_m_hamux_is_the_demo(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "hamux", "-n", "30", "-c", "half", "-o", "picture.png"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "30 of 30" in done.stdout and (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+# the demo
+
+
+def demo(*argv):
+    try: return cli.hamux_demo([*argv])
+    except SystemExit as stopped: return stopped.code
+
+
+def test_demo_brings_back_95_of_100_halves(tmp_path, capsys):
+    assert demo("-o", f"{tmp_path}/d.png") == 0
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line[:4] in ("half", "nois", "both")}
+    assert int(rows["half"][1]) >= 95 and rows["half"][2:4] == ["of", "100"]
+    for row in rows.values(): assert float(row[4]) > float(row[6]) # energy before and after
+
+
+@pytest.mark.parametrize("seed", ["1", "2", "3"])
+def test_demo_on_other_digits(tmp_path, seed):
+    assert demo("-c", "half", "--seed", seed, "-o", f"{tmp_path}/d.png") == 0
+
+
+def test_demo_says_when_the_recall_fails(tmp_path, capsys):
+    assert demo("-n", "60", "-c", "noise", "--noise", "2", "-o", f"{tmp_path}/d.png") == 1
+    assert "came back, fewer than 95%" in capsys.readouterr().err
+    assert (tmp_path / "d.png").exists()
+
+
+@pytest.mark.parametrize("argv", [["-n", "0"], ["-n", "1798"], ["-c", "mirror"], ["--beta", "-1"], ["--seed", "x"], ["-o", "d.jpg"], ["-o", "no/d.png"]])
+def test_demo_refuses_in_one_line(tmp_path, capsys, monkeypatch, argv):
+    monkeypatch.chdir(tmp_path)
+    assert demo(*argv) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("hamux-demo: ") and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_demo_without_scikit_learn(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert demo("-o", f"{tmp_path}/d.png") == 2
+    assert "pip install 'hamux[demo]'" in capsys.readouterr().err
