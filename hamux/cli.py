@@ -30,7 +30,9 @@ def _one_line_errors(command):
     "Turn what a user can get wrong into one line on stderr and exit status 2."
     try: yield
     except (FileProblem, ValueError) as e: _fail(command, e)
-    except MemoryError: _fail(command, "out of memory: give a smaller --batch, or fewer memories")
+    except (MemoryError, jax.errors.JaxRuntimeError) as e:
+        if isinstance(e, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(e): raise
+        _fail(command, "out of memory: give a smaller --batch, or fewer memories")
     except KeyboardInterrupt: _fail(command, "interrupted; nothing was written", 130)
 
 
