@@ -11,7 +11,7 @@ __all__ = ['AbstractSolver', 'Euler', 'Descent', 'descend']
 import abc
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -50,6 +50,7 @@ class Euler(AbstractSolver):
     dt: Any = 0.1 # step in units of time, > 0: a number (a constant) or an array (traced)
 
     def __check_init__(self):
+        if not isinstance(self.dt, (numbers.Real, np.ndarray, jax.Array)): raise TypeError(f"Euler: dt is one positive number, and is {self.dt!r}.")
         if jnp.shape(self.dt) != (): raise ValueError(f"Euler: dt is one positive number, and has shape {jnp.shape(self.dt)}.")
         if not isinstance(self.dt, jax.core.Tracer) and not 0 < float(self.dt) < math.inf:
             raise ValueError(f"Euler: dt must be positive and finite, and is {self.dt}.")
@@ -64,10 +65,11 @@ def _as_clamp(clamp, neurons, batch):
     "The names of whole clamped layers, and a boolean mask for each partly clamped one."
     if clamp is None: return (), {}
     if isinstance(clamp, str | numbers.Integral): clamp = (clamp,)
-    if not isinstance(clamp, Mapping): clamp = {name: True for name in clamp}
+    if not isinstance(clamp, Iterable) or isinstance(clamp, (np.ndarray, jax.Array)):
+        raise TypeError(f"The clamp is a layer name, several, or a dictionary name → True or mask, and was given as {clamp!r}.")
     whole, masks = [], {}
-    for name, mask in clamp.items():
-        if name not in neurons:
+    for name, mask in clamp.items() if isinstance(clamp, Mapping) else ((name, True) for name in clamp):
+        if not isinstance(name, str | numbers.Integral) or name not in neurons:
             raise ValueError(f"The clamp names an unknown layer {name!r}. Known are: {', '.join(map(repr, neurons))}.")
         if mask is True: whole.append(name)
         elif mask is not False: masks[name] = _as_mask(name, mask, neurons[name].shape, batch)
@@ -76,7 +78,8 @@ def _as_clamp(clamp, neurons, batch):
 
 def _as_mask(name, mask, shape, batch):
     "A boolean array of the layer's shape, with the batch axis if there is one."
-    mask = jnp.asarray(mask)
+    try: mask = jnp.asarray(mask)
+    except (TypeError, ValueError): raise TypeError(f"The clamp of the layer {name!r} should be True or a boolean mask, and is {mask!r}.") from None
     if mask.dtype != bool:
         raise TypeError(f"The clamp of the layer {name!r} should be True or a boolean mask, and has dtype {mask.dtype}. "
                         f"For indices write jnp.zeros({shape}, bool).at[indices].set(True).")
@@ -186,7 +189,8 @@ class _Loop(optx.AbstractFixedPointSolver):
 def _residual(problem, y, grads, rtol, atol):
     "The largest gradient of every row, and whether it is small layer by layer."
     largest = {n: problem.rowwise(jnp.max, abs(g)) for n, g in grads.items()}
-    within = [largest[n] <= atol + rtol * problem.rowwise(jnp.max, abs(x)) for n, x in y.items()]
+    sizes = {n: jnp.where(problem.masks[n], 0, abs(x)) if n in problem.masks else abs(x) for n, x in y.items()}
+    within = [largest[n] <= atol + rtol * problem.rowwise(jnp.max, size) for n, size in sizes.items()]
     return jnp.stack([r.astype(jnp.result_type(*largest.values())) for r in largest.values()]).max(0), jnp.stack(within).all(0)
 
 
@@ -227,11 +231,13 @@ class Descent(eqx.Module):
         "Why it stopped, in words: a string, or a list of them for a batch. Not available under jit; use `code` there."
         if isinstance(self.code, jax.core.Tracer):
             raise TypeError("The words of a result need its numbers. Under jit use `.code` or `.converged`.")
-        said = [_words(*row) for row in zip(*(np.ravel(v).tolist() for v in (self.code, self.steps, self.residual, self.rises)), strict=True)]
+        whole = np.isfinite(self.energy) & np.isfinite(self.residual)
+        rows = zip(*(np.ravel(v).tolist() for v in (self.code, self.steps, self.residual, self.rises, whole)), strict=True)
+        said = [_words(*row) for row in rows]
         return said if np.ndim(self.code) else said[0]
 
 # %% ../nbs/api/04_dynamics.ipynb #220b15c9
-def _words(code, steps, residual, rises):
+def _words(code, steps, residual, rises, whole):
     "One sentence on what happened and what to do."
     climbed = f" The energy rose in {rises} of {steps} steps: take a smaller dt." if rises else ""
     if code == _CONVERGED:
@@ -239,7 +245,7 @@ def _words(code, steps, residual, rises):
     if code == _MAX_STEPS:
         return f"Stopped at the maximum of {steps} steps with a residual of {residual:.2g}." + (climbed or " Allow more steps, or a larger tolerance.")
     if code == _NONFINITE:
-        return (f"Stopped being finite at step {steps + bool(steps or rises)}; the last finite state is returned. Look for NaN or inf in parameters and "
+        return (f"Stopped being finite at step {steps + whole}; the last finite state is returned. Look for NaN or inf in parameters and "
                 f"start, for an energy that is not bounded below, or take a smaller dt.{climbed}")
     return "Still running."
 
@@ -263,12 +269,13 @@ def descend(
     if not isinstance(ham, HAM | VectorizedHAM): raise TypeError(f"descend needs a HAM or a VectorizedHAM, and was given {ham!r}.")
     if not isinstance(solver, AbstractSolver): raise TypeError(f"solver should be a solver such as Euler(dt=0.1), and is {solver!r}.")
     if not isinstance(max_steps, numbers.Integral) or max_steps < 1: raise ValueError(f"max_steps is a positive int, and is {max_steps!r}.")
+    if not isinstance(adjoint, optx.AbstractAdjoint): raise TypeError(f"adjoint is one of Optimistix, such as ImplicitAdjoint(), and is {adjoint!r}.")
     xs = _batch(xs, ham, "states") if batched else _check_tree(xs, ham.neurons, "states")
     batch = next(iter(xs.values())).shape[:1] if batched else ()
     whole, masks = _as_clamp(clamp, ham.neurons, batch)
     default = float(jnp.finfo(jnp.result_type(*xs.values())).eps) ** (2 / 3)
     rtol, atol = (default if t is None else t for t in (rtol, atol))
-    if min(rtol, atol) < 0: raise ValueError(f"The tolerances are not negative, and are rtol={rtol}, atol={atol}.")
+    if not (rtol >= 0 and atol >= 0): raise ValueError(f"The tolerances are not negative, and are rtol={rtol}, atol={atol}.")
     out = _descend(ham.unvectorize(), xs, masks, whole, solver, int(max_steps), rtol, atol, trace, adjoint, key, batched)
     if not throw: return out
     return eqx.error_if(out, ~out.converged, "The descent did not converge. Look at `.result` with throw=False, allow more steps, or take a smaller dt.")
@@ -282,7 +289,7 @@ def _descend(ham, xs, masks, whole, solver, max_steps, rtol, atol, trace, adjoin
     problem = _Problem(ham, xs, masks, free, batched)
     if free:
         y = {n: xs[n] for n in free}
-        bad = ~_finite(problem, y, shape)
+        bad = ~_finite(problem, xs, shape) # what is clamped too: an energy can hide a NaN
         y = {n: jnp.where(_expand(bad, x), 0, x) for n, x in y.items()}
         loop = _Loop(solver, max_steps, rtol, atol, trace)
         found = optx.fixed_point(lambda y, args: args[0].map(y), loop, y, (problem, bad, key), max_steps=max_steps + 1, adjoint=adjoint, throw=False)

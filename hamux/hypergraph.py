@@ -11,7 +11,7 @@ __all__ = ['HAM', 'VectorizedHAM']
 import inspect
 import numbers
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import equinox as eqx
@@ -45,6 +45,8 @@ def _known(name, table, what):
 def _connected(connections, neurons, hypersynapses):
     "The connections as a tuple of (tuple of layer names, hypersynapse name), all of them known."
     out = []
+    if not isinstance(connections, Iterable):
+        raise TypeError(f"The connections are a list of ((layer, …), hypersynapse), and were given as {connections!r}.")
     for c in connections:
         if isinstance(c, str) or not isinstance(c, Sequence) or len(c) != 2:
             raise TypeError(f"A connection is a pair ((layer, …), hypersynapse), and was given as {c!r}.")
@@ -61,7 +63,7 @@ def _connected(connections, neurons, hypersynapses):
 def _try_layer(name, layer, dtype):
     "Raise unless the layer's Lagrangian is a real scalar with an activation."
     try: jax.eval_shape(layer.activations, jax.ShapeDtypeStruct(layer.shape, dtype))
-    except (TypeError, ValueError) as e: raise type(e)(f"The neuron layer {name!r}: {e}") from e
+    except (TypeError, ValueError) as e: raise (TypeError if isinstance(e, TypeError) else ValueError)(f"The neuron layer {name!r}: {e}") from e
 
 
 def _try_connection(names, s, neurons, synapse, dtype):

@@ -11,12 +11,13 @@ __all__ = ['legendre_transform', 'NeuronLayer', 'IdentityLayer', 'ReluLayer', 'R
 # %% ../nbs/api/01_neurons.ipynb #f63988e0
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from . import lagrangians as lg
@@ -27,6 +28,8 @@ def _checked(L, who="The Lagrangian"):
     "`L` with a clear error where it does not return one real number."
     def scalar(x):
         value = L(x)
+        if not isinstance(value, (numbers.Number, np.generic, np.ndarray, jax.Array)):
+            raise TypeError(f"{who} must return one real floating number, and returned {value!r}.")
         shape, dtype = jnp.shape(value), jnp.result_type(value)
         if shape != ():
             raise ValueError(f"{who} must return one number for a whole layer, and returned an array of shape {shape} "
@@ -53,14 +56,14 @@ def legendre_transform(
 # %% ../nbs/api/01_neurons.ipynb #ea0f6eb8
 def _as_shape(shape):
     "A tuple of positive ints, from an int or a sequence."
-    sizes = (shape,) if isinstance(shape, numbers.Integral) else tuple(shape)
+    sizes = tuple(shape) if isinstance(shape, Iterable) else (shape,)
     if any(not isinstance(s, numbers.Integral) or isinstance(s, bool) or s < 1 for s in sizes):
         raise ValueError(f"The shape of a layer is a positive int or a tuple of them, and was given {shape!r}.")
     return tuple(map(int, sizes))
 
 
 def _as_tau(tau):
-    if jnp.shape(tau) != () or isinstance(tau, (str, bool)):
+    if not isinstance(tau, (numbers.Real, np.ndarray, jax.Array)) or jnp.shape(tau) != () or isinstance(tau, bool):
         raise ValueError(f"The time constant tau of a layer is one positive number, and was given {tau!r}.")
     if not isinstance(tau, jax.core.Tracer) and not 0 < float(tau) < math.inf:
         raise ValueError(f"The time constant tau of a layer must be positive and finite, and was given {tau!r}.")
@@ -69,7 +72,8 @@ def _as_tau(tau):
 
 def _as_state(x, shape, what):
     "`x` as an array, if it is a floating one of the given shape."
-    x = jnp.asarray(x)
+    try: x = jnp.asarray(x)
+    except (TypeError, ValueError): raise TypeError(f"{what} should be an array of shape {shape}, and is {x!r}.") from None
     if x.shape != shape:
         batched = " It looks batched: use ham.vectorize(), or jax.vmap." if x.shape[x.ndim - len(shape):] == shape else ""
         raise ValueError(f"{what} should have shape {shape}, and has {x.shape}.{batched}")

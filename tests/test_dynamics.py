@@ -1,0 +1,569 @@
+"""Descents against hand-written loops, closed forms and finite differences; clamps, rows, dtypes, recompilation, bad input."""
+import functools
+import math
+import re
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+import optimistix as optx
+import pytest
+
+from hamux import (
+    HAM,
+    BiasSynapse,
+    DenseSynapse,
+    Euler,
+    IdentityLayer,
+    LayerNormLayer,
+    LinearSynapse,
+    LinearSynapseWithBias,
+    ReluLayer,
+    SigmoidLayer,
+    SoftmaxLayer,
+    TanhLayer,
+    descend,
+)
+
+CONVERGED, MAX_STEPS, NONFINITE = 1, 2, 3
+
+
+@pytest.fixture(autouse=True, scope="module")
+def x64():
+    with jax.enable_x64(True):  # for this module alone
+        yield
+
+
+def close(got, expected, rtol=1e-9, atol=1e-11): np.testing.assert_allclose(got, expected, rtol=rtol, atol=atol)
+
+
+def trees_close(got, expected, **tol):
+    assert set(got) == set(expected)
+    for n in got: close(got[n], expected[n], **tol)
+
+
+def same_bits(a, b):
+    a, b = np.asarray(a), np.asarray(b)
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+@functools.cache
+def two_layers(key, scale=1.0):
+    k = jr.split(jr.PRNGKey(key), 2)
+    return HAM({"v": TanhLayer(5, tau=1.5), "h": SoftmaxLayer(4, beta=2.0)},
+               {"w": LinearSynapse.rand_init(k[0], 5, 4, scale=scale), "b": BiasSynapse(jr.normal(k[1], (5,)))}, [(("v", "h"), "w"), (("v",), "b")])
+
+
+@functools.cache
+def grids(key):
+    "Several axes, arity 3, a layer joined to itself, a learned tau."
+    k = jr.split(jr.PRNGKey(key), 3)
+    return HAM([IdentityLayer((2, 3), tau=jnp.array(0.7)), LayerNormLayer((2, 2)), SigmoidLayer(4)],
+               [DenseSynapse.rand_init(k[0], (2, 3), (2, 2), 4, scale=0.1), DenseSynapse.rand_init(k[1], 4, 4, scale=0.5), BiasSynapse(jr.normal(k[2], (2, 3)))],
+               [((0, 1, 2), 0), ((2, 2), 1), ((0,), 2)])
+
+
+class Memory(eqx.Module):
+    xi: jax.Array
+    def __call__(self, x): return 0.5 * (x * x).sum() - jax.nn.logsumexp(2.0 * self.xi @ x) / 2.0
+
+
+@functools.cache
+def leakless(key):
+    return HAM({"x": IdentityLayer(4, leak=False, tau=2.0), "y": ReluLayer((2, 2), tau=0.5)},
+               {"m": Memory(jr.normal(jr.PRNGKey(key), (6, 4))), "w": DenseSynapse.rand_init(jr.PRNGKey(key + 1), 4, (2, 2), scale=0.15)},
+               [(("x",), "m"), (("x", "y"), "w")])
+
+
+NETWORKS = {"two layers": two_layers, "grids": grids, "leakless": leakless}
+
+
+@functools.partial(jax.jit, static_argnames="n")
+def by_hand(ham, xs, dt, n, held=None):
+    "n steps of x ← x − (dt/τ) ∂E/∂x̂ outside of `held`: the end, and the energies and states before each step and after the last."
+    held = held or {}
+    def step(xs, _):
+        E, g = ham.dEdact(ham.activations(xs), xs, return_energy=True)
+        ahead = {m: x - dt / ham.neurons[m].tau * g[m] for m, x in xs.items()}
+        return {m: jnp.where(held.get(m, False), xs[m], x) for m, x in ahead.items()}, (E, xs)
+    _, (energies, path) = jax.lax.scan(step, xs, length=n + 1)
+    return {m: x[n] for m, x in path.items()}, jnp.moveaxis(energies, 0, -1), path
+
+
+activations = jax.jit(lambda ham, xs: ham.activations(xs))
+
+
+def start(ham, key=3, bs=None): return (ham.vectorize() if bs else ham).init_states(bs, key=jr.PRNGKey(key))
+
+
+never = dict(rtol=0.0, atol=0.0)  # not to stop before max_steps
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the flow
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_euler_is_the_hand_written_loop_and_never_climbs(name):
+    for key in range(2):
+        ham = NETWORKS[name](key)
+        xs = start(ham, key, 8)
+        out = descend(ham.vectorize(), xs, solver=Euler(0.05), max_steps=60, **never)
+        end, energies, _ = by_hand(ham.vectorize(), xs, 0.05, 60)
+        trees_close(out.xs, end)
+        close(out.energies, energies)
+        trees_close(out.xhats, activations(ham.vectorize(), end))
+        assert out.energies.shape == (8, 61) and np.all(out.rises == 0) and np.all(out.steps == 60) and np.all(out.code == MAX_STEPS)
+        assert np.all(np.diff(energies) <= 1e-12 * (1 + abs(energies[:, 1:])))
+        assert np.all(energies[:, -1] < energies[:, 0])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_fixed_point_equation_holds_where_it_converged(name):
+    for key in range(2):
+        ham = NETWORKS[name](key)
+        out = descend(ham.vectorize(), start(ham, key, 4), solver=Euler(0.2), max_steps=4000, rtol=0.0, atol=1e-8)
+        assert np.all(out.converged) and np.all(out.residual <= 1e-8) and np.all(out.steps > 0)
+        current = jax.jit(lambda ham, xhats: jax.grad(lambda a: -sum(e.sum() for e in ham.connection_energies(a)))(xhats))(ham.vectorize(), out.xhats)
+        trees_close({n: (out.xs[n] if ham.neurons[n].leak else 0.0) * np.ones_like(v) for n, v in current.items()}, current, atol=2e-8)
+        largest = [np.abs((out.xs[n] if ham.neurons[n].leak else 0) - v).reshape(4, -1).max(1) for n, v in current.items()]
+        close(np.max(largest, 0), out.residual, rtol=1e-5, atol=1e-14)
+
+
+def gaussian():
+    "Identity layers: ½|v|² + ½|h|² − vᵀWh − b·v − c·h, with its quadratic form in numpy."
+    rng = np.random.default_rng(0)
+    W, b, c = rng.normal(size=(3, 2)) * 0.3, rng.normal(size=3), rng.normal(size=2)
+    ham = HAM({"v": IdentityLayer(3, tau=2.0), "h": IdentityLayer(2, tau=jnp.array(0.5))},
+              {"w": LinearSynapseWithBias(W, c), "b": BiasSynapse(b)}, [(("v", "h"), "w"), (("v",), "b")])
+    A = np.block([[np.eye(3), -W], [-W.T, np.eye(2)]])
+    return ham, A, np.concatenate([b, c]), np.array([2.0] * 3 + [0.5] * 2)
+
+
+def test_linear_gaussian_network_in_closed_form():
+    ham, A, b, tau = gaussian()
+    xs = start(ham)
+    z0, fixed = np.concatenate([xs["v"], xs["h"]]), np.linalg.solve(A, b)
+    out = descend(ham, xs, solver=Euler(0.1), max_steps=17, **never)
+    z = fixed + np.linalg.matrix_power(np.eye(5) - 0.1 * A / tau[:, None], 17) @ (z0 - fixed)
+    close(np.concatenate([out.xs["v"], out.xs["h"]]), z)
+    close(out.energy, z @ A @ z / 2 - b @ z)
+    close(out.residual, abs(A @ z - b).max())
+    out = descend(ham, xs, rtol=0.0, atol=1e-10)
+    close(np.concatenate([out.xs["v"], out.xs["h"]]), fixed, atol=1e-8)
+    mask = np.array([True, False, True])
+    out = descend(ham, xs, clamp={"v": mask}, rtol=0.0, atol=1e-10)  # the mean of a Gaussian, conditioned on two variables
+    k, f = [0, 2], [1, 3, 4]
+    close(np.concatenate([out.xs["v"], out.xs["h"]])[f], np.linalg.solve(A[np.ix_(f, f)], b[f] - A[np.ix_(f, k)] @ z0[k]), atol=1e-8)
+
+
+def test_fact_23_climbing_and_divergence_are_reported():
+    ham = two_layers(0, scale=3.0)
+    out = descend(ham, start(ham), solver=Euler(2.9), max_steps=20, **never)
+    _, energies, _ = by_hand(ham, start(ham), 2.9, 20)
+    assert out.rises == (np.diff(energies) > 0).sum() > 0
+    assert f"rose in {int(out.rises)} of 20 steps" in out.result and "smaller dt" in out.result
+    unbounded = HAM([IdentityLayer(2)], [DenseSynapse(4 * np.eye(2))], [((0, 0), 0)])
+    out = descend(unbounded, {0: jnp.ones(2)}, solver=Euler(5.0))
+    assert out.code == NONFINITE and not out.converged and np.all(np.isfinite(out.xs[0]))
+    assert "not bounded below" in out.result and "rose" not in out.result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# clamps
+
+
+row_masks = np.arange(15).reshape(3, 5) % 2 == 0
+CLAMPS = {
+    "none": (None, {}), "empty": ((), {}), "false": ({"v": False}, {}), "name": ("h", {"h": True}), "list": (["h"], {"h": True}),
+    "tuple": (("h",), {"h": True}), "true": ({"h": True}, {"h": True}), "mask": ({"v": row_masks[0]}, {"v": row_masks[0]}),
+    "list mask": ({"v": [True, False, True, False, True]}, {"v": row_masks[0]}), "two": ({"v": jnp.asarray(row_masks[1]), "h": True}, {"v": row_masks[1], "h": True}),
+    "rows": ({"v": row_masks}, {"v": row_masks}), "softmax": ({"h": np.arange(4) < 2}, {"h": np.arange(4) < 2}),
+    "nothing": ({"v": np.zeros(5, bool)}, {}), "everything": ({"v": np.ones(5, bool)}, {"v": True}),
+}
+
+
+@pytest.mark.parametrize("case", CLAMPS)
+def test_clamped_elements_stay_and_the_others_flow(case):
+    clamp, held = CLAMPS[case]
+    ham = two_layers(1)
+    xs = start(ham, 3, 3)
+    xs["v"] = xs["v"].at[:, 0].set(-0.0).at[0, 2].set(1e300).at[1, 1].set(-1e-320).at[2, 4].set(30.0)
+    out = descend(ham.vectorize(), xs, clamp=clamp, max_steps=40, **never)
+    assert np.all(out.code == MAX_STEPS)
+    held = {n: np.broadcast_to(m, xs[n].shape) for n, m in held.items()}
+    for n, m in held.items(): assert same_bits(np.asarray(out.xs[n])[m], np.asarray(xs[n])[m])
+    end, energies, _ = by_hand(ham.vectorize(), xs, 0.1, 40, held)
+    trees_close(out.xs, end)
+    close(out.energies, energies)
+
+
+def test_one_clamp_by_position():
+    ham, xs = grids(0), start(grids(0))
+    out = descend(ham, xs, clamp=1, max_steps=5)
+    assert same_bits(out.xs[1], xs[1]) and not same_bits(out.xs[0], xs[0])
+
+
+def test_all_clamped_takes_no_step():
+    ham = two_layers(0)
+    xs = start(ham)
+    E = by_hand(ham, xs, 0.1, 9)[1][0]
+    for clamp in (["v", "h"], {"v": np.ones(5, bool), "h": np.ones(4, bool)}):
+        out = descend(ham, xs, clamp=clamp, max_steps=7)
+        assert out.steps == 0 and out.converged and out.residual == 0 and out.rises == 0
+        assert all(same_bits(out.xs[n], xs[n]) for n in xs)
+        close(out.energies, [E, *[np.nan] * 7])
+    many = descend(ham.vectorize(), start(ham, 3, 2), clamp=["v", "h"], max_steps=7, trace=False)
+    assert many.energies is None and many.energy.shape == many.steps.shape == many.residual.shape == many.code.shape == (2,)
+    xs = {n: x.astype(jnp.float16) for n, x in xs.items()}
+    assert descend(ham, xs, clamp=["v", "h"]).residual.dtype == descend(ham, xs, clamp="v").residual.dtype
+
+
+@pytest.mark.parametrize("clamp", ["v", {"v": np.arange(5) == 2}, ["v", "h"]], ids=["layer", "mask", "all"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_clamped_nan_is_reported(clamp, value):
+    ham = two_layers(0)
+    xs = start(ham, 3, 2)
+    bad = {**xs, "v": xs["v"].at[0, 2].set(value)}
+    out, fine = (descend(ham.vectorize(), x, clamp=clamp, max_steps=20, **never) for x in (bad, xs))
+    assert out.code[0] == NONFINITE and "finite" in out.result[0] and out.steps[0] == 0
+    assert same_bits(out.xs["v"][0], bad["v"][0]) and same_bits(out.xs["h"][0], bad["h"][0])
+    assert out.result[1] == fine.result[1] and same_bits(out.energies[1], fine.energies[1])
+
+
+def test_nan_is_reported_where_the_energy_hides_it():
+    "A leakless relu layer has the activation 0 at NaN: the energy is finite, the state is not."
+    ham = HAM({"r": ReluLayer(3, leak=False), "i": IdentityLayer(2)}, {"w": LinearSynapse(np.ones((3, 2)))}, [(("r", "i"), "w")])
+    out = descend(ham, {"r": jnp.array([jnp.nan, 1.0, 1.0]), "i": jnp.ones(2)}, clamp="r")
+    assert out.code == NONFINITE and not out.converged
+
+
+def test_a_large_clamped_element_does_not_loosen_the_tolerance():
+    ham = HAM({"x": IdentityLayer(3)}, {"b": BiasSynapse(np.ones(3))}, [(("x",), "b")])
+    out = descend(ham, {"x": jnp.array([1e12, 5.0, -5.0])}, clamp={"x": np.array([True, False, False])}, rtol=1e-6, atol=1e-6)
+    assert out.converged and out.steps > 0
+    close(out.xs["x"][1:], [1.0, 1.0], atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# every row is on its own
+
+
+def cubic():
+    "½x² − x³/3 per neuron: from below 1 it falls to 0, from above 1 it falls for ever."
+    return HAM({"x": IdentityLayer(2)}, {"c": lambda x: -(x**3).sum() / 3}, [(("x",), "c")])
+
+
+def test_rows_are_independent():
+    ham, many = cubic(), cubic().vectorize()
+    x = jnp.array([[0.5, -1.0], [np.nan, 0.2], [0.9, 0.9], [3.0, 0.1], [0.0, np.inf], [0.0, 0.0], [0.1, 0.99], [-np.inf, np.nan]])
+    out = descend(many, {"x": x}, max_steps=400)
+    np.testing.assert_array_equal(out.code, [1, 3, 1, 3, 3, 1, 1, 3])
+    assert out.steps[5] == 0 and len(out.result) == 8
+    for i, row in enumerate(x):
+        alone = descend(ham, {"x": row}, max_steps=400)
+        assert (out.steps[i], out.code[i], out.rises[i]) == (alone.steps, alone.code, alone.rises)
+        assert out.result[i] == alone.result
+        for got, expected in zip((out.xs["x"][i], out.xhats["x"][i], out.energy[i], out.energies[i], out.residual[i]),
+                                 (alone.xs["x"], alone.xhats["x"], alone.energy, alone.energies, alone.residual), strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-300)
+    good = np.array([0, 2, 5, 6, 0, 0, 0, 0])
+    again = descend(many, {"x": x[good]}, max_steps=400)  # the same shapes, so the same program
+    for i, j in enumerate(good[:4]):
+        assert same_bits(again.xs["x"][i], out.xs["x"][j]) and same_bits(again.energies[i], out.energies[j])
+        assert again.steps[i] == out.steps[j] and same_bits(again.residual[i], out.residual[j])
+    assert same_bits(out.xs["x"][1], x[1])  # a row that cannot start is returned as it was
+
+
+def test_gradients_of_good_rows_beside_bad_ones():
+    x = jnp.array([[0.5, -1.0], [np.nan, 0.2], [0.9, 0.1], [3.0, 0.1]])
+    W = jnp.array([[1.0, 0.3], [0.3, 0.8]])
+
+    class Cubic(eqx.Module):
+        W: jax.Array
+        def __call__(self, x): return -(x**3).sum() / 3 - jnp.array([0.1, 0.05]) @ self.W @ x
+
+    def loss(W, x, rows, adjoint):
+        ham = HAM({"x": IdentityLayer(2)}, {"c": Cubic(W)}, [(("x",), "c")])
+        out = descend(ham.vectorize(), {"x": x}, max_steps=300, adjoint=adjoint, rtol=0.0, atol=1e-9)
+        return (out.xs["x"][rows] ** 2).sum()
+
+    for adjoint in (optx.RecursiveCheckpointAdjoint(), optx.ImplicitAdjoint()):
+        grad = jax.jit(lambda W, x, rows, adjoint=adjoint: jax.grad(loss)(W, x, rows, adjoint))
+        mixed, alone = grad(W, x, np.array([0, 2])), grad(W, x[jnp.array([0, 2, 0, 2])], np.array([0, 1]))
+        assert np.all(np.isfinite(mixed)) and np.any(mixed != 0)
+        close(mixed, alone)
+
+
+def test_an_empty_batch():
+    many = cubic().vectorize()
+    out = descend(many, {"x": jnp.zeros((0, 2))}, max_steps=5)
+    assert out.xs["x"].shape == (0, 2) and out.energies.shape == (0, 6) and out.result == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# jit, vmap and gradients by the user
+
+
+def test_user_level_jit_and_vmap():
+    ham = two_layers(0)
+    batch = start(ham, 3, 3)
+    expected = descend(ham.vectorize(), batch, clamp={"v": row_masks}, max_steps=50)
+    f = lambda xs, mask: descend(ham, xs, clamp={"v": mask}, max_steps=50)
+    out = jax.jit(jax.vmap(f))(batch, row_masks)
+    trees_close(out.xs, expected.xs)
+    close(out.energies, expected.energies)
+    assert out.result == expected.result
+    row, mask = jtu.tree_map(lambda v: v[0], batch), row_masks[0]
+    assert jax.jit(lambda ham, xs: descend(ham, xs, clamp={"v": mask}, max_steps=50).code)(ham, row) == expected.code[0]
+    hams = jtu.tree_map(lambda *v: jnp.stack(v), *(two_layers(k) for k in range(3)))
+    out = jax.vmap(lambda ham: descend(ham, row, max_steps=50))(hams)  # without jit of one's own
+    for k in range(3): close(out.energy[k], descend(two_layers(k), row, max_steps=50).energy)
+    with pytest.raises(TypeError, match=r"Under jit use `.code`"): jax.jit(lambda xs: f(xs, mask).result)(row)
+
+
+def directional(f, at, h=1e-5):
+    "Pairs of slopes along random directions: from the gradient, and from finite differences. `f` returns value and gradient."
+    g = f(at)[1]
+    for key in range(3):
+        leaves, treedef = jtu.tree_flatten(at)
+        d = jtu.tree_unflatten(treedef, [jr.normal(k, v.shape) for k, v in zip(jr.split(jr.PRNGKey(key), len(leaves)), leaves)])
+        move = lambda s: jtu.tree_map(lambda v, d: v + s * h * d, at, d)
+        yield sum(jtu.tree_leaves(jtu.tree_map(lambda g, d: (g * d).sum(), g, d))), (f(move(1))[0] - f(move(-1))[0]) / (2 * h)
+
+
+held = {"v": np.array([True, True, False, False, False])}
+
+
+def test_gradients_through_the_steps_are_those_of_the_unrolled_loop():
+    ham = two_layers(0)
+    xs, target = start(ham), jr.normal(jr.PRNGKey(8), (5,))
+
+    def loss(at, hand):
+        ham, xs, dt = at
+        if hand:
+            end, energies, _ = by_hand(ham, xs, dt, 25, held)
+            E = energies[-1]
+        else:
+            out = descend(ham, xs, solver=Euler(dt), clamp=held, max_steps=25, **never)
+            end, E = out.xs, out.energy
+        return ((ham.activations(end)["v"] - target)**2).sum() + end["h"][0] + 0.3 * E
+
+    at = ham, xs, jnp.array(0.1)
+    f, g = (jax.jit(jax.value_and_grad(functools.partial(loss, hand=hand))) for hand in (False, True))
+    got, expected = f(at)[1], g(at)[1]
+    jtu.tree_map(lambda a, b: close(a, b, rtol=1e-8), got, expected)
+    assert all(np.any(g != 0) for g in jtu.tree_leaves(got))
+    assert np.any(got[1]["v"][:2] != 0)  # the clamped input
+    for exact, slope in directional(f, at): close(exact, slope, rtol=1e-6)
+
+
+def test_implicit_gradients_are_those_of_the_fixed_point():
+    xs, target = start(two_layers(0)), jr.normal(jr.PRNGKey(8), (5,))
+    ham = HAM({"v": TanhLayer(5, tau=jnp.array(1.5)), "h": SoftmaxLayer(4, beta=jnp.array(2.0))},
+              two_layers(0).hypersynapses, two_layers(0).connections)
+
+    def loss(at):
+        ham, held_values = at
+        out = descend(ham, {**xs, "v": jnp.where(held["v"], held_values, xs["v"])}, solver=Euler(0.5), clamp=held, max_steps=2000,
+                      rtol=0.0, atol=1e-12, adjoint=optx.ImplicitAdjoint())
+        return ((out.xhats["v"] - target)**2).sum() + out.xs["h"][0]
+
+    at = ham, xs["v"]
+    f = jax.jit(jax.value_and_grad(loss))
+    got = f(at)[1]
+    for exact, slope in directional(f, at): close(exact, slope, rtol=1e-5, atol=1e-8)
+    close(got[0].neurons["v"].tau, 0.0, atol=1e-9)  # a fixed point does not know τ, nor where the free ones came from
+    close(got[1][2:], 0.0)
+    assert np.all(got[1][:2] != 0) and got[0].neurons["h"].lagrangian.keywords["beta"] != 0
+
+
+def test_the_final_energy_has_the_envelope_gradient():
+    "At a fixed point dE/dW is its explicit part, −v̂ ĥᵀ."
+    ham = two_layers(0)
+    xs = start(ham)
+    def final(ham):
+        out = descend(ham, xs, solver=Euler(0.5), max_steps=2000, rtol=0.0, atol=1e-12, adjoint=optx.ImplicitAdjoint())
+        return out.energy, out.xhats
+    grad, xhats = jax.jit(jax.grad(final, has_aux=True))(ham)
+    close(grad.hypersynapses["w"].W, -np.outer(xhats["v"], xhats["h"]), atol=1e-9)
+    close(grad.hypersynapses["b"].b, -np.asarray(xhats["v"]), atol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# steps, trace, words
+
+
+def test_trace_and_steps():
+    ham = two_layers(2)
+    xs = start(ham, 5, 6)
+    out = descend(ham.vectorize(), xs, max_steps=400)
+    _, energies, path = by_hand(ham.vectorize(), xs, 0.1, 400)
+    assert out.energies.shape == (6, 401) and np.all(out.converged) and len(set(out.steps.tolist())) > 1
+    for i, k in enumerate(out.steps.tolist()):
+        close(out.energies[i, :k + 1], energies[i, :k + 1])
+        assert np.all(np.isnan(out.energies[i, k + 1:])) and 0 < k < 400
+        trees_close({n: x[i] for n, x in out.xs.items()}, {n: p[k, i] for n, p in path.items()})
+        close(out.energy[i], out.energies[i, k])
+        tol = float(jnp.finfo(float).eps)**(2 / 3)  # the first state whose gradient is small, layer by layer
+        small = [all(np.abs(p[j + 1, i] - p[j, i]).max() * ham.neurons[n].tau / 0.1 <= 1.001 * tol * (1 + np.abs(p[j, i]).max()) for n, p in path.items())
+                 for j in (k - 1, k)] if k < 400 else []
+        assert small == [False, True]
+    dark = descend(ham.vectorize(), xs, max_steps=400, trace=False)
+    assert dark.energies is None and np.array_equal(dark.steps, out.steps)
+    trees_close(dark.xs, out.xs)
+
+
+def test_max_steps_is_exact():
+    ham = two_layers(2)
+    xs = start(ham)
+    end, energies, _ = by_hand(ham, xs, 0.1, 1)
+    out = descend(ham, xs, max_steps=1)
+    assert out.steps == 1 and out.code == MAX_STEPS and out.energies.shape == (2,)
+    trees_close(out.xs, end)
+    close(out.energies, energies)
+    close(out.energy, energies[1])
+    full = descend(ham, xs, max_steps=1000)
+    enough = descend(ham, xs, max_steps=int(full.steps))  # to converge at the last step is to converge
+    assert enough.converged and enough.steps == full.steps
+    short = descend(ham, xs, max_steps=int(full.steps) - 1)
+    assert not short.converged and short.steps == full.steps - 1
+    again = descend(ham, full.xs, max_steps=1000)
+    assert again.steps == 0 and again.converged and all(same_bits(again.xs[n], full.xs[n]) for n in xs)
+    assert np.isnan(again.energies[1:]).all() and again.energies[0] == again.energy
+
+
+def test_the_words_of_a_result():
+    ham = cubic()
+    words = lambda x, **kw: descend(ham, {"x": jnp.array(x)}, **kw)
+    done, short, bad = words([0.5, 0.1]), words([0.5, 0.1], max_steps=3), words([np.nan, 0.1])
+    assert re.match(rf"Converged in {int(done.steps)} steps.*residual.*{float(done.residual):.2g}", done.result)
+    assert re.match(rf"Stopped at the maximum of 3 steps with a residual of {float(short.residual):.2g}.*more steps", short.result)
+    assert re.search("finite at step 0.*NaN or inf in parameters and start.*bounded below.*smaller dt", bad.result)
+    assert isinstance(done.result, str) and descend(ham.vectorize(), {"x": jnp.array([[0.5, 0.1]])}).result == [done.result]
+
+
+@pytest.mark.parametrize("x, dt", [([3.0, 0.1], 0.1), ([3.0, 0.1], 1e308), ([1e160, 0.1], 0.1)], ids=["in time", "state at once", "energy at once"])
+def test_the_words_name_the_step_that_is_not_finite(x, dt):
+    ham = cubic()
+    _, energies, path = by_hand(ham, {"x": jnp.array(x)}, dt, 40)
+    finite = np.isfinite(energies) & np.isfinite(path["x"]).all(-1)
+    first = int(np.argmin(finite))  # x₀ is step 0
+    out = descend(ham, {"x": jnp.array(x)}, solver=Euler(dt), max_steps=40)
+    assert out.code == NONFINITE and not finite[first] and f"at step {first};" in out.result, (first, out.result)
+
+
+def test_throw():
+    ham = two_layers(0)
+    with pytest.raises(RuntimeError, match="did not converge.*throw=False"): descend(ham, start(ham), max_steps=2, throw=True)
+    assert descend(ham, start(ham), throw=True).converged
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dtypes, compilation
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64], ids=lambda d: jnp.dtype(d).name)
+def test_dtypes_are_kept(dtype):
+    dtype = jnp.dtype(dtype)
+    double = two_layers(4)
+    ham = jtu.tree_map(lambda v: v.astype(dtype), double)
+    xs = {n: x.astype(dtype) for n, x in start(double).items()}
+    out = descend(ham, xs, solver=Euler(0.2), clamp={"v": row_masks[0]}, max_steps=300)
+    assert {v.dtype for v in (*out.xs.values(), *out.xhats.values(), out.energy, out.energies, out.residual)} == {dtype}
+    assert out.converged and out.steps.dtype == out.rises.dtype == jnp.int32 and out.rises == 0
+    wide = descend(jtu.tree_map(lambda v: v.astype(float), ham), {n: x.astype(float) for n, x in xs.items()}, solver=Euler(0.2),
+                   clamp={"v": row_masks[0]}, rtol=0.0, atol=1e-10)
+    trees_close({n: x.astype(float) for n, x in out.xs.items()}, wide.xs, rtol=0, atol=10 * float(jnp.finfo(dtype).eps)**(2 / 3))
+
+
+def test_layers_of_two_dtypes_keep_theirs():
+    ham = two_layers(0)
+    xs = start(ham)
+    out = descend(ham, {"v": xs["v"].astype(jnp.float32), "h": xs["h"]}, solver=Euler(jnp.array(0.1, float)), max_steps=3)
+    assert out.xs["v"].dtype == jnp.float32 and out.xs["h"].dtype == float
+
+
+def test_nothing_compiles_twice():
+    traces = []
+    class Counting(eqx.Module):
+        W: jax.Array
+        def __call__(self, v, h):
+            traces.append(1)
+            return -v @ self.W @ h
+
+    def run(key, mask=True, dt=jnp.array(0.1), **kw):
+        ham = HAM({"v": TanhLayer(5), "h": TanhLayer(4)}, {"w": Counting(jr.normal(jr.PRNGKey(key), (5, 4)))}, [(("v", "h"), "w")])
+        before = len(traces)  # building it traces too
+        descend(ham, start(ham, key), clamp={"v": mask} if mask is not True else None, max_steps=5, solver=Euler(dt), **kw)
+        return len(traces) - before
+
+    assert run(0) > 0
+    assert run(1) == 0 and run(2, dt=jnp.array(0.3)) == 0
+    assert run(3, row_masks[0]) > 0
+    assert run(3, row_masks[1]) == 0 and run(4, jnp.ones(5, bool)) == 0
+    assert run(5, atol=jnp.array(1e-3)) > 0 and run(6, atol=jnp.array(1e-4)) == 0
+    assert run(7, dt=0.1) > 0 and run(8, dt=0.1) == 0 and run(9, dt=0.2) > 0  # a number is a constant
+
+
+def test_a_vectorised_call_compiles_once_too():
+    traces = []
+    synapse = lambda x: traces.append(1) or -(x**2).sum() / 4
+    for key in range(3):
+        many = HAM([IdentityLayer(2)], [synapse], [((0,), 0)]).vectorize()
+        before = len(traces)
+        descend(many, {0: jr.normal(jr.PRNGKey(key), (3, 2))}, max_steps=5)
+        assert (len(traces) > before) is (key == 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bad input
+
+
+X = {"v": np.ones(5), "h": np.ones(4)}
+BAD = {
+    "ham": (lambda h: descend("ham", X), TypeError, "HAM or a VectorizedHAM.*'ham'"),
+    "missing": (lambda h: descend(h, {"v": X["v"]}), ValueError, r"states.*missing \['h'\]"),
+    "extra": (lambda h: descend(h, {**X, "z": X["v"]}), ValueError, r"unknown \['z'\]"),
+    "shape": (lambda h: descend(h, {**X, "v": np.ones(4)}), ValueError, r"'v' should have shape \(5,\), and has \(4,\)"),
+    "ints": (lambda h: descend(h, {**X, "v": np.ones(5, int)}), TypeError, "'v'.*int64"),
+    "batched": (lambda h: descend(h, {n: np.ones((2, *x.shape)) for n, x in X.items()}), ValueError, "'v'.*vectorize"),
+    "single": (lambda h: descend(h.vectorize(), X), ValueError, "batch axis.*'v'.*unvectorize"),
+    "sizes": (lambda h: descend(h.vectorize(), {"v": np.ones((2, 5)), "h": np.ones((3, 4))}), ValueError, "different sizes.*'v': 2.*'h': 3"),
+    "solver": (lambda h: descend(h, X, solver=0.1), TypeError, "solver should be.*Euler.*0.1"),
+    "solver class": (lambda h: descend(h, X, solver=Euler), TypeError, "solver should be.*Euler"),
+    **{f"max_steps {n!r}": (lambda h, n=n: descend(h, X, max_steps=n), ValueError, f"max_steps is a positive int.*{n}") for n in (0, -1, 2.0, "3")},
+    **{f"{t} {v}": (lambda h, t=t, v=v: descend(h, X, **{t: v}), ValueError, f"tolerances.*{t}={v}") for t in ("rtol", "atol") for v in (-1.0, math.nan)},
+    **{f"dt {v}": (lambda h, v=v: Euler(v), ValueError, f"dt must be positive and finite.*{v}") for v in (0, -0.1, math.nan, math.inf)},
+    "dt array": (lambda h: Euler(jnp.array(-1.0)), ValueError, "dt must be positive and finite.*-1"),
+    "dt per layer": (lambda h: Euler(jnp.ones(2)), ValueError, r"dt is one positive number.*\(2,\)"),
+    "dt a word": (lambda h: Euler("fast"), TypeError | ValueError, "dt.*'?fast"),
+    "dt none": (lambda h: Euler(None), TypeError | ValueError, "dt.*None"),
+    "adjoint": (lambda h: descend(h, X, adjoint="implicit"), TypeError | ValueError, "adjoint.*'implicit'"),
+    "clamp unknown": (lambda h: descend(h, X, clamp="vv"), ValueError, "clamp.*unknown layer 'vv'.*'v', 'h'"),
+    "clamp one unknown": (lambda h: descend(h, X, clamp=["v", "hid"]), ValueError, "unknown layer 'hid'"),
+    "clamp mask unknown": (lambda h: descend(h, X, clamp={"z": np.ones(5, bool)}), ValueError, "unknown layer 'z'"),
+    "clamp a number": (lambda h: descend(h, X, clamp=1.5), TypeError | ValueError, "clamp.*1.5"),
+    "clamp true": (lambda h: descend(h, X, clamp=np.ones(5, bool)), TypeError | ValueError, "clamp"),
+    "clamp nested": (lambda h: descend(h, X, clamp=[["v"]]), TypeError | ValueError, r"clamp.*\['v'\]"),
+    "clamp none": (lambda h: descend(h, X, clamp={"v": None}), TypeError | ValueError, "clamp of the layer 'v'"),
+    "mask shape": (lambda h: descend(h, X, clamp={"v": np.ones(4, bool)}), ValueError, r"clamp of the layer 'v' should have shape \(5,\), and has \(4,\)"),
+    "mask batched": (lambda h: descend(h, X, clamp={"v": np.ones((2, 5), bool)}), ValueError, r"shape \(5,\), and has \(2, 5\)"),
+    "mask rows": (lambda h: descend(h.vectorize(), {n: np.ones((3, *x.shape)) for n, x in X.items()}, clamp={"v": np.ones((2, 5), bool)}), ValueError,
+                  r"shape \(5,\) or \(3, 5\), and has \(2, 5\)"),
+    "mask one row": (lambda h: descend(h.vectorize(), {n: np.ones((3, *x.shape)) for n, x in X.items()}, clamp={"v": np.ones((1, 5), bool)}), ValueError,
+                     r"and has \(1, 5\)"),
+    "mask of floats": (lambda h: descend(h, X, clamp={"v": np.ones(5)}), TypeError, "clamp of the layer 'v'.*boolean mask.*float64"),
+    "mask of ints": (lambda h: descend(h, X, clamp={"v": [0, 1]}), TypeError, "clamp of the layer 'v'.*boolean mask.*int"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    call, error, words = BAD[case]
+    kinds = getattr(error, "__args__", (error,))
+    with pytest.raises(kinds) as caught: call(two_layers(0))
+    assert type(caught.value) in kinds and re.search(words, str(caught.value), re.DOTALL), str(caught.value)
