@@ -58,7 +58,10 @@ class Euler(AbstractSolver):
     def init(self, xs): return None
 
     def step(self, xs, grads, taus, state, step, key):
-        return {n: (x - self.dt / taus[n] * grads[n]).astype(x.dtype) for n, x in xs.items()}, state
+        def move(x, tau, g):
+            wide = jnp.promote_types(x.dtype, jnp.float32)
+            return (x - jnp.asarray(self.dt, wide) / jnp.asarray(tau, wide) * g).astype(x.dtype)
+        return {n: move(x, taus[n], grads[n]) for n, x in xs.items()}, state
 
 # %% ../nbs/api/04_dynamics.ipynb #aec9521e
 def _as_clamp(clamp, neurons, batch):
@@ -71,6 +74,7 @@ def _as_clamp(clamp, neurons, batch):
     for name, mask in clamp.items() if isinstance(clamp, Mapping) else ((name, True) for name in clamp):
         if not isinstance(name, str | numbers.Integral) or name not in neurons:
             raise ValueError(f"The clamp names an unknown layer {name!r}. Known are: {', '.join(map(repr, neurons))}.")
+        if isinstance(mask, bool | np.bool_): mask = bool(mask)
         if mask is True: whole.append(name)
         elif mask is not False: masks[name] = _as_mask(name, mask, neurons[name].shape, batch)
     return tuple(whole), masks

@@ -87,7 +87,7 @@ def _check_tree(tree, neurons, what, batch=()):
     if set(tree) != set(neurons):
         missing, extra = [n for n in neurons if n not in tree], [n for n in tree if n not in neurons]
         raise ValueError(f"The {what} do not have the names of the layers: missing {missing}, unknown {extra}.")
-    return {n: _as_state(tree[n], batch + layer.shape, f"The {what} of the layer {n!r}") for n, layer in neurons.items()}
+    return {n: _as_state(tree[n], batch + layer.shape, f"The {what} of the layer", n) for n, layer in neurons.items()}
 
 # %% ../nbs/api/03_hypergraph.ipynb #f8d11975
 class HAM(eqx.Module):

@@ -24,10 +24,10 @@ from . import lagrangians as lg
 from .parameters import seal, unseal
 
 # %% ../nbs/api/01_neurons.ipynb #d24dd3f1
-def _checked(L, who="The Lagrangian"):
+def _checked(L):
     "`L` with a clear error where it does not return one real number."
     def scalar(x):
-        value = L(x)
+        value, who = L(x), "The Lagrangian"
         if not isinstance(value, (numbers.Number, np.generic, np.ndarray, jax.Array)):
             raise TypeError(f"{who} must return one real floating number, and returned {value!r}.")
         shape, dtype = jnp.shape(value), jnp.result_type(value)
@@ -70,16 +70,16 @@ def _as_tau(tau):
     return tau
 
 
-def _as_state(x, shape, what):
+def _as_state(x, shape, what, owner):
     "`x` as an array, if it is a floating one of the given shape."
     try: x = jnp.asarray(x)
-    except (TypeError, ValueError): raise TypeError(f"{what} should be an array of shape {shape}, and is {x!r}.") from None
+    except (TypeError, ValueError): raise TypeError(f"{what} {owner!r} should be an array of shape {shape}, and is {x!r}.") from None
+    if x.shape == shape and jnp.issubdtype(x.dtype, jnp.floating): return x
+    what = f"{what} {owner!r}"
     if x.shape != shape:
         batched = " It looks batched: use ham.vectorize(), or jax.vmap." if x.shape[x.ndim - len(shape):] == shape else ""
         raise ValueError(f"{what} should have shape {shape}, and has {x.shape}.{batched}")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"{what} should hold real floating numbers, and has dtype {x.dtype}. Convert it with .astype(jnp.float32).")
-    return x
+    raise TypeError(f"{what} should hold real floating numbers, and has dtype {x.dtype}. Convert it with .astype(jnp.float32).")
 
 # %% ../nbs/api/01_neurons.ipynb #e3958939
 class NeuronLayer(eqx.Module):
@@ -113,14 +113,14 @@ class NeuronLayer(eqx.Module):
                     x: Float[Array, "..."], # state, the layer's shape
                     ) -> Float[Array, "..."]: # ∇L(x), same shape
         "The activation that belongs to a state. Raises for a wrong shape or dtype, or a Lagrangian that is not scalar."
-        return jax.grad(_checked(self.lagrangian, _name(self.lagrangian)))(_as_state(x, self.shape, f"The state of {self}"))
+        return jax.grad(_checked(self.lagrangian))(_as_state(x, self.shape, "The state of", self))
 
     def energy(self,
                xhat: Float[Array, "..."], # activation, the layer's shape
                x: Float[Array, "..."], # state, the layer's shape
                ) -> Float[Array, ""]: # <x̂, x> − L(x), or 0 without leak
         "The layer's own energy of a pair of activation and state."
-        xhat, x = _as_state(xhat, self.shape, f"The activation of {self}"), _as_state(x, self.shape, f"The state of {self}")
+        xhat, x = _as_state(xhat, self.shape, "The activation of", self), _as_state(x, self.shape, "The state of", self)
         return legendre_transform(self.lagrangian)(xhat, x) if self.leak else jnp.zeros((), x.dtype)
 
     def init(self,

@@ -64,7 +64,9 @@ def _open(node):
     is_partial = lambda n: isinstance(n, ft.partial)
     def visit(n):
         if is_partial(n): return eqx.Partial(_open(n.func), *_open(n.args), **_open(n.keywords))
-        return jnp.asarray(n) if isinstance(n, np.ndarray) and is_parameter(n) else n
+        if not is_parameter(n): return n
+        n = jnp.asarray(n)
+        return jax.lax.convert_element_type(n, n.dtype) # so that it is not weakly typed
     return jtu.tree_map(visit, node, is_leaf=is_partial)
 
 

@@ -8,6 +8,8 @@ Docs: https://hamux.github.io/hamux/api/synapses.html.md"""
 __all__ = ['LinearSynapse', 'BiasSynapse', 'LinearSynapseWithBias', 'DenseSynapse', 'ConvSynapse']
 
 # %% ../nbs/api/02_synapses.ipynb #11ebe5be
+import numbers
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,8 @@ from jaxtyping import Array, Float
 # %% ../nbs/api/02_synapses.ipynb #8240f7b9
 def _weights(W, name, who, ndim=None):
     "`W` as an array of real floating numbers with `ndim` axes."
-    W = jnp.asarray(W)
+    try: W = jnp.asarray(W)
+    except (TypeError, ValueError): raise TypeError(f"{who} needs an array {name}, and was given {W!r}.") from None
     if jnp.issubdtype(W.dtype, jnp.complexfloating):
         raise TypeError(f"{who} has real weights, and was given {name} of dtype {W.dtype}.")
     if ndim is not None and W.ndim != ndim:
@@ -143,7 +146,7 @@ class DenseSynapse(eqx.Module):
                   *shapes, # the shape of each layer, an int or a tuple
                   scale=0.02): # standard deviation of the weights
         "Normal weights of mean 0 for layers of the given shapes."
-        return cls(scale * jr.normal(key, sum(((s,) if isinstance(s, int) else tuple(s) for s in shapes), ())))
+        return cls(scale * jr.normal(key, sum(((s,) if isinstance(s, numbers.Integral) else tuple(s) for s in shapes), ())))
 
 # %% ../nbs/api/02_synapses.ipynb #49554ff8
 class ConvSynapse(eqx.Module):
