@@ -2,7 +2,8 @@
 
 __version__ = "0.3.0"
 
-from . import dynamics, hypergraph, lagrangians, memories, neurons, plots, synapses
+from . import attention, dynamics, hypergraph, lagrangians, memories, neurons, plots, synapses
+from .attention import *
 from .dynamics import *
 from .hypergraph import *
 from .lagrangians import *
@@ -11,4 +12,4 @@ from .neurons import *
 from .plots import *
 from .synapses import *
 
-__all__ = [name for module in (lagrangians, neurons, synapses, hypergraph, dynamics, memories, plots) for name in module.__all__]
+__all__ = [name for module in (lagrangians, neurons, synapses, attention, hypergraph, dynamics, memories, plots) for name in module.__all__]
