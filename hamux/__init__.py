@@ -2,8 +2,9 @@
 
 __version__ = "0.3.0"
 
-from . import attention, dynamics, hypergraph, lagrangians, memories, neurons, plots, synapses
+from . import attention, drawing, dynamics, hypergraph, lagrangians, memories, neurons, plots, synapses, tables
 from .attention import *
+from .drawing import *
 from .dynamics import *
 from .hypergraph import *
 from .lagrangians import *
@@ -11,5 +12,6 @@ from .memories import *
 from .neurons import *
 from .plots import *
 from .synapses import *
+from .tables import *
 
-__all__ = [name for module in (lagrangians, neurons, synapses, attention, hypergraph, dynamics, memories, plots) for name in module.__all__]
+__all__ = [name for module in (lagrangians, neurons, synapses, attention, hypergraph, dynamics, memories, plots, tables, drawing) for name in module.__all__]

@@ -248,6 +248,8 @@ def _words(code, steps, residual, rises, whole):
         return f"Converged in {steps} steps: the residual of {residual:.2g} is within the tolerance.{climbed}"
     if code == _MAX_STEPS:
         return f"Stopped at the maximum of {steps} steps with a residual of {residual:.2g}." + (climbed or " Allow more steps, or a larger tolerance.")
+    if code == _NONFINITE and not (steps or whole):
+        return "Not finite at step 0: the start or the parameters hold NaN or inf, or the energy of the start is not finite. The states are returned as they were."
     if code == _NONFINITE:
         return (f"Stopped being finite at step {steps + whole}; the last finite state is returned. Look for NaN or inf in parameters and "
                 f"start, for an energy that is not bounded below, or take a smaller dt.{climbed}")

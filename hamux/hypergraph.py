@@ -22,7 +22,7 @@ import jax.tree_util as jtu
 from fastcore.basics import patch
 from jaxtyping import Array, Float
 
-from .neurons import NeuronLayer, _as_state, _name
+from .neurons import NeuronLayer, _as_state
 from .parameters import is_parameter, seal, unseal
 
 # %% ../nbs/api/03_hypergraph.ipynb #d2c902a6
@@ -145,11 +145,9 @@ def _warn_unused(ham):
 
 
 def _describe(ham):
-    "A few lines: the layers, and what joins them."
-    rows = [f"  {n!r}: {layer}" for n, layer in ham.neurons.items()]
-    kinds = {s: _name(v) if not isinstance(v, eqx.Module) or isinstance(v, eqx.Partial) else type(v).__name__ for s, v in ham.hypersynapses.items()}
-    rows += [f"  {' – '.join(map(str, names))}: {kinds[s]} {s!r}" for names, s in ham._connections]
-    return "\n".join([f"{type(ham).__name__} with {ham.n_neurons} layers and {ham.n_connections} connections", *rows])
+    "The table of `hamux.tables`, which builds on this module."
+    from hamux.tables import describe
+    return describe(ham)
 
 # %% ../nbs/api/03_hypergraph.ipynb #9e0089c1
 def _init_states(ham, bs, key, dtype):
@@ -243,7 +241,7 @@ class VectorizedHAM(eqx.Module):
     def n_connections(self) -> int: return self._ham.n_connections
     @property
     def dtype(self): return self._ham.dtype
-    def __repr__(self): return "Vectorized" + repr(self._ham)
+    def __repr__(self): return _describe(self)
 
     def init_states(self, bs=None, *, key=None, dtype=None) -> dict:
         "The initial states of `bs` networks: zeros, or random with a key."
