@@ -2,16 +2,34 @@
 
 __version__ = "0.3.0"
 
-from . import attention, drawing, dynamics, hypergraph, lagrangians, memories, neurons, plots, synapses, tables
+from . import (
+    attention,
+    drawing,
+    dynamics,
+    grids,
+    hypergraph,
+    lagrangians,
+    memories,
+    neurons,
+    plots,
+    random_features,
+    synapses,
+    tables,
+)
 from .attention import *
 from .drawing import *
 from .dynamics import *
+from .grids import *
 from .hypergraph import *
 from .lagrangians import *
 from .memories import *
 from .neurons import *
 from .plots import *
+from .random_features import *
 from .synapses import *
 from .tables import *
 
-__all__ = [name for module in (lagrangians, neurons, synapses, attention, hypergraph, dynamics, memories, plots, tables, drawing) for name in module.__all__]
+_modules = (
+    lagrangians, neurons, synapses, attention, grids, random_features, hypergraph, dynamics, memories, plots, tables, drawing,
+)
+__all__ = list(dict.fromkeys(name for module in _modules for name in module.__all__))

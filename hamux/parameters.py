@@ -85,3 +85,17 @@ def unseal(
 ) -> PyTree: # what `seal` was given
     "What was sealed, with its parameters as they are now."
     return eqx.combine(node.params, node.constants.tree) if isinstance(node, Sealed) else node
+
+# %% ../nbs/api/00c_parameters.ipynb #94e2eb66
+def _weights(W, name, who, ndim=None):
+    "`W` as an array of real floating numbers with `ndim` axes."
+    try: W = jnp.asarray(W)
+    except (TypeError, ValueError): raise TypeError(f"{who} needs an array {name}, and was given {W!r}.") from None
+    if jnp.issubdtype(W.dtype, jnp.complexfloating):
+        raise TypeError(f"{who} has real weights, and was given {name} of dtype {W.dtype}.")
+    if ndim is not None and W.ndim != ndim:
+        raise ValueError(f"{who} needs {name} with {ndim} axes, and was given shape {W.shape}.")
+    return W if jnp.issubdtype(W.dtype, jnp.floating) else W.astype(jnp.result_type(float))
+
+
+def _held(W, trainable): return W if trainable else jax.lax.stop_gradient(W)

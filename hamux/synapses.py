@@ -11,26 +11,13 @@ __all__ = ['LinearSynapse', 'BiasSynapse', 'LinearSynapseWithBias', 'DenseSynaps
 import numbers
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float
 
+from .parameters import _held, _weights
+
 # %% ../nbs/api/02_synapses.ipynb #8240f7b9
-def _weights(W, name, who, ndim=None):
-    "`W` as an array of real floating numbers with `ndim` axes."
-    try: W = jnp.asarray(W)
-    except (TypeError, ValueError): raise TypeError(f"{who} needs an array {name}, and was given {W!r}.") from None
-    if jnp.issubdtype(W.dtype, jnp.complexfloating):
-        raise TypeError(f"{who} has real weights, and was given {name} of dtype {W.dtype}.")
-    if ndim is not None and W.ndim != ndim:
-        raise ValueError(f"{who} needs {name} with {ndim} axes, and was given shape {W.shape}.")
-    return W if jnp.issubdtype(W.dtype, jnp.floating) else W.astype(jnp.result_type(float))
-
-
-def _held(W, trainable): return W if trainable else jax.lax.stop_gradient(W)
-
-
 def _fits(who, *sides):
     "Check that each (name, array, trailing shape) fits, and that their leading axes are the same."
     for name, x, shape in sides:
@@ -149,58 +136,7 @@ class DenseSynapse(eqx.Module):
         return cls(scale * jr.normal(key, sum(((s,) if isinstance(s, numbers.Integral) else tuple(s) for s in shapes), ())))
 
 # %% ../nbs/api/02_synapses.ipynb #49554ff8
-class ConvSynapse(eqx.Module):
-    "Joins an image (H, W, C) to a grid of features by −<x̂₂, W * x̂₁>."
-    W: Float[Array, "out in h w"]
-    window_strides: tuple[int, int] = eqx.field(static=True)
-    padding: str | tuple = eqx.field(static=True)
-    trainable: bool = eqx.field(static=True)
+from .grids import ConvSynapse
 
-    def __init__(self,
-                 W: Float[Array, "out in h w"], # filters
-                 window_strides=(1, 1), # steps of the window along height and width
-                 padding="SAME", # "SAME", "VALID", or a (low, high) pair per axis
-                 trainable=True): # whether gradients reach the filters
-        self.W = _weights(W, "W", "ConvSynapse", 4)
-        strides = (window_strides,) * 2 if isinstance(window_strides, int) else tuple(window_strides)
-        if len(strides) != 2 or min(strides) < 1:
-            raise ValueError(f"ConvSynapse: window_strides are two positive ints, and were {window_strides!r}.")
-        self.window_strides = strides
-        self.padding = padding if isinstance(padding, str) else tuple(map(tuple, padding))
-        self.trainable = trainable
-
-    def forward_conv(self,
-                     x: Float[Array, "n h w in"], # a batch of images
-                     ) -> Float[Array, "n h2 w2 out"]: # a batch of feature grids
-        "The convolution itself: the current that images send into the features. Raises ValueError for other shapes."
-        if x.ndim != 4 or x.shape[-1] != self.W.shape[1]:
-            raise ValueError(f"ConvSynapse: forward_conv takes images (n, h, w, {self.W.shape[1]}), and was given {x.shape}.")
-        dtype = jnp.promote_types(x.dtype, self.W.dtype)
-        return jax.lax.conv_general_dilated(x.astype(dtype), _held(self.W, self.trainable).astype(dtype), self.window_strides,
-                                            self.padding, dimension_numbers=("NHWC", "OIHW", "NHWC"))
-
-    def __call__(self,
-                 xhat1: Float[Array, "h w in"], # activation of the image layer, one image
-                 xhat2: Float[Array, "h2 w2 out"], # activation of the feature layer
-                 ) -> Float[Array, ""]: # the energy
-        "The energy −<x̂₂, W * x̂₁>. Raises ValueError where the sizes do not fit."
-        if xhat1.ndim != 3 or xhat1.shape[-1] != self.W.shape[1]:
-            raise ValueError(f"ConvSynapse: xhat1 is one image (h, w, {self.W.shape[1]}), and has shape {xhat1.shape}.")
-        features = self.forward_conv(xhat1[None])[0]
-        if xhat2.shape != features.shape:
-            raise ValueError(f"ConvSynapse: this convolution makes features of shape {features.shape} from {xhat1.shape}, "
-                             f"and the second layer has {xhat2.shape}.")
-        return -(features * xhat2).sum()
-
-    @classmethod
-    def from_conv_params(cls,
-                         key, # a PRNG key
-                         channels_out: int, # number of filters
-                         channels_in: int, # channels of the image
-                         filter_shape, # height and width of a filter
-                         window_strides, # steps of the window along height and width
-                         padding="SAME", # "SAME", "VALID", or a (low, high) pair per axis
-                         mu=0.0, # mean of the filters
-                         sigma=0.01): # standard deviation of the filters
-        "Normal filters for the given convolution."
-        return cls(mu + sigma * jr.normal(key, (channels_out, channels_in, *filter_shape)), window_strides, padding)
+# %% ../nbs/api/02_synapses.ipynb #8a82763d
+_all_ = ["ConvSynapse"]
