@@ -10,6 +10,7 @@ from . import (
     hypergraph,
     lagrangians,
     memories,
+    memory_synapse,
     neurons,
     plots,
     random_features,
@@ -23,6 +24,7 @@ from .grids import *
 from .hypergraph import *
 from .lagrangians import *
 from .memories import *
+from .memory_synapse import *
 from .neurons import *
 from .plots import *
 from .random_features import *
@@ -30,6 +32,6 @@ from .synapses import *
 from .tables import *
 
 _modules = (
-    lagrangians, neurons, synapses, attention, grids, random_features, hypergraph, dynamics, memories, plots, tables, drawing,
+    lagrangians, neurons, synapses, memory_synapse, attention, grids, random_features, hypergraph, dynamics, memories, plots, tables, drawing,
 )
 __all__ = list(dict.fromkeys(name for module in _modules for name in module.__all__))

@@ -24,10 +24,10 @@ from . import lagrangians as lg
 from .parameters import seal, unseal
 
 # %% ../nbs/api/01_neurons.ipynb #d24dd3f1
-def _checked(L):
+def _checked(L, who="The Lagrangian"):
     "`L` with a clear error where it does not return one real number."
     def scalar(x):
-        value, who = L(x), "The Lagrangian"
+        value = L(x)
         if not isinstance(value, (numbers.Number, np.generic, np.ndarray, jax.Array)):
             raise TypeError(f"{who} must return one real floating number, and returned {value!r}.")
         shape, dtype = jnp.shape(value), jnp.result_type(value)

@@ -1,0 +1,97 @@
+"""Memory synapses against the same energy in one piece: every derivative that training through a recall takes, and the memory that it takes."""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from jax.tree_util import Partial
+
+import hamux as hmx
+from hamux.memory_synapse import MemorySynapse, log_sum_relu
+
+MASK = np.arange(23) % 3 > 0
+CASES = [  # lagrangian, its learned hyperparameter, similarity, mask
+    (hmx.lagr_softmax, {"beta": 0.7}, "dot", None),
+    (hmx.lagr_softmax, {"beta": 0.7}, "euclidean", MASK),
+    (hmx.lagr_ghostmax, {"beta": 0.7}, "dot", MASK),
+    (hmx.lagr_ghostmax, {"beta": 0.7}, "euclidean", None),
+    (hmx.lagr_identity, {}, "dot", MASK),
+    (hmx.lagr_repu, {"n": 3.5}, "dot", None),
+    (hmx.lagr_exp, {"beta": 0.7}, "euclidean", MASK),
+    (hmx.lagr_tanh, {"beta": 0.7}, "dot", None),
+    (log_sum_relu, {"beta": 0.2}, "euclidean", MASK),
+]
+
+
+def in_one_piece(L, similarity, mask):
+    "The energy written plainly, from the memories that are there."
+    def energy(Xi, hyper, x):
+        if mask is not None: Xi = Xi[np.flatnonzero(mask)]
+        return -L(Xi @ x if similarity == "dot" else -0.5 * ((x - Xi) ** 2).sum(1), **hyper)
+    return energy
+
+
+def derivatives(f, Xi, hyper, X):
+    "Energies, gradients, products with the Hessian, and the gradients of a function of the gradients: in memories, hyperparameters and queries."
+    over = lambda g: jax.vmap(g, (None, None, 0))
+    def loss(*args):
+        energies, currents = over(jax.value_and_grad(f, 2))(*args)
+        return (currents**2).sum() + energies.sum()
+    every = (0, 1, 2)
+    hessian = jax.jvp(lambda X: over(jax.grad(f, 2))(Xi, hyper, X), (X,), (jnp.cos(X),))[1]
+    return over(f)(Xi, hyper, X), jax.grad(lambda *a: over(f)(*a).sum(), every)(Xi, hyper, X), jax.grad(loss, every)(Xi, hyper, X), hessian
+
+
+@pytest.mark.parametrize("L, hyper, similarity, mask", CASES, ids=lambda v: getattr(v, "__name__", None))
+def test_the_streamed_energy_is_the_plain_one_in_every_derivative(L, hyper, similarity, mask):
+    with jax.enable_x64(True):
+        X, Xi = jr.normal(jr.key(1), (4, 3), float), jr.normal(jr.key(2), (23, 3), float)
+        hyper = {n: jnp.array(v) for n, v in hyper.items()}
+        ours = lambda Xi, hyper, x: MemorySynapse(Xi, Partial(L, **hyper), similarity, mask=mask, block=7)(x)
+        got, wanted = (jax.jit(derivatives, static_argnums=0)(f, Xi, hyper, X) for f in (ours, in_one_piece(L, similarity, mask)))
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True): np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("L", [Partial(hmx.lagr_softmax, beta=jnp.array(0.1)), Partial(hmx.lagr_tanh, beta=jnp.array(0.1))], ids=["softmax", "tanh"])
+def test_no_array_of_batch_times_memories_is_ever_live(L):
+    K, d, B = 100_000, 16, 64
+    array = 4 * B * K  # bytes
+    rows = 4 * d * K
+    X, synapse = jnp.zeros((B, d)), MemorySynapse(jnp.zeros((K, d)), L, "euclidean")
+    energy = lambda s, X: jax.vmap(s)(X).sum()
+    def trained(s, X):  # through a recall of three steps
+        return (jax.lax.scan(lambda X, _: (X - jax.vmap(jax.grad(s))(X), None), X, length=3)[0] ** 2).sum()
+    for f, returned in ((energy, 0), (jax.grad(energy, 1), 0), (jax.grad(energy), 1), (jax.grad(trained), 1)):
+        used = jax.jit(f).lower(synapse, X).compile().memory_analysis().temp_size_in_bytes
+        assert used < array / 2 + 3 * returned * rows, f"{used / 1e6} MB of temporaries, against {array / 1e6} for batch × memories"
+
+
+def test_batches_of_memories_and_batches_of_batches():
+    X, Xi = jr.normal(jr.key(1), (2, 5, 3)), jr.normal(jr.key(2), (2, 23, 3))
+    ours = jax.vmap(lambda Xi, X: jax.vmap(jax.grad(MemorySynapse(Xi, block=7)))(X))(Xi, X)
+    p = jax.nn.softmax(jnp.einsum("nkd,nbd->nbk", Xi, X), -1)
+    np.testing.assert_allclose(ours, -p @ Xi, rtol=1e-4, atol=1e-6)
+
+
+def test_half_precision_is_summed_in_single():
+    Xi, x = jr.normal(jr.key(2), (5000, 8)).astype(jnp.float16), jr.normal(jr.key(1), (8,)).astype(jnp.float16)
+    synapse = MemorySynapse(Xi, hmx.lagr_relu, block=64)
+    assert synapse(x).dtype == jax.grad(synapse)(x).dtype == jnp.float16
+    exact = -0.5 * np.maximum(np.asarray(Xi, float) @ np.asarray(x, float), 0) ** 2
+    np.testing.assert_allclose(float(synapse(x)), exact.sum(), rtol=2e-3)
+
+
+def test_numbers_that_are_far_apart_do_not_overflow():
+    Xi = jnp.array([[1e4, 0.0], [0.0, 1e4], [1e4, 1.0]])
+    synapse = MemorySynapse(Xi, Partial(hmx.lagr_softmax, beta=10.0), block=1)
+    np.testing.assert_allclose(synapse(jnp.array([1e4, 0.0])), -1e8 - np.log(2) / 10, rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(synapse)(jnp.array([1e4, 0.0])), [-1e4, -0.5], rtol=1e-6)
+
+
+def test_what_is_in_an_empty_slot_does_not_matter():
+    Xi = jr.normal(jr.key(0), (6, 3)).at[2].set(jnp.nan)
+    for L in (hmx.lagr_softmax, hmx.lagr_exp):
+        synapse = MemorySynapse(Xi, L, "euclidean", mask=np.arange(6) != 2, block=4)
+        grads = jax.grad(lambda s: (jax.grad(s)(jnp.ones(3)) ** 2).sum())(synapse).Xi
+        assert jnp.isfinite(grads).all() and (grads[2] == 0).all() and (grads[0] != 0).all()
