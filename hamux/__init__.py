@@ -4,6 +4,7 @@ __version__ = "0.3.0"
 
 from . import (
     attention,
+    config,
     drawing,
     dynamics,
     grids,
@@ -14,10 +15,14 @@ from . import (
     neurons,
     plots,
     random_features,
+    saving,
     synapses,
     tables,
 )
+from . import build as _build # the function takes the name below
 from .attention import *
+from .build import *
+from .config import *
 from .drawing import *
 from .dynamics import *
 from .grids import *
@@ -28,10 +33,12 @@ from .memory_synapse import *
 from .neurons import *
 from .plots import *
 from .random_features import *
+from .saving import *
 from .synapses import *
 from .tables import *
 
 _modules = (
-    lagrangians, neurons, synapses, memory_synapse, attention, grids, random_features, hypergraph, dynamics, memories, plots, tables, drawing,
+    lagrangians, neurons, synapses, memory_synapse, attention, grids, random_features, hypergraph, _build,
+    dynamics, memories, config, saving, plots, tables, drawing,
 )
 __all__ = list(dict.fromkeys(name for module in _modules for name in module.__all__))

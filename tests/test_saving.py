@@ -1,0 +1,151 @@
+"""Files of networks: every dtype, every byte, and writers that are killed."""
+import json
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+import pytest
+
+import hamux as hmx
+from hamux.config import from_config, to_config
+from hamux.files import FileProblem
+from hamux.saving import load, save
+
+
+def same(a, b):
+    return jtu.tree_structure(a) == jtu.tree_structure(b) and all(
+        (v.dtype, v.shape, np.asarray(v).tobytes()) == (w.dtype, w.shape, np.asarray(w).tobytes()) for v, w in zip(jtu.tree_leaves(a), jtu.tree_leaves(b), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
+def test_round_trip(dtype, tmp_path):
+    with jax.enable_x64(dtype == jnp.float64):
+        make = lambda key: hmx.HAM([hmx.SoftmaxLayer(4, beta=jnp.asarray(1.5, dtype)), hmx.TanhLayer((2, 3), tau=0.5, leak=False)],
+                                   [hmx.DenseSynapse(jr.normal(jr.key(key), (4, 2, 3), dtype)), hmx.BiasSynapse(jnp.ones((2, 3), dtype), trainable=False)], [([0, 1], 0), ([1], 1)])
+        ham = make(0)
+        save(tmp_path / "n", ham.vectorize())
+        assert same(load(tmp_path / "n"), ham) and same(load(tmp_path / "n", like=make(1)), ham)
+        config = json.loads(json.dumps(to_config(ham)))
+        assert to_config(from_config(config, key=jr.key(0))) == config
+        assert jtu.tree_structure(from_config(config, key=jr.key(0))) == jtu.tree_structure(ham)
+    if dtype == jnp.float64:
+        with pytest.raises(ValueError, match="jax_enable_x64"): load(tmp_path / "n")
+
+
+def test_special_values(tmp_path):
+    W = jnp.asarray([[np.nan, np.inf], [-0.0, 1e-45]])
+    ham = hmx.HAM([hmx.TanhLayer(2), hmx.TanhLayer(2)], [hmx.LinearSynapse(W)], [([0, 1], 0)])
+    save(tmp_path / "n", ham)
+    assert same(load(tmp_path / "n"), ham)
+
+
+def test_a_synapse_that_stands_in_no_connection(tmp_path):
+    with pytest.warns(UserWarning, match="stand in no connection"):
+        ham = hmx.HAM({"a": hmx.TanhLayer(2)}, {"b": hmx.BiasSynapse(jnp.ones(2)), "idle": hmx.LinearSynapse(jnp.ones((3, 5)))}, [(("a",), "b")])
+    save(tmp_path / "n", ham)
+    with pytest.warns(UserWarning, match="stand in no connection"): assert same(load(tmp_path / "n"), ham)
+    with pytest.warns(UserWarning, match="stand in no connection"): assert from_config(to_config(ham), key=jr.key(0)).hypersynapses["idle"].W.shape == (3, 5)
+
+
+def small(key=0, n=3): return hmx.HAM({"a": hmx.TanhLayer(n), "b": hmx.SoftmaxLayer(2)}, {"s": hmx.LinearSynapse(jr.normal(jr.key(key), (n, 2)))}, [(("a", "b"), "s")])
+
+
+def test_every_truncation_is_refused(tmp_path):
+    ham, path = small(), tmp_path / "n"
+    save(path, ham)
+    whole = path.read_bytes()
+    for n in range(0, len(whole), 7):
+        path.write_bytes(whole[:n])
+        with pytest.raises(FileProblem): load(path)
+
+
+def test_a_changed_byte_is_refused_or_harmless(tmp_path):
+    "Whatever byte changes, the answer is a FileProblem or the network, bit by bit."
+    ham, path = small(), tmp_path / "n"
+    save(path, ham)
+    whole, refused = bytearray(path.read_bytes()), 0
+    for i in range(0, len(whole), 3):
+        changed = bytearray(whole)
+        changed[i] ^= 1 << (i % 8)
+        path.write_bytes(changed)
+        try: assert same(load(path), ham), i
+        except FileProblem: refused += 1
+    assert refused > len(whole) / 6
+
+
+def rewritten(path, change):
+    "The file at `path` with its header changed."
+    with zipfile.ZipFile(path) as archive: members = {n: archive.read(n) for n in archive.namelist()}
+    header = json.loads(members["hamux.json"])
+    change(header)
+    members["hamux.json"] = json.dumps(header).encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        for n, data in members.items(): archive.writestr(n, data)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda h: h.update(version=99), "newer hamux"),
+    (lambda h: h.update(format="x"), "not a network saved by hamux"),
+    (lambda h: h.pop("version"), "not a network saved by hamux"),
+    (lambda h: h.pop("network"), "damaged"),
+    (lambda h: h.pop("parameters"), "damaged"),
+    (lambda h: h["network"]["neurons"]["a"].update(shape=[10**6]), "cannot be made here"),
+    (lambda h: h["network"]["hypersynapses"]["s"].update(type="os:system"), "unknown name 'os:system'"),
+    (lambda h: h["network"]["neurons"]["a"].update(lagrangian={"name": "os:system", "command": "true"}), "unknown name 'os:system'"),
+    (lambda h: h["parameters"][0].update(shape=[10**9, 10**9]), "other parameters"),
+    (lambda h: h["parameters"][0].update(dtype="float16"), "other parameters"),
+])
+def test_a_changed_header(change, message, tmp_path):
+    save(tmp_path / "n", small())
+    rewritten(tmp_path / "n", change)
+    with pytest.raises(FileProblem, match=message): load(tmp_path / "n")
+
+
+def test_a_pickle_is_not_executed(tmp_path):
+    class Bomb:
+        def __reduce__(self): return (pytest.fail, ("executed",))
+    save(tmp_path / "n", small())
+    with zipfile.ZipFile(tmp_path / "n") as archive: header = archive.read("hamux.json")
+    with zipfile.ZipFile(tmp_path / "n", "w") as archive:
+        archive.writestr("hamux.json", header)
+        with archive.open("0.npy", "w") as member: np.save(member, np.array([Bomb()], dtype=object), allow_pickle=True)
+    with pytest.raises(FileProblem): load(tmp_path / "n")
+
+
+def test_another_architecture(tmp_path):
+    save(tmp_path / "n", small())
+    with pytest.raises(FileProblem, match=r"holds another network: /neurons/a/shape/0 is 3 in the file, and 4 here"): load(tmp_path / "n", like=small(n=4))
+
+
+WRITER = """
+import sys, jax.numpy as jnp, hamux as hmx
+from hamux.saving import save
+nets = [hmx.HAM([hmx.TanhLayer(600), hmx.TanhLayer(500)], [hmx.LinearSynapse(jnp.full((600, 500), float(i)))], [([0, 1], 0)]) for i in (1, 2)]
+save(sys.argv[1], nets[0])
+print("ready", flush=True)
+while True:
+    for net in nets: save(sys.argv[1], net)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_writer_leaves_a_whole_file(tmp_path):
+    path, rng, left = tmp_path / "n", np.random.default_rng(0), 0
+    for _ in range(5):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
+        try:
+            assert writer.stdout.readline() == "ready\n"
+            time.sleep(rng.uniform(0, 0.3))
+        finally:
+            writer.send_signal(signal.SIGKILL); writer.wait(); writer.stdout.close()
+        W = np.asarray(load(path).hypersynapses[0].W)
+        assert W.shape == (600, 500) and W.min() == W.max() and W.max() in (1, 2)
+        left += len(list(tmp_path.glob(".hamux-*.tmp")))
+    assert left > 0 # some were killed in the middle of writing
