@@ -143,7 +143,7 @@ class _Progress(eqx.Module):
     trace: Float[Array, "..."] | None
     solver: PyTree
 
-
+# %% ../nbs/api/04_dynamics.ipynb #5d1e046d
 class _Loop(optx.AbstractFixedPointSolver):
     "Optimistix's view of a solver of ours: it steps, records, and stops row by row."
     solver: AbstractSolver

@@ -143,7 +143,7 @@ class Memory:
         answers = np.asarray(out.xs["pattern"]) * self.dtype.type(self.scale) + self.centre.astype(self.dtype)
         return (answers if noisy else np.where(np.isnan(queries), answers, queries.astype(self.dtype))), out
 
-
+# %% ../nbs/api/08_memories.ipynb #53ad06ba
 def _power_of_two(size): return 2.0 ** math.floor(math.log2(size)) if size > 0 else 1.0
 
 

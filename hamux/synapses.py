@@ -73,7 +73,7 @@ class BiasSynapse(eqx.Module):
         _fits("BiasSynapse", ("xhat", xhat, self.b.shape))
         return -(xhat * _held(self.b, self.trainable)).sum(tuple(range(xhat.ndim - self.b.ndim, xhat.ndim)))
 
-
+# %% ../nbs/api/02_synapses.ipynb #49c8364f
 class LinearSynapseWithBias(eqx.Module):
     "Joins two layers of vectors by −x̂₁ᵀ W x̂₂ − b·x̂₂."
     W: Float[Array, "d1 d2"]
