@@ -25,6 +25,8 @@ from jaxtyping import Array, Float
 from .attention import AttentionSynapse
 from .grids import ConvSynapse, PoolSynapse
 from .hypergraph import HAM, _connected, _named, _try_connection, _try_layer
+from .lagrangians import lagr_softmax
+from .memory_synapse import MemorySynapse
 from .neurons import NeuronLayer
 from .synapses import BiasSynapse, DenseSynapse, LinearSynapse, LinearSynapseWithBias
 
@@ -179,6 +181,22 @@ def lazy(cls: ConvSynapse,
         W = site.normal(key, (features[-1], grid[-1] // groups, *window), _either(scale, site, terms))
         return convolve(W, trainable=trainable, groups=groups)
     return Lazy(make, f"ConvSynapse.lazy({window})")
+
+# %% ../nbs/api/03b_build.ipynb #ae66c1ca
+@patch(cls_method=True)
+def lazy(cls: MemorySynapse,
+         memories, # how many
+         lagrangian=lagr_softmax, # of the overlaps, as in `MemorySynapse`
+         similarity="dot", # "dot" or "euclidean"
+         scale=1.0, # standard deviation of the memories
+         mask=None, # booleans, one per memory: False for an empty slot
+         **settings, # block, trainable
+         ) -> Lazy: # for one layer
+    "Random memories of the shape that `build` finds."
+    mask = None if mask is None else np.asarray(mask)
+    def make(key, shape, *, site):
+        return cls(site.normal(key, (memories, *shape), scale), lagrangian, similarity, mask=mask, **settings)
+    return Lazy(make, f"MemorySynapse.lazy({memories})")
 
 # %% ../nbs/api/03b_build.ipynb #7db469a7
 @patch(cls_method=True)

@@ -24,6 +24,7 @@ from fastcore.basics import patch
 from . import lagrangians as lg
 from .build import Lazy, build
 from .hypergraph import HAM, VectorizedHAM
+from .memory_synapse import MemorySynapse
 from .neurons import NeuronLayer
 from .parameters import is_parameter
 from .attention import AttentionSynapse
@@ -34,7 +35,7 @@ from .synapses import BiasSynapse, DenseSynapse, LinearSynapse, LinearSynapseWit
 LAGRANGIANS = {name: getattr(lg, f"lagr_{name}") for name in (
     "identity", "repu", "relu", "exp", "rexp", "tanh", "sigmoid", "softmax", "ghostmax", "layernorm", "spherical_norm")}
 SYNAPSES = {"linear": LinearSynapse, "linear_bias": LinearSynapseWithBias, "bias": BiasSynapse, "dense": DenseSynapse,
-            "conv": ConvSynapse, "pool": PoolSynapse, "attention": AttentionSynapse}
+            "conv": ConvSynapse, "pool": PoolSynapse, "attention": AttentionSynapse, "memory": MemorySynapse}
 ALIASES = {"quadratic": ("identity", {}), "lse": ("softmax", {}), "log_cosh": ("tanh", {}), "dense_2": ("dense", {"layers": 2})}
 
 
@@ -120,6 +121,12 @@ def config(self: ConvSynapse) -> dict:
     if self.groups != 1: more["groups"] = self.groups
     if self.pool is not None: more["pool"] = self.pool
     return _config(self, filter_shape=self.W.shape[2:], strides=self.window_strides, padding=self.padding, **more)
+
+@patch
+def config(self: MemorySynapse) -> dict:
+    "What `MemorySynapse.lazy` needs to make it again."
+    more = {} if self.mask is None else {"mask": np.asarray(self.mask).tolist()}
+    return _config(self, memories=len(self.Xi), lagrangian=self.lagrangian, similarity=self.similarity, **more, **({"block": self.block} if self.block else {}))
 
 @patch
 def config(self: PoolSynapse) -> dict:
