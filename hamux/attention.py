@@ -19,8 +19,7 @@ from fastcore.basics import patch
 from jaxtyping import Array, Float, PyTree
 
 from .derivatives import logsumexp, total, winners
-from .parameters import seal, unseal
-from .synapses import _held, _weights
+from .parameters import _held, _weights, seal, unseal
 
 # %% ../nbs/api/02c_attention.ipynb #c2211639
 def _as_beta(beta, heads):

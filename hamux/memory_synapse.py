@@ -22,9 +22,8 @@ from jaxtyping import Array, Float, PyTree
 
 from . import lagrangians as lg
 from .neurons import _checked, _name
-from .parameters import seal, unseal
+from .parameters import _held, _weights, seal, unseal
 from .streaming import stream, stream_tangent
-from .synapses import _held, _weights
 
 # %% ../nbs/api/02b_memory_synapse.ipynb #005187e9
 def _similarities(x, Xi, similarity, mask=None):
