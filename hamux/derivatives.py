@@ -151,16 +151,17 @@ def compete(x, beta, axes, ghost):
     at_top = x == top
     weights = jnp.exp(beta * (x - top))
     ties = at_top.sum(axes, keepdims=True, dtype=x.dtype) + (top == 0 if ghost else 0)
-    rest = jnp.where(at_top, 0, weights).sum(axes, keepdims=True) + (ties - 1)
-    if ghost: rest = rest + jnp.where(top > 0, jnp.exp(-beta * top), 0)
-    return top, at_top, weights, ties, rest
+    silent = jnp.exp(-beta * top) if ghost else 0
+    total = weights.sum(axes, keepdims=True) + silent
+    small = jnp.where(at_top, 0, weights).sum(axes, keepdims=True) + jnp.where(top > 0, silent, 0) # one at the top, and 1 + it would drown it
+    return top, at_top, weights, ties, jnp.where(total < 1.5, small, total - 1)
 
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def winners(x, beta, axes, ghost):
     "softmax(βx) along `axes`, or the ghostmax."
-    *_, weights, _, rest = compete(x, beta, axes, ghost)
-    return weights / (1 + rest)
+    top, _, weights, *_ = compete(x, beta, axes, ghost)
+    return weights / (weights.sum(axes, keepdims=True) + (jnp.exp(-beta * top) if ghost else 0))
 
 # %% ../nbs/api/00b_derivatives.ipynb #7b4998e7
 @ft.partial(winners.defjvp, symbolic_zeros=True)

@@ -8,6 +8,7 @@ Docs: https://hamux.github.io/hamux/api/memories.html.md"""
 __all__ = ['memory_ham', 'near_distance2', 'choose_beta', 'choose_similarity', 'recall_states', 'Memory', 'recall']
 
 # %% ../nbs/api/08_memories.ipynb #ab75e169
+import dataclasses
 import math
 
 import jax.numpy as jnp
@@ -105,7 +106,8 @@ def _joined(first, second):
     "The second of two descents, with the energies and steps of the first before its own."
     moved = (first.steps > 0)[:, None] # else the second begins where the first did
     energies = jnp.where(moved, jnp.concatenate([first.energies[:, :1], second.energies], 1), jnp.pad(second.energies, [(0, 0), (0, 1)], constant_values=jnp.nan))
-    return Descent(second.xs, second.xhats, second.energy, energies, second.steps + first.steps, second.residual, second.code, second.rises + first.rises)
+    added = {n: getattr(first, n) + getattr(second, n) for n in ("steps", "rises", "evaluations")}
+    return dataclasses.replace(second, energies=energies, **added)
 
 # %% ../nbs/api/08_memories.ipynb #c3a753e6
 class Memory:
