@@ -3,6 +3,7 @@
 __version__ = "0.3.0"
 
 from . import (
+    adaptive,
     attention,
     attractors,
     config,
@@ -27,6 +28,7 @@ from . import (
 )
 from . import build as _build # the function takes the name below
 from . import flow as _flow # and here too
+from .adaptive import *
 from .attention import *
 from .attractors import *
 from .build import *
@@ -51,6 +53,6 @@ from .tables import *
 
 _modules = (
     lagrangians, neurons, synapses, memory_synapse, attention, grids, random_features, hypergraph, _build,
-    dynamics, relaxation, langevin, _flow, discrete, attractors, memories, config, saving, plots, tables, drawing,
+    adaptive, dynamics, relaxation, langevin, _flow, discrete, attractors, memories, config, saving, plots, tables, drawing,
 )
 __all__ = list(dict.fromkeys(name for module in _modules for name in module.__all__))

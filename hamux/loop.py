@@ -221,9 +221,9 @@ def advance(setup: Setup, state: State) -> State:
 def _unbounded(E, largest, first, before, whole):
     "Whether a row has gone down further than any state of its scale can account for."
     E0, size0, largest0 = first
-    limit = lambda dtype: max(float(jnp.finfo(dtype).max)**0.5, 1 / float(jnp.finfo(dtype).eps))
     scale = jnp.maximum(size0, largest0.astype(E.dtype)**2)
-    far = (E < E0) & ((largest > largest0 * limit(largest.dtype)) | (E0 - E > scale * limit(E.dtype)))
+    info = jnp.finfo(largest.dtype)
+    far = (E < E0) & (largest > largest0 * max(min(float(info.max)**0.5, float(info.eps)**-2), 1 / float(info.eps)))
     fell = E0 - before > scale / jnp.sqrt(jnp.finfo(E.dtype).eps)
     return jnp.where(whole, far, fell)
 

@@ -11,6 +11,7 @@ from test_hypergraph import network
 
 from hamux import (
     HAM,
+    Adaptive,
     AttentionSynapse,
     Backtracking,
     BiasSynapse,
@@ -91,7 +92,7 @@ def examine(ham, xs, out):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("solver", [Backtracking(), Relaxation()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("solver", [Adaptive(), Backtracking(), Relaxation()], ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("seed", range(STRUCTURES))
 def test_no_rise_and_a_true_reason(seed, solver):
     ham = papers(seed) if seed % 4 == 0 else network(seed + 1000)[0]
