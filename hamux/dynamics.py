@@ -20,6 +20,7 @@ import numpy as np
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int
 
+from .adaptive import Adaptive
 from .hypergraph import HAM, VectorizedHAM, _batch, _check_tree
 from .loop import CONVERGED, MAX_STEPS, NONFINITE, SAMPLED, STUCK, UNBOUNDED, Setup, Trace, at_fixed_point, choose_rows, energy_at, search, through_steps, with_beta
 from .solvers import AbstractSolver, Backtracking, Euler
@@ -115,7 +116,7 @@ def descend(
     ham: HAM | VectorizedHAM, # the network; vectorised for batches of states
     xs: dict, # the states to start from, by layer
     *,
-    solver: AbstractSolver = Backtracking(), # how to step
+    solver: AbstractSolver = Adaptive(), # how to step
     clamp=None, # what stays put: a layer name, several, or a dictionary name → True or boolean mask
     max_steps: int = 1000, # steps at most
     rtol=None, # relative tolerance on the residual, per layer; None for ε^⅔
