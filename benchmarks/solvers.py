@@ -5,7 +5,7 @@ In float64, to a largest |∂E/∂x̂| of 1e-8. The flow is integrated by diffra
 within 1e-3 of the flow's. The best fixed step is searched on a part of the starts, among those at which at least 95 % converge, for the least median:
 it is found in hindsight, for one system, and says nothing of where it ends (that is in its row). Starts from which the flow itself came to no rest are left out.
 
-    python benchmarks/solvers.py --quick                          # 100 starts a system
+    python benchmarks/solvers.py --quick                          # 50 starts a system
     python benchmarks/solvers.py --solvers "Adaptive()" "Relaxation()" --systems rings3
 """
 
@@ -120,13 +120,13 @@ def agreement(xhats, found, ended, rest):
     return (found & (far < 1e-3))[rest].mean()
 
 
-def best_step(ham, xs, axis, n):
-    "The fixed step with the least median of evaluations, on `n` of the starts"
+def best_step(ham, xs, axis, n, steps):
+    "The one of some fixed steps with the least median of evaluations, on `n` of the starts"
     few = jax.tree.map(lambda v: v[:n], xs)
     some = jax.tree.map(lambda v: v[:n], eqx.filter(ham, eqx.is_array)) if axis == 0 else None
     if some is not None: ham = eqx.combine(some, ham)
     medians = {}
-    for dt in STEPS:
+    for dt in steps:
         _, evaluations, converged, _ = run(ham, few, axis, hmx.Euler(jnp.array(dt)), 4000)
         if np.mean(converged) >= 0.95: medians[dt] = float(np.median(evaluations))
     return min(medians, key=medians.get)
@@ -134,19 +134,19 @@ def best_step(ham, xs, axis, n):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="100 starts a system in place of 500")
+    parser.add_argument("--quick", action="store_true", help="50 starts a system in place of 500, and a coarser search")
     parser.add_argument("--starts", type=int, help="starts a system")
     parser.add_argument("--systems", nargs="*", default=list(SYSTEMS), choices=list(SYSTEMS), metavar="NAME", help=f"of {', '.join(SYSTEMS)}")
     parser.add_argument("--solvers", nargs="*", help="solvers of hamux, as they are written (default: those that there are)")
     a = parser.parse_args()
-    n = a.starts or (100 if a.quick else 500)
+    n = a.starts or (50 if a.quick else 500)
     chosen = a.solvers if a.solvers is not None else [f"{name}()" for name in ("Adaptive", "Relaxation", "Backtracking") if hasattr(hmx, name)]
     print(f"{n} starts a system. Evaluations of the gradient: quartiles, then the median in units of Euler(0.1) and of the best fixed step.")
     for name in a.systems:
         ham, xs, axis = SYSTEMS[name](n)
         ended, rest = flow(ham, xs, axis)
         rest = np.asarray(rest)
-        best = best_step(ham, xs, axis, min(n, 100))
+        best = best_step(ham, xs, axis, min(n, 100), STEPS[4:-2:2] if a.quick else STEPS)
         rows = {"Euler(0.1)": hmx.Euler(jnp.array(0.1)), f"best fixed: Euler({best})": hmx.Euler(jnp.array(best))} | {s: eval(s, vars(hmx) | {"hmx": hmx}) for s in chosen}
         print(f"\n{name}: the flow came to rest from {rest.mean():.1%}")
         base = {}

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .solvers import AbstractSolver, Move, Point, same_states
+from .solvers import AbstractSolver, Move, Point, rounding, same_states
 
 # %% ../nbs/api/03d_adaptive.ipynb #aeac60c8
 def _flat(tree, dtype):
@@ -40,7 +40,7 @@ def _travel(rate, time):
 def _root(v): return jnp.where(v > 0, jax.lax.rsqrt(jnp.where(v > 0, v, 1)), 0)
 
 
-def _modes(dx, da, dg, tau):
+def _modes(dx, da, dg, tau, leak):
     "The linearised flow in the span of the last differences: decay rates of its modes, the currents that each sends, and its activations (dual to it)."
     scale = _root((da * dx * tau).sum(1))[:, None]
     dx, da, dg = dx * scale, da * scale, dg * scale
@@ -50,12 +50,12 @@ def _modes(dx, da, dg, tau):
     sound = w > jnp.maximum(3 * skew**2, jnp.finfo(M.dtype).eps ** 0.5) * w.max()
     B = jnp.where(sound, U * _root(w), 0)
     rates, Q = jnp.linalg.eigh(B.T @ (K + K.T) @ B / 2 + jnp.diag(jnp.where(sound, 0, 1.0).astype(M.dtype)))
-    return rates, (B @ Q).T @ (dx - dg), (B @ Q).T @ da
+    return rates, (B @ Q).T @ (leak * dx - dg), (B @ Q).T @ da
 
 
-def _together(c, rates, tau, ours, alone, same, currents):
-    "What modes add to a function of the rate, `ours` at theirs and `alone` at 1/τ: divided differences (`same` where the rates are one) times the currents."
-    gap = 1 - rates[:, None] * tau
+def _together(c, rates, tau, leak, ours, alone, same, currents):
+    "What modes add to a function of the rate, `ours` at theirs and `alone` at that of each neuron: divided differences (`same` where the rates are one) times the currents."
+    gap = leak - rates[:, None] * tau
     near = abs(gap) < jnp.finfo(gap.dtype).eps ** 0.5
     return c @ (jnp.where(near, same, (ours[:, None] - alone) / jnp.where(near, 1, gap)) * currents)
 
@@ -63,6 +63,7 @@ def _together(c, rates, tau, ours, alone, same, currents):
 class _Path(eqx.Module):
     "What the solver carries from trial to trial."
     held: Point # the last accepted point
+    lowest: jax.Array # the lowest energy so far
     dx: jax.Array; da: jax.Array; dg: jax.Array # (m, N): the last differences of states, activations and gradients
     time: jax.Array; last: jax.Array # length of the trial under way, and of the last accepted step
     model: jax.Array; expected: jax.Array # ∂E/∂x̂/τ expected at the trial, without and with the bend
@@ -70,17 +71,17 @@ class _Path(eqx.Module):
     count: jax.Array # points accepted
 
 
-def _fell(old, new, work, size):
+def _fell(old, new, lowest, work, size):
     "Whether the energy did not rise: by its difference, or where that is rounding, by the trapezoid rule, whose sign does not cancel."
     eps = jnp.finfo(new.energy.dtype).eps
     rise = new.energy - old.energy
     whole = jnp.stack([jnp.isfinite(v).all() for v in jtu.tree_leaves(new)]).all()
-    return whole & jnp.where(abs(rise) > 8 * eps * (new.size + old.size), rise < 0, work <= 4 * eps * size)
+    return whole & (new.energy <= lowest + rounding(new)) & jnp.where(abs(rise) > 8 * eps * (new.size + old.size), rise < 0, work <= 4 * eps * size)
 
 # %% ../nbs/api/03d_adaptive.ipynb #5e65f784
 class Adaptive(AbstractSolver):
     "Follows the flow with an error control, and goes over into an accelerated descent where the flow is linear."
-    tol: float = 0.005 # error of a step in activations, relative to the layer's, > 0
+    tol: float = 0.003 # error of a step in activations, relative to the layer's, > 0
     first: float = 0.01 # first step, in units of the least time constant, > 0
     m: int = eqx.field(default=3, static=True) # differences remembered, at least 1
     check_every: ClassVar[int] = 1
@@ -96,26 +97,26 @@ class Adaptive(AbstractSolver):
         size = sum(x.size for x in xs.values())
         zero, one, rows = jnp.zeros(size, dtype), jnp.zeros((), dtype), jnp.zeros((self.m, size), dtype)
         held = jtu.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(problem.evaluate, xs))
-        return _Path(held, rows, rows, rows, one + self.first * jnp.stack([jnp.asarray(problem.taus[n], dtype) for n in xs]).min(), one, zero, zero, zero, jnp.array(0, jnp.int32))
+        return _Path(held, jnp.full_like(held.energy, jnp.inf), rows, rows, rows, one + self.first * jnp.stack([jnp.asarray(problem.taus[n], dtype) for n in xs]).min(), one, zero, zero, zero, jnp.array(0, jnp.int32))
 
     def step(self, problem, now, path, step, key):
         h, last, begun, dtype = path.time, path.last, path.count > 0, path.time.dtype
         taus = {n: jnp.broadcast_to(jnp.asarray(problem.taus[n], dtype), x.shape) for n, x in now.xs.items()}
-        tau, *new = (_flat(t, dtype) for t in (taus, now.xs, now.duals, now.grads))
+        leaks = {n: jnp.full(x.shape, problem.ham.neurons[n].leak and n not in problem.cut, dtype) for n, x in now.xs.items()}
+        tau, leak, *new = (_flat(t, dtype) for t in (taus, leaks, now.xs, now.duals, now.grads))
         old = [_flat(t, dtype) for t in (path.held.xs, path.held.duals, path.held.grads)]
         (x, a, g), (x0, _, g0), (dx, da, dg) = new, old, [u - v for u, v in zip(new, old, strict=True)]
 
         # is the trial accepted?
-        error = self.error(problem, now, _unflat(_travel(1 / tau, h) / 2 * (g / tau - path.expected), now.xs))
-        fell = _fell(path.held, now, (g + g0) @ da / 2, (abs(g) + abs(g0)) @ abs(a))
-        near = error <= 4 * self.tol
-        ok = ~begun | (fell & near)
-        learns, goes = begun & near, begun & ok # what climbed shows the stiff directions, and is learnt from as well
+        error = self.error(problem, now, _unflat(_travel(leak / tau, h) / 2 * (g / tau - path.expected), now.xs))
+        fell = _fell(path.held, now, path.lowest, (g + g0) @ da / 2, (abs(g) + abs(g0)) @ abs(a))
+        ok = ~begun | (fell & (error <= 4 * self.tol))
+        goes = begun & ok
         held = jtu.tree_map(lambda n, o: jnp.where(ok, n, o), now, path.held)
         x, r = jnp.where(ok, x, x0), jnp.where(ok, g, g0) / tau
 
         # what it teaches
-        rows = [jnp.where(learns, jnp.concatenate([d[None], old[:-1]]), old) for d, old in zip((dx, da, dg), (path.dx, path.da, path.dg), strict=True)]
+        rows = [jnp.where(goes, jnp.concatenate([d[None], old[:-1]]), old) for d, old in zip((dx, da, dg), (path.dx, path.da, path.dg), strict=True)]
         bend = jnp.where(goes, (g / tau - path.model) / (h * (h + last)), path.bend)
 
         # how long the next step is
@@ -123,17 +124,20 @@ class Adaptive(AbstractSolver):
         reach = jnp.linalg.norm(dx) / jnp.linalg.norm(g0 / tau) # the time in which the flow would have gone as far
         shorter = jnp.where(fell, jnp.minimum(factor, 0.5) * h, jnp.fmin(h, reach) / 4)
         last, h = jnp.where(goes, h, last), jnp.where(goes, factor * h, jnp.where(ok, h, shorter))
-        rates, currents, duals = _modes(*rows, tau)
-        h = jnp.clip(jnp.minimum(h, 2 / jnp.maximum(-rates[0], 1e-6)), jnp.finfo(dtype).eps ** 2, 1e3 * tau.max())
+        rates, currents, duals = _modes(*rows, tau, leak)
+        most = jnp.where(leak.all(), 1e3 * tau.max(), float(jnp.finfo(dtype).max)**0.4) # without leak a state may grow for ever, and time with it
+        h = jnp.clip(jnp.minimum(h, 2 / jnp.maximum(-rates[0], 1e-30)), jnp.finfo(dtype).eps ** 2, most)
 
         # the flow of the linear model over that time, and its bend
-        c, fade = duals @ (r * tau), jnp.exp(-((h / tau) ** 2)) * (path.count >= 2)
-        alone, stays = _travel(1 / tau, h), jnp.exp(-h / tau) # what each neuron would do by itself
-        move = alone * r + _together(c, rates, tau, _travel(rates, h), alone, alone - h * stays, currents) + fade * bend * (h**3 / 3 + last * h**2 / 2)
-        model = stays * r + _together(c, rates, tau, jnp.exp(-rates * h), stays, h / tau * stays, currents)
-        expected = model + fade * bend * h * (h + last)
+        c, short = duals @ (r * tau), jnp.minimum(h, 30 * tau.max())
+        fade = jnp.exp(-((short * jnp.maximum(1 / tau, rates[-1])) ** 2)) * (path.count >= 2)
+        alone, stays = _travel(leak / tau, h), jnp.exp(-h * leak / tau) # what each neuron would do by itself
+        same = jnp.where(leak > 0, alone - h * stays, h * h / (2 * tau))
+        move = alone * r + _together(c, rates, tau, leak, _travel(rates, h), alone, same, currents) + fade * bend * (short**3 / 3 + jnp.minimum(last, short) * short**2 / 2)
+        model = stays * r + _together(c, rates, tau, leak, jnp.exp(-rates * h), stays, h / tau * stays, currents)
+        expected = model + fade * bend * short * (short + jnp.minimum(last, short))
         ahead = _unflat(x - move, now.xs)
-        return Move(held, ahead, _Path(held, *rows, h, last, model, expected, bend, path.count + ok), same_states(ahead, held.xs))
+        return Move(held, ahead, _Path(held, jnp.minimum(path.lowest, held.energy), *rows, h, last, model, expected, bend, path.count + ok), same_states(ahead, held.xs))
 
     def error(self, problem, now, dxs):
         "The relative error that `dxs` is, in the activations, or a tenth of that in the states, of the layer where it is largest. Not a number counts as infinite."

@@ -39,9 +39,10 @@ def settling(problem: Problem, point: Point, rtol, atol):
             size, g = abs(g).max(), pull(g)[0] * jnp.where(jnp.isfinite(ratio) & (ratio > 0), ratio, 1).astype(x.dtype)
         r = abs(g).max()
         largest = jnp.where(problem.masks[n], 0, abs(x)).max() if n in problem.masks else abs(x).max()
+        grown = largest if size is None else abs(xhat).max() # a state without leak may grow for ever, its activation may not
         small.append(r <= atol + rtol * (largest if size is None else size))
         residuals.append(r)
-        sizes.append(largest)
+        sizes.append(grown)
     dtype = jnp.result_type(*residuals)
     top = lambda values: jnp.stack([v.astype(dtype) for v in values]).max()
     return jax.lax.stop_gradient((top(residuals), top(sizes), jnp.stack(small).all()))

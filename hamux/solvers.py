@@ -150,7 +150,7 @@ def _as_setting(value, who, what, zero=False):
 
 def at_step(setting, step):
     "The value of a number or of a schedule at a step."
-    return setting(step) if callable(setting) else setting
+    return setting(jnp.asarray(step, jnp.result_type(int))) if callable(setting) else setting
 
 
 def _stepped(problem, now, length, most=None):
