@@ -263,17 +263,17 @@ CLOSED = dict(
 @every(NAMES)
 def test_activation_is_the_closed_form(name):
     x = jnp.asarray(np.random.default_rng(3).normal(size=9) * 3)
-    np.testing.assert_allclose(VG[name](x, *MINIMAL.get(name, ()))[1], CLOSED[name](x), rtol=1e-13, atol=1e-15)
+    got, known = jax.jit(lambda x: (jax.grad(L[name])(x, *MINIMAL.get(name, ())), CLOSED[name](x)))(x)
+    np.testing.assert_allclose(got, known, rtol=1e-13, atol=1e-15)
 
 
-@dtypes
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float64], ids=["float16", "float64"])
 def test_ghostmax_is_the_activation_of_its_lagrangian(dtype):
     x = jnp.asarray([[3.0, -1.0, 0.5], [-40.0, -50.0, -45.0]], dtype)
-    got = lagr.ghostmax(x, beta=2.0)
+    got, grad = jax.jit(lambda x: (lagr.ghostmax(x, beta=2.0), jax.grad(lagr.lagr_ghostmax)(x, 2.0)))(x)
     assert got.dtype == dtype and got.shape == x.shape
     eps = float(jnp.finfo(dtype).eps)
-    grad = np.float64(VG["ghostmax"](x, 2.0)[1])
-    np.testing.assert_allclose(np.float64(got), grad, rtol=200 * eps, atol=4 * float(jnp.finfo(dtype).tiny))
+    np.testing.assert_allclose(np.float64(got), np.float64(grad), rtol=200 * eps, atol=4 * float(jnp.finfo(dtype).tiny))
     for row, at in zip(np.float64(got), np.float64(x).tolist()):
         true = reference("ghostmax", at, [0.0] * 3, (2.0,))
         for a, p, c in zip(row, true.grad, true.grad_cond): assert ratio(a, p, c, 0, 0, C_GRAD, 1, dtype) <= 1
@@ -281,9 +281,10 @@ def test_ghostmax_is_the_activation_of_its_lagrangian(dtype):
 
 def test_sigmoid_activation_is_exactly_jax_nn_sigmoid():
     x = jnp.asarray(np.random.default_rng(4).normal(size=1000) * 10, jnp.float32)
-    assert (jax.grad(lagr.lagr_sigmoid)(x) == jax.nn.sigmoid(x)).all()
-    assert (jax.grad(lambda x: jnp.sum(jax.nn.sigmoid(x) * x) - lagr.lagr_sigmoid(x))(x) != 0).any()  # here sigma moves with x
-    assert (jax.grad(lambda x, xhat: jnp.sum(xhat * x) - lagr.lagr_sigmoid(x))(x, jax.nn.sigmoid(x)) == 0).all()
+    sigma = jax.jit(jax.nn.sigmoid)(x)
+    assert (jax.jit(jax.grad(lagr.lagr_sigmoid))(x) == sigma).all()
+    assert (jax.jit(jax.grad(lambda x: jnp.sum(jax.nn.sigmoid(x) * x) - lagr.lagr_sigmoid(x)))(x) != 0).any()  # here sigma moves with x
+    assert (jax.jit(jax.grad(lambda x, xhat: jnp.sum(xhat * x) - lagr.lagr_sigmoid(x)))(x, sigma) == 0).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -423,48 +424,44 @@ def test_fact_10_sigmoid_and_tanh_do_not_overflow(dtype):
         np.testing.assert_allclose(float(VG["sigmoid"](-x)[0]), math.exp(-float(x)), rtol=100 * eps, atol=tiny)
 
 
-@dtypes
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32], ids=["float16", "float32"])  # the others reach as far as float32
 @every(NORMS)
 def test_fact_11_norms_at_extremes(name, dtype):
     scale = 0.25 * float(jnp.finfo(dtype).max) if dtype == jnp.float16 else 1e20
     unit = np.array([1.0, -1.0, 0.5, -0.5]) / math.sqrt(2.5 / (4 if name == "layernorm" else 1))
     x = jnp.asarray(scale * np.array([1.0, -1.0, 0.5, -0.5]), dtype)
-    eps = 4 * float(jnp.finfo(dtype).eps)
-    np.testing.assert_allclose(np.float64(VG[name](x)[1]), unit, rtol=eps)
-    np.testing.assert_allclose(float(VG[name](x / 2)[0]), scale / 2 * math.sqrt(2.5 * (4 if name == "layernorm" else 1)), rtol=eps)
-    zero = jnp.zeros(4, dtype)  # by convention the direction of nothing is 0, and never NaN
-    value, grad = VG[name](zero, eps=0.0)
-    assert value == 0 and (grad == 0).all() and (VG[name](zero, 2.0, 0.5, eps=0.0)[1] == 0.5).all()
-    assert (jax.jit(jax.hessian(lambda x: L[name](x, eps=0.0)))(zero) == 0).all()
+    eps, f = 4 * float(jnp.finfo(dtype).eps), L[name]
+
+    @jax.jit
+    def found(x, zero):
+        at_zero = lambda *hyper: jax.value_and_grad(lambda x: f(x, *hyper, eps=0.0))(zero)
+        return jax.grad(f)(x), f(x / 2), at_zero(), at_zero(2.0, 0.5)[1], jax.hessian(lambda x: f(x, eps=0.0))(zero)
+
+    far, half, (value, grad), shifted, bend = found(x, jnp.zeros(4, dtype))
+    np.testing.assert_allclose(np.float64(far), unit, rtol=eps)
+    np.testing.assert_allclose(float(half), scale / 2 * math.sqrt(2.5 * (4 if name == "layernorm" else 1)), rtol=eps)
+    assert value == 0 and (grad == 0).all() and (shifted == 0.5).all() and (bend == 0).all()  # by convention the direction of nothing is 0, and never NaN
 
 
 @every(NORMS)
-def test_fact_12_a_shift_moves_the_activation_by_itself(name):
-    x = jnp.asarray(np.random.default_rng(6).normal(size=(4, 3)))
-    vg = VG[name]
-    _, plain = vg(x)
-    np.testing.assert_allclose(vg(x, 1.0, 0.5)[1] - plain, 0.5, rtol=1e-13)
-    shift = jnp.asarray(np.random.default_rng(8).normal(size=(4, 3)))
-    np.testing.assert_allclose(vg(x, 1.0, shift)[1] - plain, shift, rtol=1e-12)
-    np.testing.assert_allclose(vg(x, 1.0, shift[0])[1] - plain, jnp.tile(shift[0], (4, 1)), rtol=1e-12)
-
-
-@every(NORMS)
-def test_fact_13_norms_are_per_token(name):
-    x = jnp.asarray(np.random.default_rng(9).normal(size=(5, 12)))
-    np.testing.assert_allclose(VG[name](x)[1], jax.vmap(CLOSED[name])(x), rtol=1e-12)
+def test_facts_12_and_13_a_shift_moves_the_activation_by_itself_and_norms_are_per_token(name):
+    x, shift = (jnp.asarray(np.random.default_rng(k).normal(size=(4, 3))) for k in (6, 8))
+    g = lambda *delta: jax.grad(L[name])(x, 1.0, *delta)
+    plain, known, *moved = jax.jit(lambda: (g(), jax.vmap(CLOSED[name])(x), g(0.5), g(shift), g(shift[0])))()
+    np.testing.assert_allclose(plain, known, rtol=1e-12)
+    for got, d in zip(moved, (0.5, shift, shift[0]), strict=True): np.testing.assert_allclose(got - plain, jnp.broadcast_to(d, x.shape), rtol=1e-12)
 
 
 @every(NAMES)
 def test_fact_19_one_scalar_for_any_shape(name):
     rng = np.random.default_rng(10)
-    for shape in ((2, 3), (2, 1, 3), (3,)):
-        x = jnp.asarray(rng.normal(size=shape))
-        got, grad = VG[name](x, *MINIMAL.get(name, ()))
-        assert got.shape == () and got.dtype == x.dtype
-        assert grad.shape == shape
-        rows = [VG[name](row, *MINIMAL.get(name, ()))[0] for row in x.reshape(-1, shape[-1])]
-        np.testing.assert_allclose(got, sum(map(float, rows)), rtol=1e-13)
+    f = lambda x: L[name](x, *MINIMAL.get(name, ()))
+    xs = [jnp.asarray(rng.normal(size=shape)) for shape in ((2, 3), (2, 1, 3))]
+    both = jax.jit(lambda xs: ([jax.value_and_grad(f)(x) for x in xs], jax.vmap(f)(jnp.concatenate([x.reshape(-1, 3) for x in xs]))))
+    wholes, rows = both(xs)
+    for x, (got, grad), parts in zip(xs, wholes, np.reshape(rows, (2, 2)), strict=True):
+        assert got.shape == () and got.dtype == x.dtype and grad.shape == x.shape
+        np.testing.assert_allclose(got, parts.sum(), rtol=1e-13)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -518,22 +515,23 @@ def test_a_delta_that_does_not_fit(name):
 
 @every(WITH_AXIS)
 def test_any_axis(name):
-    x = jnp.asarray(np.random.default_rng(11).normal(size=(2, 3, 4)))
-    vg = VG[name]
+    x, vg = jnp.asarray(np.random.default_rng(11).normal(size=(2, 3, 4))), jax.value_and_grad(L[name])
+    ways = {  # axis: the same numbers with that axis last, and back
+        0: (lambda x: jnp.moveaxis(x, 0, -1), lambda g: jnp.moveaxis(g, -1, 0)),
+        -2: (lambda x: jnp.moveaxis(x, -2, -1), lambda g: jnp.moveaxis(g, -1, -2)),
+        (-1, 0): (lambda x: jnp.moveaxis(x, 1, 0).reshape(3, 8), lambda g: jnp.moveaxis(g.reshape(3, 2, 4), 0, 1)),
+        None: (lambda x: x.reshape(-1), lambda g: g.reshape(x.shape))}
 
-    def same(axis, moved, back):
-        (f, g), (f2, g2) = vg(x, axis=axis), vg(moved)
+    @jax.jit
+    def pairs(x):
+        there = {axis: vg(move(x)) for axis, (move, _) in ways.items()}
+        ghosts = {axis: lagr.ghostmax(x, axis=axis) for axis in (0, (-1, 0))} if name == "ghostmax" else {}
+        return [(vg(x, axis=axis), (there[axis][0], back(there[axis][1])), ghosts.get(axis)) for axis, (_, back) in ways.items()]
+
+    for (f, g), (f2, g2), ghost in pairs(x):
         np.testing.assert_allclose(f, f2, rtol=1e-13)
-        np.testing.assert_allclose(g, back(g2), rtol=1e-12)
-
-    for axis in (0, -2):
-        same(axis, jnp.moveaxis(x, axis, -1), lambda g, axis=axis: jnp.moveaxis(g, -1, axis))
-    for axis in ((-1, 0),):
-        same(axis, jnp.moveaxis(x, 1, 0).reshape(3, 8), lambda g: jnp.moveaxis(g.reshape(3, 2, 4), 0, 1))
-    for axis in (None,):
-        same(axis, x.reshape(-1), lambda g: g.reshape(x.shape))
-    if name == "ghostmax":
-        for axis in (0, (0, 2)): np.testing.assert_allclose(lagr.ghostmax(x, axis=axis), vg(x, axis=axis)[1], rtol=1e-12)
+        np.testing.assert_allclose(g, g2, rtol=1e-12)
+        if ghost is not None: np.testing.assert_allclose(ghost, g, rtol=1e-12)
 
 
 def xlogx(y):
