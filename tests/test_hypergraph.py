@@ -218,13 +218,12 @@ def ref_tree(refs, connections, xhats, xs):
 
 @jax.jit
 def everything(ham, xhats, xs):
-    (E, dE), dx = ham.dEdact(xhats, xs, return_energy=True), jax.grad(ham.energy, argnums=1)(xhats, xs)
-    return ham.activations(xs), ham.energy_tree(xhats, xs), E, dE, dx, jax.grad(lambda ham: ham.energy(xhats, xs))(ham)
-
-
-@jax.jit
-def in_batch(many, xhats, xs):
-    return many.activations(xs), many.energy_tree(xhats, xs), *many.dEdact(xhats, xs, return_energy=True)
+    """For rows of states, by the HAM and by the vectorised one, in one program. With numpy around it nothing else compiles."""
+    def one(ham, xhats, xs):
+        (E, dE), dx = ham.dEdact(xhats, xs, return_energy=True), jax.grad(ham.energy, argnums=1)(xhats, xs)
+        return ham.activations(xs), ham.energy_tree(xhats, xs), E, dE, dx, jax.grad(lambda ham: ham.energy(xhats, xs))(ham)
+    many = ham.vectorize()
+    return jax.vmap(one, (None, 0, 0))(ham, xhats, xs), (many.activations(xs), many.energy_tree(xhats, xs), *many.dEdact(xhats, xs, return_energy=True))
 
 
 def slopes(f, tree, h):
@@ -236,33 +235,31 @@ def slopes(f, tree, h):
     return out
 
 
-@settings(max_examples=10, deadline=None, derandomize=True, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, derandomize=True, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(st.integers(0, 2**32 - 1))
 def test_random_hypergraphs(seed):
     ham, refs, connections, n_leaves, rng = network(seed)
     leaves = jtu.tree_leaves(ham)
     assert len(leaves) == n_leaves and all(isinstance(v, jax.Array) and v.dtype == float for v in leaves)
 
-    draw = lambda shape: {n: jnp.asarray(rng.normal(size=shape + layer.shape)) for n, layer in ham.neurons.items()}
-    xhats, xs = draw((3,)), draw((3,))
-    row = lambda tree, i: jtu.tree_map(lambda v: v[i], tree)
-    singles = []
+    draw = lambda: {n: rng.normal(size=(3, *layer.shape)) for n, layer in ham.neurons.items()}
+    xhats, xs = draw(), draw()
+    rows, many = jax.device_get(everything(ham, xhats, xs))
+    trees_close(many, rows[:4], rtol=1e-12, atol=1e-12)
     for i in range(3):
-        a, x = row(xhats, i), row(xs, i)
-        acts, tree, E, dE, dx, dham = out = everything(ham, a, x)
-        singles.append(out[:4])
+        a, x, (acts, tree, E, dE, dx, dham) = jtu.tree_map(lambda v: v[i], (xhats, xs, rows))
         trees_close(tree, ref_tree(refs, connections, a, x))
         close(E, sum(jtu.tree_leaves(tree)))
-        trees_close(acts, {n: sigma(np.asarray(x[n])) for n, (_, sigma) in refs.items()})
+        trees_close(acts, {n: sigma(x[n]) for n, (_, sigma) in refs.items()})
         trees_close(dx, {n: a[n] - acts[n] if ham.neurons[n].leak else 0 * a[n] for n in a})
-    trees_close(in_batch(ham.vectorize(), xhats, xs), jtu.tree_map(lambda *v: jnp.stack(v), *singles), rtol=1e-12, atol=1e-12)
 
     # the last row: every activation, and the parameters along random directions
     trees_close(dE, slopes(lambda a: sum(jtu.tree_leaves(ref_tree(refs, connections, a, x))), a, 1e-4), rtol=1e-6, atol=1e-6)
     for _ in range(2):
-        d = jtu.tree_map(lambda v: jnp.asarray(rng.normal(size=v.shape)), ham)
-        up, down = (everything(jtu.tree_map(lambda v, d: v + s * 1e-5 * d, ham, d), a, x)[2] for s in (1, -1))
-        close(sum(jtu.tree_leaves(jtu.tree_map(lambda g, d: (d * g).sum(), dham, d))), (up - down) / 2e-5, rtol=1e-6, atol=1e-6)
+        d = [rng.normal(size=v.shape) for v in leaves]
+        moved = lambda s: jtu.tree_unflatten(jtu.tree_structure(ham), [jnp.asarray(np.asarray(v) + s * 1e-5 * d) for v, d in zip(leaves, d)])
+        up, down = (np.asarray(everything(moved(s), xhats, xs)[0][2])[-1] for s in (1, -1))
+        close(sum((d * g).sum() for g, d in zip(jtu.tree_leaves(dham), d)), (up - down) / 2e-5, rtol=1e-6, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -279,6 +276,8 @@ def example(key=0, beta=2.0):
 activations = jax.jit(HAM.activations)
 energy = jax.jit(HAM.energy)
 gradient = jax.jit(HAM.dEdact, static_argnames="return_energy")
+slope = jax.jit(jax.grad(HAM.energy))
+current_and_slope = jax.jit(lambda ham, xhats, xs: (ham.dEdact(xhats, xs, return_energy=True), jax.grad(HAM.energy)(ham, xhats, xs)))
 
 
 def states(ham, key=9):
@@ -318,7 +317,7 @@ def test_jit_grad_and_optax_take_a_ham_as_it_is():
     assert values[-1] < values[0] and isinstance(ham, HAM)
     rows = jtu.tree_map(lambda v: v[None], (xhats, xs))
     in_rows = jax.jit(jax.grad(lambda many: many.energy(*rows).sum()))(ham.vectorize())
-    trees_close(in_rows.unvectorize(), jax.jit(jax.grad(HAM.energy))(ham, xhats, xs))
+    trees_close(in_rows.unvectorize(), slope(ham, xhats, xs))
 
 
 def test_vmap_over_stacked_parameters():
@@ -393,7 +392,7 @@ def test_constants_are_structure(kind, held):
     assert [v.shape for v in jtu.tree_leaves(ham)] == [(3,)]
     assert jtu.tree_structure(ham) != jtu.tree_structure(other)
     x = {0: jnp.ones(3)}
-    jax.jit(HAM.energy)(ham, x, x)
+    jax.eval_shape(jax.jit(HAM.energy), ham, x, x)
     kept = ham.hypersynapses[0].what[0] if held == "module" else seen[-1] if seen else first
     if kind not in ("key", "old key"): assert eqx.tree_equal(kept, first), kept
     if held == "module": assert jtu.tree_structure(build(first)) == jtu.tree_structure(ham)  # compared by value
@@ -436,7 +435,7 @@ def test_bound_methods_and_networks_of_a_user():
     ham = HAM([IdentityLayer(3), IdentityLayer(2)], [pair.energy], [((0, 1), 0)])
     xhats, xs = states(ham)
     close(ham.connection_energies(xhats)[0], (pair.net(xhats[0]) * xhats[1]).sum())
-    grads = jax.jit(jax.grad(HAM.energy))(ham, xhats, xs)
+    grads = slope(ham, xhats, xs)
     assert len(jtu.tree_leaves(grads)) == 4 and any(jnp.any(g != 0) for g in jtu.tree_leaves(grads))
 
 
@@ -450,27 +449,20 @@ def test_frozen_weights_have_gradient_zero(synapse):
     build = lambda t: HAM(layers[:1] if one else layers, [synapse(t)], [((0,) if one else (0, 1), 0)])
     free, frozen = build(True), build(False)
     xhats, xs = states(free)
-    trees_close(gradient(frozen, xhats, xs, return_energy=True), gradient(free, xhats, xs, return_energy=True))
-    for ham, zero in ((free, False), (frozen, True)):
-        grads = jtu.tree_leaves(jax.jit(jax.grad(HAM.energy))(ham, xhats, xs))
+    (one_way, slopes_free), (other_way, slopes_frozen) = (current_and_slope(ham, xhats, xs) for ham in (free, frozen))
+    trees_close(other_way, one_way)
+    for grads, zero in ((slopes_free, False), (slopes_frozen, True)):
+        grads = jtu.tree_leaves(grads)
         assert grads and all(bool(jnp.all(g == 0)) is zero for g in grads)
     assert len(jtu.tree_leaves(frozen)) == len(jtu.tree_leaves(free))
 
 
 def test_rows_of_linear_and_bias_energies():
-    W, b, x, y = (jr.normal(k, s) for k, s in zip(jr.split(jr.PRNGKey(0), 4), [(3, 2), (2,), (5, 4, 3), (5, 4, 2)]))
-    close(LinearSynapse(W)(x, y), -np.einsum("nmi,ij,nmj->nm", x, W, y))
-    close(LinearSynapseWithBias(W, b)(x, y), -np.einsum("nmi,ij,nmj->nm", x, W, y) - np.einsum("j,nmj->nm", b, y))
-    close(BiasSynapse(b)(y), -np.einsum("j,nmj->nm", b, y))
-
-
-def test_gradients_of_a_convolution_are_convolutions():
-    syn = ConvSynapse.from_conv_params(jr.PRNGKey(0), 4, 2, (3, 3), (2, 2))
-    x, y = jr.normal(jr.PRNGKey(1), (6, 5, 2)), jr.normal(jr.PRNGKey(2), (3, 3, 4))
-    forward = lambda x: syn.forward_conv(x[None])[0]
-    first, second, out, transposed = jax.jit(lambda x, y: (*jax.grad(syn, (0, 1))(x, y), forward(x), jax.linear_transpose(forward, x)(y)[0]))(x, y)
-    close(-second, out)
-    close(-first, transposed)
+    W, b, x, y = (np.random.default_rng(k).normal(size=s) for k, s in enumerate([(3, 2), (2,), (5, 4, 3), (5, 4, 2)]))
+    linear, biased, bias = jax.jit(lambda W, b, x, y: (LinearSynapse(W)(x, y), LinearSynapseWithBias(W, b)(x, y), BiasSynapse(b)(y)))(W, b, x, y)
+    close(linear, -np.einsum("nmi,ij,nmj->nm", x, W, y))
+    close(biased, -np.einsum("nmi,ij,nmj->nm", x, W, y) - np.einsum("j,nmj->nm", b, y))
+    close(bias, -np.einsum("j,nmj->nm", b, y))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -489,9 +481,8 @@ class Labelled(eqx.Module):
     def __call__(self, xhat1, xhat2): return -xhat1 @ self.W @ xhat2
 
 
-@pytest.mark.parametrize("x64", [True, False])
-def test_quick_example(x64):
-    with jax.enable_x64(x64):
+def test_quick_example():
+    with jax.enable_x64(False):  # as it was published
         k1, k2, k3 = jr.split(jr.PRNGKey(0), 3)
         neurons = {"input": NeuronLayer(hmx.lagr_identity, (7,)), "labels": NeuronLayer(hmx.lagr_softmax, (8,)),
                    "hidden": NeuronLayer(hmx.lagr_softmax, (9,))}
@@ -508,12 +499,15 @@ def test_quick_example(x64):
         V, v, h = (np.asarray(a) for a in (W1, xhats["input"], xhats["labels"]))
         close(dE["hidden"], np.asarray(xs["hidden"]) - V.T @ v - np.asarray(W2) @ h, atol=1e-5)
 
-        step = jax.jit(lambda ham, xs: ham.dEdact(ham.activations(xs), xs, return_energy=True))
+        @jax.jit
+        def step(ham, xs):
+            E, dE = ham.dEdact(ham.activations(xs), xs, return_energy=True)
+            return E, jtu.tree_map(lambda x, g: x - 0.1 * g, xs, dE)
+
         energies = []
         for _ in range(40):
-            E, dE = step(ham, xs)
+            E, xs = step(ham, xs)
             energies.append(float(E))
-            xs = jtu.tree_map(lambda x, g: x - 0.1 * g, xs, dE)
         assert all(np.diff(energies) < 0)
 
         many = ham.vectorize()
@@ -577,15 +571,14 @@ def test_fact_08_the_energy_has_its_gradient_in_x():
 
 
 def test_fact_14_bias_term_per_row():
-    W, b = jr.normal(jr.PRNGKey(0), (3, 2)), jnp.array([1.0, 2.0])
-    x, y = jr.normal(jr.PRNGKey(1), (4, 3)), jr.normal(jr.PRNGKey(2), (4, 2))
-    close(LinearSynapseWithBias(W, b)(x, y), [-(xi @ W @ yi) - b @ yi for xi, yi in zip(x, y)])
+    W, x, y, b = *(np.random.default_rng(k).normal(size=s) for k, s in enumerate([(3, 2), (4, 3), (4, 2)])), np.array([1.0, 2.0])
+    close(LinearSynapseWithBias(W, b)(jnp.asarray(x), jnp.asarray(y)), [-(xi @ W @ yi) - b @ yi for xi, yi in zip(x, y)])
 
 
 def test_fact_15_independent_keys_and_centred_filters():
     syn = LinearSynapseWithBias.rand_init(jr.PRNGKey(0), 1, 500)
     assert abs(np.corrcoef(syn.W[0], syn.b)[0, 1]) < 0.2
-    W = ConvSynapse.from_conv_params(jr.PRNGKey(0), 8, 3, (5, 5), (1, 1)).W
+    W = np.asarray(ConvSynapse.from_conv_params(jr.PRNGKey(0), 8, 3, (5, 5), (1, 1)).W)
     assert W.shape == (8, 3, 5, 5) and abs(W.mean()) < 4 * 0.01 / math.sqrt(W.size)
     assert abs(W.std() / 0.01 - 1) < 0.1
 
@@ -606,17 +599,18 @@ def test_fact_17_batches_and_misfits_are_not_accepted():
 def test_fact_18_descending_updates_the_activations():
     ham = example()
     xs = ham.init_states(key=jr.PRNGKey(3))
-    out = hmx.descend(ham, xs, max_steps=30)
+    out = hmx.descend(ham, xs, solver=hmx.Euler(0.1), max_steps=30)
     trees_close(out.xhats, activations(ham, out.xs))
     close(out.energy, energy(ham, activations(ham, out.xs), out.xs))
     assert out.energies[int(out.steps)] == out.energy
 
 
 def test_fact_19_a_softmax_layer_of_two_axes():
-    x = jr.normal(jr.PRNGKey(0), (2, 3))
-    ham = HAM([SoftmaxLayer((2, 3))], [DenseSynapse(jnp.ones((2, 3)))], [((0,), 0)])
-    assert ham.energy({0: x}, {0: x}).shape == ()
-    close(ham.activations({0: x})[0], ref_softmax(np.asarray(x), 1.0))
+    x = {0: np.random.default_rng(0).normal(size=(2, 3))}
+    ham = HAM([SoftmaxLayer((2, 3))], [DenseSynapse(np.ones((2, 3)))], [((0,), 0)])
+    E, xhats = jax.jit(lambda x: (ham.energy(x, x), ham.activations(x)))(x)
+    assert E.shape == ()
+    close(xhats[0], ref_softmax(x[0], 1.0))
 
 
 def test_fact_20_unknown_names_and_extras_are_refused():
@@ -642,7 +636,7 @@ def test_fact_21_states_of_other_dtypes(dtype):
 
 def test_fact_21_nan_is_reported():
     ham = HAM([IdentityLayer(3)], [BiasSynapse(jnp.ones(3))], [((0,), 0)])
-    out = hmx.descend(ham, {0: jnp.array([1.0, jnp.nan, 1.0])})
+    out = hmx.descend(ham, {0: jnp.array([1.0, jnp.nan, 1.0])}, max_steps=100)  # the program of fact 25
     assert not out.converged and "finite" in out.result and "NaN" in out.result
 
 
