@@ -96,6 +96,7 @@ def by_hand(ham, xs, dt, n, held=None, cut=()):
 
 
 activations = jax.jit(lambda ham, xs: ham.activations(xs))
+currents = jax.jit(lambda ham, xhats: jax.grad(lambda a: -sum(e.sum() for e in ham.connection_energies(a)))(xhats))
 
 
 def start(ham, key=3, bs=None): return (ham.vectorize() if bs else ham).init_states(bs, key=jr.PRNGKey(key))
@@ -109,29 +110,25 @@ never = dict(rtol=0.0, atol=0.0)  # not to stop before max_steps
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_euler_is_the_hand_written_loop_and_never_climbs(name):
+def test_euler_is_the_hand_written_loop_never_climbs_and_ends_where_the_fixed_point_equation_holds(name):
+    steps, run = 1000, functools.partial(descend, max_steps=1000)  # with dt an array, all descents of a network are one program
     for key in range(2):
         ham = NETWORKS[name](key)
         xs = start(ham, key, 8)
-        out = descend(ham.vectorize(), xs, solver=Euler(0.05), max_steps=60, **never)
-        end, energies, _ = by_hand(ham.vectorize(), xs, 0.05, 60)
+        out = run(ham.vectorize(), xs, solver=Euler(jnp.array(0.01)), **never)
+        end, energies, _ = by_hand(ham.vectorize(), xs, 0.01, steps)
         trees_close(out.xs, end)
         close(out.energies, energies)
         trees_close(out.xhats, activations(ham.vectorize(), end))
-        assert out.energies.shape == (8, 61) and np.all(out.rises == 0) and np.all(out.steps == 60) and np.all(out.code == MAX_STEPS)
+        assert out.energies.shape == (8, steps + 1) and np.all(out.rises == 0) and np.all(out.steps == steps) and np.all(out.code == MAX_STEPS)
         assert np.all(np.diff(energies) <= 1e-12 * (1 + abs(energies[:, 1:])))
         assert np.all(energies[:, -1] < energies[:, 0])
 
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_the_fixed_point_equation_holds_where_it_converged(name):
-    for key in range(2):
-        ham = NETWORKS[name](key)
-        out = descend(ham.vectorize(), start(ham, key, 4), solver=Euler(0.2), max_steps=4000, rtol=0.0, atol=1e-8)
+        out = run(ham.vectorize(), xs, solver=Euler(jnp.array(0.2)), rtol=0.0, atol=1e-8)
         assert np.all(out.converged) and np.all(out.residual <= 1e-8) and np.all(out.steps > 0)
-        current = jax.jit(lambda ham, xhats: jax.grad(lambda a: -sum(e.sum() for e in ham.connection_energies(a)))(xhats))(ham.vectorize(), out.xhats)
+        current = currents(ham.vectorize(), out.xhats)
         trees_close({n: (out.xs[n] if ham.neurons[n].leak else 0.0) * np.ones_like(v) for n, v in current.items()}, current, atol=2e-8)
-        largest = [np.abs((out.xs[n] if ham.neurons[n].leak else 0) - v).reshape(4, -1).max(1) for n, v in current.items()]
+        largest = [np.abs((out.xs[n] if ham.neurons[n].leak else 0) - v).reshape(8, -1).max(1) for n, v in current.items()]
         close(np.max(largest, 0), out.residual, rtol=1e-5, atol=1e-14)
 
 
@@ -149,15 +146,16 @@ def test_linear_gaussian_network_in_closed_form():
     ham, A, b, tau = gaussian()
     xs = start(ham)
     z0, fixed = np.concatenate([xs["v"], xs["h"]]), np.linalg.solve(A, b)
-    out = descend(ham, xs, solver=Euler(0.1), max_steps=17, **never)
-    z = fixed + np.linalg.matrix_power(np.eye(5) - 0.1 * A / tau[:, None], 17) @ (z0 - fixed)
+    run = lambda dt, mask, **tols: descend(ham, xs, solver=Euler(jnp.array(dt)), clamp={"v": mask}, max_steps=200, **tols)  # one program
+    out = run(0.01, np.zeros(3, bool), **never)
+    z = fixed + np.linalg.matrix_power(np.eye(5) - 0.01 * A / tau[:, None], 200) @ (z0 - fixed)
     close(np.concatenate([out.xs["v"], out.xs["h"]]), z)
     close(out.energy, z @ A @ z / 2 - b @ z)
     close(out.residual, abs(A @ z - b).max())
-    out = descend(ham, xs, rtol=0.0, atol=1e-10)
+    out = run(0.5, np.zeros(3, bool), rtol=0.0, atol=1e-10)
     close(np.concatenate([out.xs["v"], out.xs["h"]]), fixed, atol=1e-8)
     mask = np.array([True, False, True])
-    out = descend(ham, xs, clamp={"v": mask}, rtol=0.0, atol=1e-10)  # the mean of a Gaussian, conditioned on two variables
+    out = run(0.5, mask, rtol=0.0, atol=1e-10)  # the mean of a Gaussian, conditioned on two variables
     k, f = [0, 2], [1, 3, 4]
     close(np.concatenate([out.xs["v"], out.xs["h"]])[f], np.linalg.solve(A[np.ix_(f, f)], b[f] - A[np.ix_(f, k)] @ z0[k]), atol=1e-8)
 
@@ -196,7 +194,7 @@ def test_clamped_elements_stay_and_the_others_flow(case):
     xs["v"] = xs["v"].at[:, 0].set(-0.0).at[0, 2].set(1e300).at[1, 1].set(-1e-320).at[2, 4].set(30.0)
     out = descend(ham.vectorize(), xs, clamp=clamp, max_steps=40, **never)
     assert np.all(out.code == MAX_STEPS)
-    held = {n: np.broadcast_to(m, xs[n].shape) for n, m in held.items()}
+    held = {n: np.broadcast_to(held.get(n, False), x.shape) for n, x in xs.items()}
     for n, m in held.items(): assert same_bits(np.asarray(out.xs[n])[m], np.asarray(xs[n])[m])
     end, energies, _ = by_hand(ham.vectorize(), xs, 0.1, 40, held, ("h",) if case == "softmax" else ())
     trees_close(out.xs, end)
@@ -204,7 +202,8 @@ def test_clamped_elements_stay_and_the_others_flow(case):
 
 
 def test_one_clamp_by_position():
-    ham, xs = grids(0), start(grids(0))
+    ham = HAM([TanhLayer(3), TanhLayer(2)], [LinearSynapse(np.ones((3, 2)))], [((0, 1), 0)])
+    xs = start(ham)
     out = descend(ham, xs, clamp=1, max_steps=5)
     assert same_bits(out.xs[1], xs[1]) and not same_bits(out.xs[0], xs[0])
 
@@ -212,7 +211,7 @@ def test_one_clamp_by_position():
 def test_all_clamped_takes_no_step():
     ham = two_layers(0)
     xs = start(ham)
-    E = by_hand(ham, xs, 0.1, 9)[1][0]
+    E = by_hand(ham, xs, 0.1, 20)[1][0]
     for clamp in (["v", "h"], {"v": np.ones(5, bool), "h": np.ones(4, bool)}):
         out = descend(ham, xs, clamp=clamp, max_steps=7)
         assert out.steps == 0 and out.converged and out.residual == 0 and out.rises == 0
@@ -221,16 +220,17 @@ def test_all_clamped_takes_no_step():
     many = descend(ham.vectorize(), start(ham, 3, 2), clamp=["v", "h"], max_steps=7, trace=False)
     assert many.energies is None and many.energy.shape == many.steps.shape == many.residual.shape == many.code.shape == (2,)
     xs = {n: x.astype(jnp.float16) for n, x in xs.items()}
-    assert descend(ham, xs, clamp=["v", "h"]).residual.dtype == descend(ham, xs, clamp="v").residual.dtype
+    kept = lambda clamp: jax.eval_shape(lambda: descend(ham, xs, clamp=clamp).residual).dtype
+    assert kept(["v", "h"]) == kept("v")
 
 
-@pytest.mark.parametrize("clamp", ["v", {"v": np.arange(5) == 2}, ["v", "h"]], ids=["layer", "mask", "all"])
+@pytest.mark.parametrize("name, clamp", [("h", "h"), ("v", {"v": np.arange(5) == 2}), ("v", ["v", "h"])], ids=["layer", "mask", "all"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_clamped_nan_is_reported(clamp, value):
+def test_clamped_nan_is_reported(name, clamp, value):
     ham = two_layers(0)
-    xs = start(ham, 3, 2)
-    bad = {**xs, "v": xs["v"].at[0, 2].set(value)}
-    out, fine = (descend(ham.vectorize(), x, clamp=clamp, max_steps=20, **never) for x in (bad, xs))
+    xs = start(ham, 3, 3)
+    bad = {**xs, name: xs[name].at[0, 2].set(value)}
+    out, fine = (descend(ham.vectorize(), x, clamp=clamp, max_steps=40, **never) for x in (bad, xs))  # programs of the clamps above
     assert out.code[0] == NONFINITE and "finite" in out.result[0] and out.steps[0] == 0
     assert same_bits(out.xs["v"][0], bad["v"][0]) and same_bits(out.xs["h"][0], bad["h"][0])
     assert out.result[1] == fine.result[1] and same_bits(out.energies[1], fine.energies[1])
@@ -313,18 +313,17 @@ def test_an_empty_batch():
 def test_user_level_jit_and_vmap():
     ham = two_layers(0)
     batch = start(ham, 3, 3)
-    expected = descend(ham.vectorize(), batch, clamp={"v": row_masks}, max_steps=50)
-    f = lambda xs, mask: descend(ham, xs, clamp={"v": mask}, max_steps=50)
-    out = jax.jit(jax.vmap(f))(batch, row_masks)
+    expected = descend(ham.vectorize(), batch, clamp={"v": row_masks}, max_steps=40)  # the program of the clamps above
+    f = lambda ham, xs, mask: descend(ham, xs, clamp={"v": mask}, max_steps=40)
+    out = jax.jit(jax.vmap(f, (None, 0, 0)))(ham, batch, row_masks)
     trees_close(out.xs, expected.xs)
     close(out.energies, expected.energies)
-    assert out.result == expected.result
+    assert out.result == expected.result and np.array_equal(out.code, expected.code)
     row, mask = jtu.tree_map(lambda v: v[0], batch), row_masks[0]
-    assert jax.jit(lambda ham, xs: descend(ham, xs, clamp={"v": mask}, max_steps=50).code)(ham, row) == expected.code[0]
     hams = jtu.tree_map(lambda *v: jnp.stack(v), *(two_layers(k) for k in range(3)))
-    out = jax.vmap(lambda ham: descend(ham, row, max_steps=50))(hams)  # without jit of one's own
-    for k in range(3): close(out.energy[k], descend(two_layers(k), row, max_steps=50).energy)
-    with pytest.raises(TypeError, match=r"Under jit use `.code`"): jax.jit(lambda xs: f(xs, mask).result)(row)
+    out = jax.vmap(lambda ham: descend(ham, row, max_steps=40))(hams)  # without jit of one's own
+    for k in range(3): close(out.energy[k], descend(two_layers(k), row, max_steps=40).energy)
+    with pytest.raises(TypeError, match=r"Under jit use `.code`"): jax.jit(lambda xs: f(ham, xs, mask).result)(row)
 
 
 def directional(f, at, h=1e-5):
@@ -419,7 +418,7 @@ def test_trace_and_steps():
     trees_close(dark.xs, out.xs)
 
 
-def test_max_steps_is_exact():
+def test_max_steps_is_exact_and_throw():
     ham = two_layers(2)
     xs = start(ham)
     end, energies, _ = by_hand(ham, xs, 0.1, 1)
@@ -428,13 +427,15 @@ def test_max_steps_is_exact():
     trees_close(out.xs, end)
     close(out.energies, energies)
     close(out.energy, energies[1])
-    full = descend(ham, xs, max_steps=1000)
-    enough = descend(ham, xs, max_steps=int(full.steps))  # to converge at the last step is to converge
-    assert enough.converged and enough.steps == full.steps
-    short = descend(ham, xs, max_steps=int(full.steps) - 4)  # it is judged at every fourth step
-    assert not short.converged and short.steps == full.steps - 4
-    again = descend(ham, full.xs, max_steps=1000)
-    assert again.steps == 0 and again.converged and all(same_bits(again.xs[n], full.xs[n]) for n in xs)
+    with pytest.raises(RuntimeError, match="did not converge.*throw=False"): descend(ham, xs, max_steps=1, throw=True)
+    run = lambda xs, atol, **kw: descend(ham, xs, max_steps=40, rtol=0.0, atol=atol, **kw)
+    short = run(xs, 0.0)
+    assert not short.converged and short.steps == 40 and short.residual > 1e-12
+    enough = run(xs, 1.001 * short.residual, throw=True)  # to converge at the last step is to converge
+    assert enough.converged and enough.steps == 40 and all(same_bits(enough.xs[n], short.xs[n]) for n in xs)
+    assert not run(xs, 0.999 * short.residual).converged
+    again = run(enough.xs, 1.001 * short.residual)
+    assert again.steps == 0 and again.converged and all(same_bits(again.xs[n], enough.xs[n]) for n in xs)
     assert np.isnan(again.energies[1:]).all() and again.energies[0] == again.energy
 
 
@@ -460,17 +461,11 @@ def test_the_words_name_the_step_that_is_not_finite(x, dt):
     else: assert out.code == NONFINITE and re.search(rf"at step {first}[;:]", out.result), (first, out.result)
 
 
-def test_throw():
-    ham = two_layers(0)
-    with pytest.raises(RuntimeError, match="did not converge.*throw=False"): descend(ham, start(ham), max_steps=2, throw=True)
-    assert descend(ham, start(ham), throw=True).converged
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # dtypes, compilation
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64], ids=lambda d: jnp.dtype(d).name)
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32], ids=lambda d: jnp.dtype(d).name)  # float64 is all the others
 def test_dtypes_are_kept(dtype):
     dtype = jnp.dtype(dtype)
     double = two_layers(4)
@@ -487,7 +482,7 @@ def test_dtypes_are_kept(dtype):
 def test_layers_of_two_dtypes_keep_theirs():
     ham = two_layers(0)
     xs = start(ham)
-    out = descend(ham, {"v": xs["v"].astype(jnp.float32), "h": xs["h"]}, solver=Euler(jnp.array(0.1, float)), max_steps=3)
+    out = jax.eval_shape(lambda: descend(ham, {"v": xs["v"].astype(jnp.float32), "h": xs["h"]}, solver=Euler(jnp.array(0.1, float)), max_steps=3))
     assert out.xs["v"].dtype == jnp.float32 and out.xs["h"].dtype == float
 
 
