@@ -115,18 +115,19 @@ def test_first_and_second_derivatives(name):
 def test_masked_rows_are_zero_to_third_order():
     f, v = whole(SELF["mask"][0])
     t = jnp.ones_like(v)
-    third = lambda f: jax.jit(lambda v: jax.jvp(lambda w: jax.jvp(jax.grad(f), (w,), (t,))[1], (v,), (t,))[1])(v)
-    assert np.isfinite(third(f)).all() and abs(third(f)).max() > 0
-    f, _ = whole(SELF["nothing"][0])
-    assert f(v) == 0 and (jax.grad(f)(v) == 0).all() and (third(f) == 0).all()
+    third = lambda f: jax.jvp(lambda w: jax.jvp(jax.grad(f), (w,), (t,))[1], (v,), (t,))[1]
+    nothing, _ = whole(SELF["nothing"][0])
+    some, *none = jax.jit(lambda: (third(f), nothing(v), jax.grad(nothing)(v), third(nothing)))()
+    assert np.isfinite(some).all() and abs(some).max() > 0
+    for zero in none: assert (zero == 0).all()
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64], ids=lambda d: jnp.dtype(d).name)
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32], ids=lambda d: jnp.dtype(d).name)  # float64 is all the others
 def test_dtype_is_kept(dtype):
     syn = AttentionSynapse(*(jnp.asarray(v, dtype) for v in (WQ, WK, BETA)), mask=HOLES)
     x = jnp.asarray(X, dtype)
-    value, grad = jax.value_and_grad(syn)(x)
-    assert value.dtype == grad.dtype == syn.attention(x).dtype == dtype
+    (value, grad), p = jax.jit(lambda x: (jax.value_and_grad(syn)(x), syn.attention(x)))(x)
+    assert value.dtype == grad.dtype == p.dtype == dtype
     energy, to_x, to_y = by_loops(*(np.asarray(v, float) for v in (x, x, syn.Wq, syn.Wk, syn.beta)), SELF["mask"][1])
     eps = float(jnp.finfo(dtype).eps)
     assert abs(float(value) - energy) <= 16 * eps * abs(energy)
@@ -136,8 +137,9 @@ def test_dtype_is_kept(dtype):
 def test_half_precision_scores_may_leave_the_range():
     x = jnp.asarray([[300.0], [300.0], [1.0]], jnp.float16)  # 300 · 300 > 65504, the largest float16
     syn = AttentionSynapse(jnp.ones((1, 1, 1), jnp.float16), jnp.ones((1, 1, 1), jnp.float16))
-    np.testing.assert_array_equal(syn.attention(x)[0], [[0, 1, 0], [1, 0, 0], [0.5, 0.5, 0]])
-    np.testing.assert_array_equal(-jax.grad(syn)(x)[:, 0], [600.5, 600.5, 300])
+    p, grad = jax.jit(lambda x: (syn.attention(x), jax.grad(syn)(x)))(x)
+    np.testing.assert_array_equal(p[0], [[0, 1, 0], [1, 0, 0], [0.5, 0.5, 0]])
+    np.testing.assert_array_equal(-np.asarray(grad)[:, 0], [600.5, 600.5, 300])
 
 
 def test_one_key_has_no_temperature():
@@ -145,9 +147,9 @@ def test_one_key_has_no_temperature():
     x = X[:2]
     q, k = np.einsum("hed,nd->hne", WQ, x), np.einsum("hed,nd->hne", WK, x)
     want = -(k[:, 1] * q[:, 0] + k[:, 0] * q[:, 1]).sum()
+    both = jax.jit(jax.value_and_grad(lambda b: AttentionSynapse(WQ, WK, b)(x)))
     for beta in (1e-3, 1.0, 1e6):
-        f = lambda b: AttentionSynapse(WQ, WK, b)(x)
-        value, slope = jax.value_and_grad(f)(jnp.asarray(beta))
+        value, slope = both(jnp.asarray(beta))
         np.testing.assert_allclose(value, want, rtol=1e-12)
         assert slope == 0
 
@@ -162,9 +164,11 @@ def test_limits_of_the_temperature():
 
 def test_order_and_arrangement_mean_nothing():
     syn, order = AttentionSynapse(WQ, WK, BETA), [2, 0, 3, 1]
-    np.testing.assert_allclose(syn(X[order]), syn(X), rtol=1e-13)
-    np.testing.assert_allclose(syn.attention(X[order]), syn.attention(X)[:, order][:, :, order], rtol=1e-12)
-    np.testing.assert_allclose(jax.grad(syn)(X.reshape(2, 2, D)).reshape(N, D), jax.grad(syn)(X), rtol=1e-13)
+    run = jax.jit(lambda x: (syn(x), syn.attention(x), jax.grad(syn)(x), jax.grad(syn)(x.reshape(2, 2, D)).reshape(N, D)))
+    (E, p, grad, on_grid), (E2, p2, *_) = map(jax.device_get, (run(X), run(X[order])))
+    np.testing.assert_allclose(E2, E, rtol=1e-13)
+    np.testing.assert_allclose(p2, p[:, order][:, :, order], rtol=1e-12)
+    np.testing.assert_allclose(on_grid, grad, rtol=1e-13)
 
 
 def test_masks_of_a_grid():
@@ -180,9 +184,11 @@ def test_masks_of_a_grid():
 def test_padding_takes_a_token_out_altogether():
     syn, x = AttentionSynapse(WQ, WK, BETA, key_mask=[True, True, True, False]), jnp.asarray(X)
     alone = AttentionSynapse(WQ, WK, BETA)
-    np.testing.assert_allclose(syn(x), alone(x[:3]), rtol=1e-13)
-    np.testing.assert_allclose(jax.grad(syn)(x)[:3], jax.grad(alone)(x[:3]), rtol=1e-12)
-    assert (jax.grad(syn)(x)[3] == 0).all() and syn(x.at[3].set(99.0)) == syn(x)
+    padded, (E_alone, grad_alone) = jax.jit(jax.value_and_grad(syn)), jax.jit(jax.value_and_grad(alone))(x[:3])
+    E, grad = jax.device_get(padded(x))
+    np.testing.assert_allclose(E, E_alone, rtol=1e-13)
+    np.testing.assert_allclose(grad[:3], grad_alone, rtol=1e-12)
+    assert (grad[3] == 0).all() and padded(x.at[3].set(99.0))[0] == E
 
 
 def test_a_causal_mask_is_no_one_way_street():
@@ -202,7 +208,7 @@ def test_the_update_is_attention():
     syn = AttentionSynapse(WQ, WK2)
     q, k = (np.einsum("hed,nd->nhe", W, x)[None] for W, x in ((WQ, X), (WK2, X2)))
     out = jax.nn.dot_product_attention(q, k, k)[0]  # (queries, heads, d_head), scale 1/√d_head
-    np.testing.assert_allclose(-jax.grad(syn)(X, X2), np.einsum("nhe,hed->nd", out, WQ), rtol=1e-4)  # its softmax is in float32
+    np.testing.assert_allclose(-jax.jit(jax.grad(syn))(X, X2), np.einsum("nhe,hed->nd", out, WQ), rtol=1e-4)  # its softmax is in float32
 
 
 def layered(syn, n=N, d=D):
@@ -213,10 +219,10 @@ def test_in_a_network():
     ham = layered(AttentionSynapse(WQ, WK, jnp.asarray(BETA), mask=HOLES))
     assert sorted(v.shape for v in jax.tree.leaves(ham)) == [(HEADS,), (HEADS, Y, D), (HEADS, Y, D)]
     assert [v.shape for v in jax.tree.leaves(layered(AttentionSynapse(WQ, WK)))] == [(HEADS, Y, D)] * 2  # a number is a constant
-    out = hmx.descend(ham, {"tokens": jnp.asarray(X)}, solver=hmx.Euler(0.02), max_steps=60)
-    assert (np.diff(out.energies) < 0).all() and out.rises == 0
-    many = hmx.descend(ham.vectorize(), {"tokens": jnp.stack([X, X[::-1]])}, solver=hmx.Euler(0.02), max_steps=60)
-    np.testing.assert_allclose(many.energies[0], out.energies, rtol=1e-10)
+    many = hmx.descend(ham.vectorize(), {"tokens": np.stack([X, X[::-1]])}, solver=hmx.Euler(0.02), max_steps=60)
+    assert (np.diff(many.energies) < 0).all() and not many.rises.any()
+    start = {"tokens": jnp.asarray(X)}
+    np.testing.assert_allclose(many.energies[0, 0], jax.jit(lambda xs: ham.energy(ham.activations(xs), xs))(start), rtol=1e-10)
 
 
 def test_equal_masks_share_a_compilation():
@@ -237,7 +243,7 @@ def test_trainable():
     assert len(jax.tree.leaves(grads)) == 3 and all(abs(g).min() > 0 for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("n, d, heads, d_head", [(2, 16, 1, 16), (64, 64, 4, 64), (32, 128, 8, 16)])
+@pytest.mark.parametrize("n, d, heads, d_head", [(2, 16, 1, 16), (32, 128, 8, 16)])
 def test_fresh_currents_are_of_order_one(n, d, heads, d_head):
     @jax.jit
     def rms(seed):
@@ -252,7 +258,7 @@ def test_rand_init():
     d, heads, d_head = 8, 2, 4
     other = AttentionSynapse.rand_init(jr.key(0), d, heads, d_head, d_key=3, beta=2.0, scale=2.0, include_self=True)
     assert other.Wk.shape == (heads, d_head, 3) and other.beta == 2 and other.include_self
-    np.testing.assert_allclose(other.Wq, 2 * AttentionSynapse.rand_init(jr.key(0), d, heads, d_head).Wq)
+    np.testing.assert_allclose(other.Wq, 2 * np.asarray(AttentionSynapse.rand_init(jr.key(0), d, heads, d_head).Wq))
 
 
 @pytest.mark.parametrize("error, words, call", [
