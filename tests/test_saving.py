@@ -28,13 +28,13 @@ def same(a, b):
 def test_round_trip(dtype, tmp_path):
     with jax.enable_x64(dtype == jnp.float64):
         make = lambda key: hmx.HAM([hmx.SoftmaxLayer(4, beta=jnp.asarray(1.5, dtype)), hmx.TanhLayer((2, 3), tau=0.5, leak=False)],
-                                   [hmx.DenseSynapse(jr.normal(jr.key(key), (4, 2, 3), dtype)), hmx.BiasSynapse(jnp.ones((2, 3), dtype), trainable=False)], [([0, 1], 0), ([1], 1)])
+                                   [hmx.DenseSynapse(jnp.asarray(np.random.default_rng(key).normal(size=(4, 2, 3)), dtype)), hmx.BiasSynapse(jnp.ones((2, 3), dtype), trainable=False)], [([0, 1], 0), ([1], 1)])
         ham = make(0)
         save(tmp_path / "n", ham.vectorize())
         assert same(load(tmp_path / "n"), ham) and same(load(tmp_path / "n", like=make(1)), ham)
         config = json.loads(json.dumps(to_config(ham)))
-        assert to_config(from_config(config, key=jr.key(0))) == config
-        assert jtu.tree_structure(from_config(config, key=jr.key(0))) == jtu.tree_structure(ham)
+        fresh = from_config(config, key=jr.key(0))
+        assert to_config(fresh) == config and jtu.tree_structure(fresh) == jtu.tree_structure(ham)
     if dtype == jnp.float64:
         with pytest.raises(ValueError, match="jax_enable_x64"): load(tmp_path / "n")
 
@@ -71,13 +71,14 @@ def test_a_changed_byte_is_refused_or_harmless(tmp_path):
     ham, path = small(), tmp_path / "n"
     save(path, ham)
     whole, refused = bytearray(path.read_bytes()), 0
-    for i in range(0, len(whole), 3):
+    places = range(0, len(whole), 7)  # and a different bit each time
+    for i in places:
         changed = bytearray(whole)
         changed[i] ^= 1 << (i % 8)
         path.write_bytes(changed)
         try: assert same(load(path), ham), i
         except FileProblem: refused += 1
-    assert refused > len(whole) / 6
+    assert refused > len(places) / 2
 
 
 def rewritten(path, change):
@@ -138,7 +139,8 @@ while True:
 @pytest.mark.slow
 def test_a_killed_writer_leaves_a_whole_file(tmp_path):
     path, rng, left = tmp_path / "n", np.random.default_rng(0), 0
-    for _ in range(5):
+    for n in range(6):  # until one was killed in the middle of writing, and twice at least
+        if n > 1 and left: break
         writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
         try:
             assert writer.stdout.readline() == "ready\n"
@@ -148,4 +150,4 @@ def test_a_killed_writer_leaves_a_whole_file(tmp_path):
         W = np.asarray(load(path).hypersynapses[0].W)
         assert W.shape == (600, 500) and W.min() == W.max() and W.max() in (1, 2)
         left += len(list(tmp_path.glob(".hamux-*.tmp")))
-    assert left > 0 # some were killed in the middle of writing
+    assert left > 0
