@@ -172,7 +172,8 @@ def test_repr_is_the_table():
 
 def test_networks_of_other_things():
     ham = three_layers()
-    slope = jax.grad(lambda h, a, x: h.energy(a, x))(ham, ham.activations(ham.init_states()), ham.init_states())
+    xs = ham.init_states()
+    slope = jax.jit(jax.grad(lambda h, a, x: h.energy(a, x)))(ham, xs, xs)
     assert "146 (72 frozen)" in describe(slope)
     assert "no parameters" in describe(jtu.tree_map(lambda v: None, ham))
     assert "no parameters" in describe(jtu.tree_map(lambda v: object(), ham))
@@ -266,7 +267,7 @@ def test_other_layouts(network, layout):
         np.testing.assert_allclose((at - at[0]) / scale, want - want[0], atol=1e-6)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_twelve_layers(seed):
     ham = random_ten(12, 8, seed)
     check_picture(ham, draw(ham))
