@@ -38,8 +38,7 @@ def expected(layers):
     return [(s2[i - 1] * q[i - 1] if i else 0) + (s2[i] * q[i + 1] if i < len(s2) else 0) for i in range(len(layers))]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("depth, width", [(2, 400), (5, 30), (9, 100)])
+@pytest.mark.parametrize("kind, depth, width", [*((kind, *size) for size in ((2, 400), (5, 30)) for kind in KINDS), ("relu", 9, 100)])
 def test_currents_are_of_order_one(kind, depth, width):
     layers = [KINDS[kind](width)] * depth
     got = [float(v) for v in mean_squares(chain(layers, jr.key(depth)), jr.split(jr.key(1), 16)).values()]
@@ -47,8 +46,7 @@ def test_currents_are_of_order_one(kind, depth, width):
     np.testing.assert_allclose(expected(layers)[:2], [1, 1] if depth == 2 else [2 / 3, 7 / 6], rtol=1e-5)
 
 
-@pytest.mark.parametrize("widths", [(800, 10, 50), (20, 700, 700, 20), (64, 640)])
-@pytest.mark.parametrize("kinds", ["tanh", "mixed"])
+@pytest.mark.parametrize("kinds, widths", [("tanh", (800, 10, 50)), *(("mixed", widths) for widths in ((800, 10, 50), (20, 700, 700, 20), (64, 640)))])
 def test_currents_of_different_layers(widths, kinds):
     layers = [(list(KINDS.values()) if kinds == "mixed" else [hmx.TanhLayer])[i % 5 if kinds == "mixed" else 0](w) for i, w in enumerate(widths)]
     runs = [mean_squares(chain(layers, jr.key(i)), jr.split(jr.key(i + 9), 8)) for i in range(4)]
@@ -77,7 +75,7 @@ def test_self_connection_and_three_bodies():
         np.testing.assert_allclose(np.mean([[float(v) for v in r.values()] for r in runs], 0), variances, rtol=0.3)
 
 
-@pytest.mark.parametrize("strides, padding", [(1, "SAME"), (3, "SAME"), (2, "VALID"), (2, ((2, 0), (1, 1)))])
+@pytest.mark.parametrize("strides, padding", [(1, "SAME"), (3, "SAME"), (2, ((2, 0), (1, 1)))])
 def test_convolution(strides, padding):
     probe = hmx.ConvSynapse(jnp.ones((1, 1, 3, 3)), strides, padding).forward_conv(jnp.ones((1, 13, 11, 1))).shape[1:3]
     layers = [hmx.TanhLayer((13, 11, 3)), hmx.TanhLayer((*probe, 6))]
