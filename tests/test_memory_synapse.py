@@ -15,11 +15,9 @@ CASES = [  # lagrangian, its learned hyperparameter, similarity, mask
     (hmx.lagr_softmax, {"beta": 0.7}, "dot", None),
     (hmx.lagr_softmax, {"beta": 0.7}, "euclidean", MASK),
     (hmx.lagr_ghostmax, {"beta": 0.7}, "dot", MASK),
-    (hmx.lagr_ghostmax, {"beta": 0.7}, "euclidean", None),
     (hmx.lagr_identity, {}, "dot", MASK),
     (hmx.lagr_repu, {"n": 3.5}, "dot", None),
     (hmx.lagr_exp, {"beta": 0.7}, "euclidean", MASK),
-    (hmx.lagr_tanh, {"beta": 0.7}, "dot", None),
     (log_sum_relu, {"beta": 0.2}, "euclidean", MASK),
 ]
 
@@ -59,39 +57,42 @@ def test_no_array_of_batch_times_memories_is_ever_live(L):
     array = 4 * B * K  # bytes
     rows = 4 * d * K
     X, synapse = jnp.zeros((B, d)), MemorySynapse(jnp.zeros((K, d)), L, "euclidean")
-    energy = lambda s, X: jax.vmap(s)(X).sum()
+    energy = jax.value_and_grad(lambda s, X: jax.vmap(s)(X).sum(), (0, 1))
     def trained(s, X):  # through a recall of three steps
         return (jax.lax.scan(lambda X, _: (X - jax.vmap(jax.grad(s))(X), None), X, length=3)[0] ** 2).sum()
-    for f, returned in ((energy, 0), (jax.grad(energy, 1), 0), (jax.grad(energy), 1), (jax.grad(trained), 1)):
+    for f in (energy, jax.grad(trained)):
         used = jax.jit(f).lower(synapse, X).compile().memory_analysis().temp_size_in_bytes
-        assert used < array / 2 + 3 * returned * rows, f"{used / 1e6} MB of temporaries, against {array / 1e6} for batch × memories"
+        assert used < array / 2 + 3 * rows, f"{used / 1e6} MB of temporaries, against {array / 1e6} for batch × memories"
 
 
 def test_batches_of_memories_and_batches_of_batches():
-    X, Xi = jr.normal(jr.key(1), (2, 5, 3)), jr.normal(jr.key(2), (2, 23, 3))
-    ours = jax.vmap(lambda Xi, X: jax.vmap(jax.grad(MemorySynapse(Xi, block=7)))(X))(Xi, X)
-    p = jax.nn.softmax(jnp.einsum("nkd,nbd->nbk", Xi, X), -1)
+    X, Xi = (np.random.default_rng(k).normal(size=s).astype("f4") for k, s in enumerate([(2, 5, 3), (2, 23, 3)]))
+    ours = jax.jit(jax.vmap(lambda Xi, X: jax.vmap(jax.grad(MemorySynapse(Xi, block=7)))(X)))(Xi, X)
+    e = np.exp(np.einsum("nkd,nbd->nbk", Xi, X))
+    p = e / e.sum(-1, keepdims=True)
     np.testing.assert_allclose(ours, -p @ Xi, rtol=1e-4, atol=1e-6)
 
 
 def test_half_precision_is_summed_in_single():
     Xi, x = jr.normal(jr.key(2), (5000, 8)).astype(jnp.float16), jr.normal(jr.key(1), (8,)).astype(jnp.float16)
     synapse = MemorySynapse(Xi, hmx.lagr_relu, block=64)
-    assert synapse(x).dtype == jax.grad(synapse)(x).dtype == jnp.float16
+    value, grad = jax.jit(jax.value_and_grad(synapse))(x)
+    assert value.dtype == grad.dtype == jnp.float16
     exact = -0.5 * np.maximum(np.asarray(Xi, float) @ np.asarray(x, float), 0) ** 2
-    np.testing.assert_allclose(float(synapse(x)), exact.sum(), rtol=2e-3)
+    np.testing.assert_allclose(float(value), exact.sum(), rtol=2e-3)
 
 
 def test_numbers_that_are_far_apart_do_not_overflow():
     Xi = jnp.array([[1e4, 0.0], [0.0, 1e4], [1e4, 1.0]])
     synapse = MemorySynapse(Xi, Partial(hmx.lagr_softmax, beta=10.0), block=1)
-    np.testing.assert_allclose(synapse(jnp.array([1e4, 0.0])), -1e8 - np.log(2) / 10, rtol=1e-6)
-    np.testing.assert_allclose(jax.grad(synapse)(jnp.array([1e4, 0.0])), [-1e4, -0.5], rtol=1e-6)
+    value, grad = jax.jit(jax.value_and_grad(synapse))(jnp.array([1e4, 0.0]))
+    np.testing.assert_allclose(value, -1e8 - np.log(2) / 10, rtol=1e-6)
+    np.testing.assert_allclose(grad, [-1e4, -0.5], rtol=1e-6)
 
 
 def test_what_is_in_an_empty_slot_does_not_matter():
     Xi = jr.normal(jr.key(0), (6, 3)).at[2].set(jnp.nan)
     for L in (hmx.lagr_softmax, hmx.lagr_exp):
         synapse = MemorySynapse(Xi, L, "euclidean", mask=np.arange(6) != 2, block=4)
-        grads = jax.grad(lambda s: (jax.grad(s)(jnp.ones(3)) ** 2).sum())(synapse).Xi
+        grads = jax.jit(jax.grad(lambda s: (jax.grad(s)(jnp.ones(3)) ** 2).sum()))(synapse).Xi
         assert jnp.isfinite(grads).all() and (grads[2] == 0).all() and (grads[0] != 0).all()
