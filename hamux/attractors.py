@@ -153,9 +153,9 @@ def _grow(space, H, S, leak, tau):
 
 
 def _alive(space):
-    "Whether the next vector is more than rounding, and there is room for it."
+    "Whether the next vector is more than rounding (a shorter one is mostly directions that H does not see), and there is room for it."
     scale = jnp.maximum(abs(space.diagonal).max(), jnp.where(space.count > 1, space.beside[0], 0))
-    return (space.length > 8 * jnp.finfo(space.v.dtype).eps * scale) & jnp.isfinite(space.length) & (space.count < len(space.Q))
+    return (space.length > jnp.finfo(space.v.dtype).eps**0.5 * scale) & jnp.isfinite(space.length) & (space.count < len(space.Q))
 
 
 def _ritz(space):

@@ -8,6 +8,7 @@ Docs: https://hamux.github.io/hamux/api/dynamics.html.md"""
 __all__ = ['Descent', 'descend', 'AbstractSolver', 'Backtracking', 'Euler', 'Trace', 'with_beta']
 
 # %% ../nbs/api/04_dynamics.ipynb #ce957358
+import functools
 import importlib.util
 import numbers
 from collections.abc import Iterable, Mapping
@@ -100,6 +101,12 @@ def _words(code, steps, residual, rises, whole):
     }.get(code, "Still running.") + climbed
 
 # %% ../nbs/api/04_dynamics.ipynb #946d27fc
+@functools.lru_cache
+def _number(value, dtype):
+    "A scalar array; made once, since that takes longer than a step of a small network."
+    with jax.ensure_compile_time_eval(): return jnp.asarray(value, dtype)
+
+
 def _check_settings(solver, max_steps, adjoint, trace, anneal, rtol, atol):
     if not isinstance(solver, AbstractSolver): raise TypeError(f"solver should be a solver such as Euler(dt=0.1), and is {solver!r}.")
     if not isinstance(max_steps, numbers.Integral) or max_steps < 1: raise ValueError(f"max_steps is a positive int, and is {max_steps!r}.")
@@ -139,7 +146,7 @@ def descend(
     for name in anneal: with_beta(ham.unvectorize(), name, 1.0)
     if progress and importlib.util.find_spec("tqdm") is None: raise ImportError("progress=True shows a bar of tqdm: pip install 'hamux[train]'.")
     trace = Trace() if trace is True else trace or None
-    tols = jnp.asarray(rtol, jnp.result_type(float)), jnp.asarray(atol, jnp.result_type(float))
+    tols = tuple(_number(t, jnp.result_type(float)) if isinstance(t, numbers.Real) else jnp.asarray(t) for t in (rtol, atol))
     out = _descend(ham.unvectorize(), xs, masks, whole, solver, int(max_steps), tols, trace, adjoint, key, anneal, bool(progress), batched)
     if not throw: return out
     return eqx.error_if(out, ~(out.converged | (out.code == SAMPLED)), "The descent did not converge. Look at `.result` with throw=False, allow more steps, or take a smaller dt.")

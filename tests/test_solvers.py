@@ -146,7 +146,7 @@ def test_a_mask_through_a_softmax_does_not_climb(solver):
 
 def test_tokens_without_leak_converge_where_their_activations_rest():
     ham = HAM({"t": LayerNormLayer((3, 8), leak=False)}, {"a": AttentionSynapse.rand_init(jr.PRNGKey(2), 8, 2, 4)}, [(("t",), "a")])
-    out = descend(ham, ham.init_states(key=jr.PRNGKey(3)), max_steps=2000)
+    out = descend(ham, ham.init_states(key=jr.PRNGKey(3)), max_steps=500, rtol=1e-8, atol=1e-8)
     assert out.converged and out.rises == 0
     pull = jax.vjp(ham.neurons["t"].activations, out.xs["t"])[1](ham.dEdact(out.xhats, out.xs)["t"])[0]
     assert abs(pull).max() * abs(out.xs["t"]).max() < 1e-6 * abs(ham.dEdact(out.xhats, out.xs)["t"]).max() * 10
@@ -204,8 +204,9 @@ def test_records_with_every_adjoint(adjoint):
     close(out.records["first"][jnp.array([0, k])], [xs["v"][0], out.xs["v"][0]], 1e-12)
     h = 1e-5
     W = ham.hypersynapses["w"].W
-    at = lambda d: loss(HAM(dict(ham.neurons), {"w": LinearSynapse(W.at[2, 3].add(d))}, ham.connections), False)[0]
-    close(slope.hypersynapses["w"].W[2, 3], (at(h) - at(-h)) / (2 * h), 1e-5)
+    i, j = np.unravel_index(np.argmax(abs(slope.hypersynapses["w"].W)), W.shape)
+    at = lambda d: loss(HAM(dict(ham.neurons), {"w": LinearSynapse(W.at[i, j].add(d))}, ham.connections), False)[0]
+    close(slope.hypersynapses["w"].W[i, j], (at(h) - at(-h)) / (2 * h), 1e-5)
 
 
 def test_a_progress_bar_is_harmless_under_grad_and_vmap(capsys):
