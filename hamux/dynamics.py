@@ -146,7 +146,7 @@ def descend(
     for name in anneal: with_beta(ham.unvectorize(), name, 1.0)
     if progress and importlib.util.find_spec("tqdm") is None: raise ImportError("progress=True shows a bar of tqdm: pip install 'hamux[train]'.")
     trace = Trace() if trace is True else trace or None
-    tols = tuple(_number(t, jnp.result_type(float)) if isinstance(t, numbers.Real) else jnp.asarray(t) for t in (rtol, atol))
+    tols = tuple(_number(t, jnp.result_type(float)) if isinstance(t, numbers.Real) else jnp.asarray(t, jnp.result_type(float)) for t in (rtol, atol))
     out = _descend(ham.unvectorize(), xs, masks, whole, solver, int(max_steps), tols, trace, adjoint, key, anneal, bool(progress), batched)
     if not throw: return out
     return eqx.error_if(out, ~(out.converged | (out.code == SAMPLED)), "The descent did not converge. Look at `.result` with throw=False, allow more steps, or take a smaller dt.")

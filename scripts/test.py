@@ -88,7 +88,7 @@ def run_notebooks(options) -> Iterator[Outcome]:
 def pytest(options) -> Iterator[Outcome]:
     with tempfile.TemporaryDirectory() as tmp:
         report = Path(tmp) / "report.xml"
-        args = ["-m", "pytest", "-q", "-n", str(options.workers), f"--junitxml={report}"]
+        args = ["-m", "pytest", "-q", "-n", str(options.workers), "--dist", "loadfile", f"--junitxml={report}"]
         if options.k: args += ["-k", options.k]
         if options.fast: args += ["-m", "not slow"]
         status = subprocess.run([sys.executable, *args, "tests"], cwd=ROOT, stdin=subprocess.DEVNULL).returncode
@@ -112,6 +112,8 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     os.chdir(ROOT)
+    # nearly all the time is compilation of small programs, a fifth of it LLVM's optimisation; give XLA_FLAGS= to have it
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
     os.environ["MPLBACKEND"] = "Agg"  # a run with no display must not need one
     os.environ.pop("IN_TEST", None)   # nbdev exports nothing while this is set
     passed, failed = 0, []

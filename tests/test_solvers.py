@@ -34,7 +34,7 @@ from hamux import (
 )
 
 CONVERGED, MAX_STEPS, NONFINITE, UNBOUNDED, STUCK, SAMPLED = range(1, 7)
-STRUCTURES = int(os.environ.get("HAMUX_STRUCTURES", 3))  # 100 is the full run: 10,000 networks per solver
+STRUCTURES = int(os.environ.get("HAMUX_STRUCTURES", 2))  # 100 is the full run: 10,000 networks per solver
 WIDTH = 100  # networks of one structure, each with weights and a start of its own
 
 
