@@ -108,7 +108,8 @@ class Adaptive(AbstractSolver):
         (x, a, g), (x0, _, g0), (dx, da, dg) = new, old, [u - v for u, v in zip(new, old, strict=True)]
 
         # is the trial accepted?
-        error = self.error(problem, now, _unflat(_travel(leak / tau, h) / 2 * (g / tau - path.expected), now.xs))
+        still = jax.lax.stop_gradient # no derivative goes through the choice of lengths and modes
+        error = self.error(problem, *still((now, _unflat(_travel(leak / tau, h) / 2 * (g / tau - path.expected), now.xs))))
         fell = _fell(path.held, now, path.lowest, (g + g0) @ da / 2, (abs(g) + abs(g0)) @ abs(a))
         ok = ~begun | (fell & (error <= 4 * self.tol))
         goes = begun & ok
@@ -121,10 +122,10 @@ class Adaptive(AbstractSolver):
 
         # how long the next step is
         factor = jnp.clip(0.9 * jnp.sqrt(self.tol / error), 0.2, 3)
-        reach = jnp.linalg.norm(dx) / jnp.linalg.norm(g0 / tau) # the time in which the flow would have gone as far
+        reach = jnp.linalg.norm(still(dx)) / jnp.linalg.norm(still(g0 / tau)) # the time in which the flow would have gone as far
         shorter = jnp.where(fell, jnp.minimum(factor, 0.5) * h, jnp.fmin(h, reach) / 4)
         last, h = jnp.where(goes, h, last), jnp.where(goes, factor * h, jnp.where(ok, h, shorter))
-        rates, currents, duals = _modes(*rows, tau, leak)
+        rates, currents, duals = _modes(*still(rows), still(tau), leak)
         most = jnp.where(leak.all(), 1e3 * tau.max(), float(jnp.finfo(dtype).max)**0.4) # without leak a state may grow for ever, and time with it
         h = jnp.clip(jnp.minimum(h, 2 / jnp.maximum(-rates[0], 1e-30)), jnp.finfo(dtype).eps ** 2, most)
 

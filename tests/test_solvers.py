@@ -248,3 +248,11 @@ def test_chains_have_keys_of_their_own_and_clamps_hold():
     assert np.array_equal(out.xs["x"][:, 0], xs["x"][:, 0]) and len(np.unique(out.xs["x"][:, 1])) == 4
     alone = descend(ham, {n: x[2] for n, x in xs.items()}, solver=Langevin(0.1, 0.5), max_steps=20, key=jr.split(jr.PRNGKey(1), 4)[2], clamp=clamp)
     close(alone.xs["x"], out.xs["x"][2], 1e-12)
+
+
+def test_the_default_solver_has_the_gradient_of_the_fixed_point():
+    ham = memory()
+    xs = ham.init_states(key=jr.PRNGKey(11))
+    loss = lambda ham, adjoint: descend(ham, xs, adjoint=adjoint).xs["v"] @ jnp.arange(10.0)
+    steps, implicit = (jax.grad(loss)(ham, adjoint).hypersynapses["w"].W for adjoint in (optx.RecursiveCheckpointAdjoint(), optx.ImplicitAdjoint()))
+    close(steps, implicit, 1e-7, 1e-7 * float(abs(implicit).max()))
