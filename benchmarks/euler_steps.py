@@ -49,6 +49,15 @@ def main():
 
     import hamux as hmx
 
+    def timed(go):
+        "The result of a call, and the median time of five more."
+        out, t = jax.block_until_ready(go()), []
+        for _ in range(5):
+            start = time.perf_counter()
+            jax.block_until_ready(go())
+            t.append(time.perf_counter() - start)
+        return out, statistics.median(t)
+
     rng = np.random.default_rng(0)
     W, x = jnp.asarray((0.02 * rng.standard_normal((D, K))).astype("f4")), jnp.asarray(rng.standard_normal((B, D)).astype("f4"))
     h = jnp.zeros((B, K))
@@ -100,13 +109,7 @@ def main():
     spent = {}
     for limit in (200, 2_000, 20_000):
         go = lambda limit=limit: hmx.descend(ham, many, solver=hmx.Euler(0.5), max_steps=limit)
-        out = jax.block_until_ready(go())
-        t = []
-        for _ in range(5):
-            start = time.perf_counter()
-            jax.block_until_ready(go())
-            t.append(time.perf_counter() - start)
-        spent[limit] = statistics.median(t)
+        out, spent[limit] = timed(go)
         print(f"  max_steps {limit:6d}: {spent[limit] * 1e3:8.1f} ms, {int(out.steps.max())} steps   ratio {spent[limit] / spent[200]:.3f}")
 
     print("\nRows that have converged: 2048 rows of which all but 16 begin at a fixed point, against all of them on the way")
@@ -115,13 +118,7 @@ def main():
     mostly = {n: jnp.concatenate([there[n][:-16], busy[n][-16:]]) for n in busy}
     for name, xs in (("all", busy), ("16", mostly)):
         go = lambda xs=xs: hmx.descend(ham, xs, solver=hmx.Euler(0.5), max_steps=500)
-        out = jax.block_until_ready(go())
-        t = []
-        for _ in range(5):
-            start = time.perf_counter()
-            jax.block_until_ready(go())
-            t.append(time.perf_counter() - start)
-        spent[name] = statistics.median(t)
+        out, spent[name] = timed(go)
         print(f"  {name:4s} rows on the way: {spent[name] * 1e3:8.1f} ms, {int(out.steps.sum())} steps in all")
     print(f"  ratio {spent['16'] / spent['all']:.3f}")
 

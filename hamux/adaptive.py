@@ -148,5 +148,6 @@ class Adaptive(AbstractSolver):
         unseen = [0.1 * size(d) / (size(now.xs[n]) + 1e-6) for n, d in dxs.items()] # states that no activation shows, as in a saturated layer
         worst = jnp.stack(seen + unseen).max()
         return jnp.maximum(jnp.where(jnp.isfinite(worst), worst, jnp.inf), 1e-12)
+
     def descends(self, step): return True
     def cost(self, problem): return 1.0

@@ -32,7 +32,7 @@ def settling(problem: Problem, point: Point, rtol, atol):
     residuals, sizes, small = [], [], []
     for n, g in point.grads.items():
         x, layer = point.xs[n], problem.ham.neurons[n]
-        size = r = None
+        size = None
         if not layer.leak and n not in problem.cut:
             xhat, pull = jax.vjp(layer.activations, x)
             ratio = abs(x).max() / abs(xhat).max()

@@ -17,15 +17,14 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
-from . import lagrangians as lg
 from .attention import AttentionSynapse
 from .grids import ConvSynapse, PoolSynapse
-from .memory_synapse import MemorySynapse
+from .memory_synapse import _COMPETING, _ELEMENTWISE, MemorySynapse
 from .solvers import AbstractSolver, Move, Point, Problem, base, choose, lowers, same_states
 from .synapses import BiasSynapse, DenseSynapse, LinearSynapse, LinearSynapseWithBias
 
 # %% ../nbs/api/04b_relaxation.ipynb #54d0a76f
-_CONVEX = (lg.lagr_identity, lg.lagr_repu, lg.lagr_relu, lg.lagr_exp, lg.lagr_rexp, lg.lagr_tanh, lg.lagr_sigmoid, lg.lagr_softmax, lg.lagr_ghostmax)
+_CONVEX = (*_ELEMENTWISE, *_COMPETING)
 
 
 @ft.singledispatch

@@ -21,8 +21,8 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from . import lagrangians as lg
 from .hypergraph import HAM
+from .memory_synapse import _ELEMENTWISE
 
 # %% ../nbs/api/03c_solvers.ipynb #2946af6e
 class Point(eqx.Module):
@@ -35,9 +35,6 @@ class Point(eqx.Module):
     parts: dict # the energy of every layer and connection, as `HAM.energy_tree` gives it
 
 # %% ../nbs/api/03c_solvers.ipynb #bcf1f197
-_ELEMENTWISE = (lg.lagr_identity, lg.lagr_repu, lg.lagr_relu, lg.lagr_exp, lg.lagr_rexp, lg.lagr_tanh, lg.lagr_sigmoid)
-
-
 def base(lagrangian):
     "The function under the partials."
     while hasattr(lagrangian, "func"): lagrangian = lagrangian.func
