@@ -6,8 +6,7 @@ Docs: https://hamux.github.io/hamux/api/loop.html.md"""
 
 # %% auto #0
 __all__ = ['RUNNING', 'CONVERGED', 'MAX_STEPS', 'NONFINITE', 'UNBOUNDED', 'STUCK', 'SAMPLED', 'settling', 'with_beta', 'Trace',
-           'Setup', 'Rows', 'State', 'begin', 'choose_rows', 'advance', 'blank', 'stages', 'search', 'at_fixed_point',
-           'through_steps', 'energy_at']
+           'Setup', 'Rows', 'State', 'begin', 'choose_rows', 'advance', 'blank', 'stages', 'search']
 
 # %% ../nbs/api/03e_loop.ipynb #0b7c330a
 import dataclasses
@@ -101,7 +100,6 @@ class Setup(eqx.Module):
     max_steps: int = eqx.field(static=True)
     trace: Trace | None = eqx.field(static=True)
     progress: bool = eqx.field(static=True, default=False)
-    careful: bool = eqx.field(static=True, default=False) # whether a state is checked before it is evaluated, for the sake of derivatives
 
     def rows(self, index):
         "The setup of some of the examples."
@@ -182,26 +180,21 @@ def _moved(setup: Setup, state: State) -> State:
     return State(count + 1, new, _record(setup, state, move.held, keep))
 
 # %% ../nbs/api/03e_loop.ipynb #96c57492
-def _judged(setup: Setup, state: State, always=True) -> State:
+def _judged(setup: Setup, state: State) -> State:
     "A step that begins with a judgement: who is done, and why."
-    rows, count, every = state.rows, state.count, setup.solver.check_every
-    ahead, fine = rows.ahead, True
-    if setup.careful:
-        fine = jnp.stack([jnp.isfinite(x).all(tuple(range(1, x.ndim))) for x in ahead.values()]).all(0)
-        ahead = choose_rows(fine, ahead, rows.before)
-    move, live, settled = _asked(setup, count, ahead, rows.solver), rows.code == RUNNING, setup.settled(count)
+    rows, count = state.rows, state.count
+    move, live, settled = _asked(setup, count, rows.ahead, rows.solver), rows.code == RUNNING, setup.settled(count)
     held = move.held
     E, whole, risen = _energies(rows, held, live, settled)
-    last, keep, back = count >= setup.max_steps, live & (whole & fine | (count == 0)), live & ~(whole & fine) & (count > 0)
+    last, keep, back = count >= setup.max_steps, live & (whole | (count == 0)), live & ~whole & (count > 0)
 
     residual, largest, small = setup.over(lambda p, _, point: settling(p, point, *setup.tols), count, held)
     first = jtu.tree_map(lambda a, b: jnp.where(count == 0, a, b), (E, held.size, jnp.maximum(jnp.maximum(largest, residual), 1)), rows.first)
     code = jnp.where(last, jnp.where(settled, MAX_STEPS, SAMPLED), RUNNING)
     code = jnp.where(move.stuck & settled, STUCK, code)
     code = jnp.where(small & settled & jnp.logical_not(move.moving), CONVERGED, code)
-    code = jnp.where((whole & fine & jnp.isfinite(residual)), code, NONFINITE)
+    code = jnp.where(whole & jnp.isfinite(residual), code, NONFINITE)
     code = jnp.where(_unbounded(E, largest, first, rows.energy, whole), UNBOUNDED, code)
-    if not always: code = jnp.where((count % every == 0) | last | back, code, RUNNING)
     code = jnp.where(live, code, rows.code)
 
     stay = choose_rows(back, rows.before, held.xs)
@@ -213,8 +206,8 @@ def _judged(setup: Setup, state: State, always=True) -> State:
 def advance(setup: Setup, state: State) -> State:
     "One judgement and the steps to the next."
     every = setup.solver.check_every
-    if every == 1 or setup.careful: return _judged(setup, state, always=every == 1)
     state = _judged(setup, state)
+    if every == 1: return state
     more = jnp.clip(setup.max_steps - state.count, 0, every - 1) # so that the last state is judged
     return jax.lax.fori_loop(0, more, lambda _, state: _moved(setup, state), state)
 
@@ -273,10 +266,10 @@ class _Loop(optx.AbstractFixedPointSolver):
     def postprocess(self, fn, y, aux, args, options, state, tags, result): return state.rows.ahead, aux, {}
 
 
-def _iterated(setup, state, adjoint, enough=0):
-    "The free states and the loop's state after enough rows are done."
-    found = optx.fixed_point(lambda y, args: y, _Loop(enough), state.rows.ahead, (setup, state), max_steps=setup.max_steps + 1, adjoint=adjoint, throw=False)
-    return found.value, found.state
+def _iterated(setup, state, enough=0):
+    "The loop's state after enough rows are done."
+    found = optx.fixed_point(lambda y, args: y, _Loop(enough), state.rows.ahead, (setup, state), max_steps=setup.max_steps + 1, adjoint=optx.ImplicitAdjoint(), throw=False)
+    return found.state
 
 
 def stages(n: int) -> list:
@@ -294,64 +287,15 @@ def search(setup: Setup, bad) -> tuple:
     setup = jtu.tree_map(lambda v: jax.lax.stop_gradient(v) if eqx.is_inexact_array(v) else v, setup)
     all_rows, count, records = begin(setup, bad), jnp.array(0, jnp.int32), blank(setup)
     sizes = [*stages(bad.shape[0]), 0]
-    _, state = _iterated(setup, State(count, all_rows, records), optx.ImplicitAdjoint(), sizes[1])
+    state = _iterated(setup, State(count, all_rows, records), sizes[1])
     for size, fewer in zip(sizes[1:], sizes[2:], strict=False):
         index = jnp.argsort(state.rows.code != RUNNING)[:size]
         some = dataclasses.replace(state, rows=_taken(state.rows, index))
-        _, after = _iterated(setup.rows(index), some, optx.ImplicitAdjoint(), fewer)
+        after = _iterated(setup.rows(index), some, fewer)
         state = dataclasses.replace(after, rows=_put(state.rows, index, after.rows))
     all_rows, count, records = state.rows, state.count, state.records
     if setup.progress: jax.debug.callback(ft.partial(_show, setup.max_steps), -1 - count, 0)
     return all_rows, records
-
-# %% ../nbs/api/03e_loop.ipynb #fcb88c7e
-class _Found(optx.AbstractFixedPointSolver):
-    "A loop that has arrived already."
-    rtol: float = 0.0
-    atol: float = 0.0
-    norm: Any = optx.max_norm
-
-    def init(self, fn, y, args, options, f_struct, aux_struct, tags): return jnp.array(0)
-    def step(self, fn, y, args, options, state, tags): return y, state, None
-    def terminate(self, fn, y, args, options, state, tags): return jnp.array(True), optx.RESULTS.successful
-    def postprocess(self, fn, y, aux, args, options, state, tags, result): return y, aux, {}
-
-
-def at_fixed_point(setup: Setup, held: dict, adjoint: optx.ImplicitAdjoint) -> dict:
-    "The states as they are, with the derivative of the fixed points that they are."
-    flow = lambda y, setup: setup.over(lambda p, _, x: p.map(x), setup.max_steps, y)
-    return optx.fixed_point(flow, _Found(), jax.lax.stop_gradient(held), setup, max_steps=1, adjoint=adjoint, throw=False).value
-
-
-@eqx.filter_custom_vjp
-def through_steps(setup, ends, bad, adjoint):
-    "The states as they are, with the derivative of the steps that led there."
-    return ends
-
-@through_steps.def_fwd
-def _(perturbed, setup, ends, bad, adjoint):
-    moving, still = eqx.partition(setup, eqx.is_inexact_array)
-    def again(moving):
-        setup = dataclasses.replace(eqx.combine(moving, still), trace=None, progress=False, careful=True)
-        return _iterated(setup, State(jnp.array(0, jnp.int32), begin(setup, bad), None), adjoint)[0]
-    return jax.vjp(again, moving)
-
-@through_steps.def_bwd
-def _(pull, grads, perturbed, setup, ends, bad, adjoint):
-    grads = {n: jnp.zeros_like(ends[n]) if g is None else g for n, g in grads.items()}
-    return pull(grads)[0]
-
-@eqx.filter_custom_jvp
-def energy_at(setup, xs, energy):
-    "The energy of the rows at states for which it is known already, with its derivative."
-    return energy
-
-@energy_at.def_jvp
-def _(primals, tangents):
-    def again(setup, xs): return setup.over(lambda p, _, xs: p.ham.energy(p.ham.activations(xs), xs), setup.max_steps, xs)
-    setup, xs, energy = primals
-    _, slope = eqx.filter_jvp(again, (setup, xs), tangents[:2])
-    return energy, slope
 
 # %% ../nbs/api/03e_loop.ipynb #62cac020
 _bar = []
