@@ -4,6 +4,7 @@ __version__ = "0.3.0"
 
 from . import (
     adaptive,
+    adjoints,
     attention,
     attractors,
     config,
@@ -14,6 +15,7 @@ from . import (
     hypergraph,
     lagrangians,
     langevin,
+    learning,
     loop,
     memories,
     memory_synapse,
@@ -41,6 +43,7 @@ from .grids import *
 from .hypergraph import *
 from .lagrangians import *
 from .langevin import *
+from .learning import *
 from .memories import *
 from .memory_synapse import *
 from .neurons import *
@@ -53,6 +56,6 @@ from .tables import *
 
 _modules = (
     lagrangians, neurons, synapses, memory_synapse, attention, grids, random_features, hypergraph, _build,
-    adaptive, dynamics, relaxation, langevin, _flow, discrete, attractors, memories, config, saving, plots, tables, drawing,
+    adaptive, dynamics, relaxation, langevin, _flow, discrete, attractors, learning, memories, config, saving, plots, tables, drawing,
 )
 __all__ = list(dict.fromkeys(name for module in _modules for name in module.__all__))

@@ -233,9 +233,10 @@ class OneStepAdjoint(AbstractAdjoint):
         ends = jax.lax.stop_gradient(last.ahead)
         sound = (last.code != NONFINITE) & (last.code != UNBOUNDED)
         xs = choose_rows(sound, ends, {n: setup.start[n] for n in setup.free})
-        for _ in range(self.steps):
+        def step(_, xs):
             there = setup.over(lambda p, _, x: p.map(x), setup.max_steps, xs)
-            xs = {n: x + self.dt * (there[n] - x) for n, x in xs.items()}
+            return {n: (x + self.dt * (there[n] - x)).astype(x.dtype) for n, x in xs.items()}
+        xs = jax.lax.fori_loop(0, self.steps, step, xs)
         still = jax.lax.stop_gradient
         return {n: end + jnp.where(jnp.isfinite(xs[n]), xs[n] - still(xs[n]), 0) for n, end in ends.items()}
 
