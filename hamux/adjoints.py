@@ -145,7 +145,7 @@ _POLICIES = "raise", "drop", "nan", "accept"
 
 class ImplicitAdjoint(AbstractAdjoint):
     "Through the fixed point: one linear solve, no matrix, no steps."
-    linear_solver: lx.AbstractLinearSolver | None = None # one of Lineax that needs products only; None for GMRES
+    linear_solver: lx.AbstractLinearSolver | None = None # one of Lineax that needs products only; None for GMRES, at most 400 products
     rtol: float | None = eqx.field(static=True, default=None) # residual of the linear solve, relative to its right side; None for ε^⅔
     unconverged: str = eqx.field(static=True, default="raise") # what to do where there is no fixed point: "raise", "drop", "nan", "accept"
 
@@ -172,7 +172,7 @@ class ImplicitAdjoint(AbstractAdjoint):
         b = jnp.where(asked & usable, b / jnp.where(asked, size, 1), 0)
         sound = lambda u: jnp.where(usable, product(u), u) # a NaN in one row must not stop the others
         rtol = float(jnp.finfo(b.dtype).eps) ** (2 / 3) if self.rtol is None else self.rtol
-        solver = lx.GMRES(rtol, rtol) if self.linear_solver is None else self.linear_solver
+        solver = lx.GMRES(rtol, rtol, max_steps=20) if self.linear_solver is None else self.linear_solver
         u = lx.linear_solve(lx.FunctionLinearOperator(sound, jax.eval_shape(lambda: b)), b, solver, throw=False).value
         error = abs(sound(u) - b).max()
         return self.judged(u * size, ~asked | usable, error <= 100 * jnp.maximum(rtol, near))
