@@ -27,6 +27,7 @@ from .adjoints import AbstractAdjoint, ImplicitAdjoint
 from .dynamics import Descent, descend
 from .hypergraph import VectorizedHAM
 from .learning import Gradient, gradient
+from .loop import NONFINITE
 from .solvers import AbstractSolver
 
 # %% ../nbs/api/05b_losses.ipynb #32b51b86
@@ -90,14 +91,15 @@ class RecallLoss(eqx.Module):
     def __call__(self, ham, batch, key) -> Float[Array, ""]:
         "The mean loss of a batch."
         end, targets = self.recall(ham, batch, key)
-        value = jax.vmap(self.compare)(end.xhats, targets).mean()
+        value = _known(jax.vmap(self.compare)(end.xhats, targets).mean(), end)
         return value if _is_adjoint(self.method) else _without_derivative(value, self.method)
 
     def gradient(self, ham, batch, key) -> Gradient:
         "Value, gradient and equilibria of a batch, by the method."
         xs, targets, settings = self.asked(ham, batch, key)
         out = gradient(ham.vectorize(), self.compare, xs, targets=targets, method=self.method, **settings)
-        return out if isinstance(ham, VectorizedHAM) else eqx.tree_at(lambda g: g.grads, out, out.grads.unvectorize())
+        grads = out.grads if isinstance(ham, VectorizedHAM) else out.grads.unvectorize()
+        return eqx.tree_at(lambda g: (g.value, g.grads), out, (_known(out.value, *out.equilibria.values()), grads))
 
     def check(self, ham, data):
         "Raise ValueError or TypeError for data, all rows of it, that this loss cannot use."
@@ -106,6 +108,12 @@ class RecallLoss(eqx.Module):
 
 # %% ../nbs/api/05b_losses.ipynb #2b3fa97d
 def _is_adjoint(method): return isinstance(method, AbstractAdjoint) or method in ("unrolled", "checkpointed", "implicit", "one-step")
+
+
+def _known(value, *ends):
+    "A loss, or NaN where a recall was not finite: what it returns then is where it began."
+    lost = jnp.stack([(end.code == NONFINITE).any() for end in ends]).any()
+    return jnp.where(lost, jnp.nan, value)
 
 
 def _merged(clamp, more=None):

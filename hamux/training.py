@@ -56,7 +56,7 @@ def _as_like(validation, data):
     if jtu.tree_structure(validation) != jtu.tree_structure(data) or shapes(validation) != shapes(data):
         raise ValueError(f"The validation data should be built as the data, with rows of shapes {shapes(data)}, and have {shapes(validation)}.")
 
-
+# %% ../nbs/api/05c_training.ipynb #846dbaa6
 def _rows(data, index): return jtu.tree_map(lambda v: v[index], data)
 
 
@@ -285,6 +285,26 @@ class Fit:
     def __repr__(self): return f"Fit(steps={self.steps}, ok={self.ok}): {self.result}"
 
 # %% ../nbs/api/05c_training.ipynb #2a3354e6
+def _said(error):
+    "The message in an error from inside compiled code."
+    text = str(error).split("EquinoxRuntimeError: ")[-1]
+    return text.split("\n\n----")[0].strip()
+
+
+def _advance(plan, run, batch, key):
+    "Take a step, unless something is not finite: then say what."
+    taken, ham, opt_state = run.now
+    ham, opt_state, told = _step(ham, opt_state, batch, key, plan.loss, plan.optimizer, plan.moving, plan.project)
+    value, failed, *finite = map(np.asarray, jax.device_get(told))
+    for what, good in zip(("the loss", "the gradient", "the new value"), finite, strict=True):
+        if good.all(): continue
+        of = "" if good.ndim == 0 else " of " + ", ".join(n for n, fine in zip(plan.names, good, strict=True) if not fine)
+        return (f"Stopped in step {taken + 1}: {what}{of} is {value if good.ndim == 0 else 'not finite'}. The network is that after {taken} steps. Look for NaN or inf in the data and for parameters out of "
+                "range, such as an inverse temperature that fell below 0 (project= can hold it); or take a smaller learning rate.")
+    run.losses.append(value[()]), run.failed.append(failed[()])
+    run.now = taken + 1, ham, opt_state
+
+# %% ../nbs/api/05c_training.ipynb #d1b60d6e
 @dataclasses.dataclass(frozen=True)
 class _Plan:
     "What a run does at every step."
@@ -298,19 +318,6 @@ class _Plan:
     validate_every: int = 1
     patience: int | None = None
 
-    def advance(self, run, batch, key):
-        "Take a step, unless something is not finite: then say what."
-        taken, ham, opt_state = run.now
-        ham, opt_state, told = _step(ham, opt_state, batch, key, self.loss, self.optimizer, self.moving, self.project)
-        value, failed, *finite = map(np.asarray, jax.device_get(told))
-        for what, good in zip(("the loss", "the gradient", "the new value"), finite, strict=True):
-            if good.all(): continue
-            of = "" if good.ndim == 0 else " of " + ", ".join(n for n, fine in zip(self.names, good, strict=True) if not fine)
-            was = f"{value}" if good.ndim == 0 else "not finite"
-            return f"Stopped in step {taken + 1}: {what}{of} is {was}. The network is that after {taken} steps. Look for NaN or inf in the data, or take a smaller learning rate."
-        run.losses[taken:], run.failed[taken:] = [value[()]], [failed[()]]
-        run.now = taken + 1, ham, opt_state
-
     def go(self, run, feed, save, save_every, show):
         "Step after step; returns why it ended."
         for batch, key in feed:
@@ -321,19 +328,13 @@ class _Plan:
                 save()
                 if self.validate and run.checks[-1][0] < taken: run.check(self.validate(run.now[1])) # and not saved: a longer run would not have it
                 return "done", f"Took all {taken} steps." if taken == self.total else f"The file holds {taken} steps already, and {self.total} were asked for."
-            try: problem = self.advance(run, batch, key)
+            try: problem = _advance(self, run, batch, key)
             except eqx.EquinoxRuntimeError as e: return "failed", f"Stopped in step {taken + 1}, where the recall raised: {_said(e)} The network is that after {taken} steps."
             if problem: return "not finite", problem
             show(run)
             if run.now[0] % save_every == 0: save()
 
-
-def _said(error):
-    "The message in an error from inside compiled code."
-    text = str(error).split("EquinoxRuntimeError: ")[-1]
-    return text.split("\n\n----")[0].strip()
-
-# %% ../nbs/api/05c_training.ipynb #d1b60d6e
+# %% ../nbs/api/05c_training.ipynb #b0997888
 def _checked_counts(steps, epochs, per, **others):
     "The number of steps, and the other counts, checked; one a epoch where they are None."
     if (steps is None) == (epochs is None): raise ValueError(f"fit takes either steps or epochs, and was given steps={steps!r}, epochs={epochs!r}.")
@@ -356,6 +357,14 @@ def _opt_state(optimizer, trained, given):
     return jtu.tree_map(jnp.asarray, given)
 
 
+def _identity(run, moving, data, batch_size, key):
+    "What a run must have in common with one that goes on from its file."
+    names = [row["name"] for row in _table(_parameters(run.now[1]))]
+    return {"optimizer": _table({n: _bare(v) for n, v in _parameters(run.now[2]).items()}), "parameters": _table(_parameters(run.now[1])),
+            "trained": dict(zip(names, jtu.tree_leaves(moving), strict=True)), "data": _table({f"data{n}": v for n, v in _parameters(data).items()}),
+            "batch_size": int(batch_size), "key": np.asarray(jr.key_data(key)).tolist()}
+
+# %% ../nbs/api/05c_training.ipynb #34a55429
 def _validator(loss, data, batch_size, key):
     "The mean loss of validation data, a function of the network; the same noise every time."
     data, n = _as_data(data, 1, "validation data")
@@ -380,7 +389,7 @@ def _bar(progress, total, run):
         bar.update()
     return bar, show
 
-# %% ../nbs/api/05c_training.ipynb #b0997888
+# %% ../nbs/api/05c_training.ipynb #717e494d
 def fit(
     ham: HAM | VectorizedHAM, # the network to begin with; it stays as it is
     loss, # a `RecallLoss`, or any function (ham, batch, key) -> scalar
@@ -420,14 +429,6 @@ def fit(
     plan = _Plan(loss, optimizer, moving, projection, total, names, validate, validate_every or per, patience)
     identity = _identity(run, moving, host, batch_size, key)
     return _fitted(plan, run, host, batch_size, key, checkpoint, checkpoint_every or per, identity, progress)
-
-
-def _identity(run, moving, data, batch_size, key):
-    "What a run must have in common with one that goes on from its file."
-    names = [row["name"] for row in _table(_parameters(run.now[1]))]
-    return {"optimizer": _table({n: _bare(v) for n, v in _parameters(run.now[2]).items()}), "parameters": _table(_parameters(run.now[1])),
-            "trained": dict(zip(names, jtu.tree_leaves(moving), strict=True)), "data": _table({f"data{n}": v for n, v in _parameters(data).items()}),
-            "batch_size": int(batch_size), "key": np.asarray(jr.key_data(key)).tolist()}
 
 # %% ../nbs/api/05c_training.ipynb #d388b33b
 def _fitted(plan, run, data, batch_size, key, checkpoint, checkpoint_every, identity, progress):

@@ -216,7 +216,7 @@ def test_unit_norm():
     assert unit_norm(jnp.ones((2, 3), jnp.bfloat16)).dtype == jnp.bfloat16
 
 
-def test_validation_chooses_and_stops():
+def test_validation_chooses_and_stops(tmp_path):
     "The loss falls to its least at W = 0 and climbs when W goes past it at a constant speed"
     ham = two_matrices()
     ham = eqx.tree_at(lambda h: h._hypersynapses["W"].W, ham, jnp.full((2, 3), 1.05))
@@ -228,6 +228,8 @@ def test_validation_chooses_and_stops():
     np.testing.assert_allclose(out.last.hypersynapses["W"].W, 1.05 - 1.6, rtol=1e-4)
     assert out.validation[0].tolist() == list(range(0, 17, 2)) and np.argmin(out.validation[1]) == 5
     np.testing.assert_allclose(out.validation[1], 6 * (1.05 - 0.1 * out.validation[0])**2, rtol=1e-3)
+    for steps in (12, 16): two = fit(ham, loss, DATA, optax.sgd(0.1), steps=steps, validate_every=2, checkpoint=tmp_path / "run.hamux", **settings)
+    assert same_bits(two.ham, out.ham) and same_bits(two.last, out.last) # the best is in the file
     odd = fit(ham, loss, DATA, optax.sgd(0.1), steps=11, validate_every=4, **settings)
     assert odd.validation[0].tolist() == [0, 4, 8, 11] and odd.code == "done" # the end too
 
@@ -283,6 +285,15 @@ def test_optimizers_with_a_value():
     assert int(fit(one.ham, pull, DATA, adam, steps=2, opt_state=one.opt_state, **QUICK).opt_state[0].count) == 6
     for wrong in (adam.init(two_matrices(jnp.bfloat16)), adam.init(eqx.filter(two_matrices(), training._moving(two_matrices(), "W"))), optax.sgd(0.1).init(two_matrices())):
         with pytest.raises(ValueError, match="opt_state does not fit"): fit(one.ham, pull, DATA, adam, steps=2, opt_state=wrong, **QUICK)
+
+
+@pytest.mark.parametrize("loss", [denoising_loss("v", 0.1), denoising_loss("v", 0.1, method="checkpointed")])
+def test_a_recall_that_is_not_finite_has_no_loss(loss):
+    "below an inverse temperature of 0 there is no energy, and the state that comes back is the start"
+    ham = hmx.HAM({"v": hmx.IdentityLayer(2)}, {"m": hmx.MemorySynapse(jnp.eye(2), jtu.Partial(hmx.lagr_softmax, beta=jnp.asarray(1.0)))}, [(("v",), "m")])
+    ham = jtu.tree_map(lambda v: v if v.ndim else -v, ham)
+    out = fit(ham, loss, np.eye(2, dtype=np.float32), optax.sgd(0.1), steps=2, validation=np.eye(2, dtype=np.float32), **QUICK | dict(batch_size=2))
+    assert out.code == "not finite" and "the loss is nan" in out.result and np.isnan(out.validation[1]).all()
 
 
 def test_unconverged_rows_are_counted():
@@ -343,7 +354,7 @@ def test_an_interrupt_loses_nothing(tmp_path):
     lines = 0
     def trace(frame, event, arg):
         nonlocal lines
-        if frame.f_code.co_filename != training.__file__ or frame.f_code.co_name not in ("go", "advance", "check", "waited", "batches", "validate"): return None
+        if frame.f_code.co_filename != training.__file__ or frame.f_code.co_name not in ("go", "_advance", "check", "waited", "batches", "validate"): return None
         def local(frame, event, arg):
             nonlocal lines
             lines += event == "line"
@@ -416,7 +427,7 @@ def test_random_keys_of_optimizers_are_kept(tmp_path):
     noisy = optax.GradientTransformation(lambda params: jr.key(3), update)
     whole = fit(two_matrices(), pull, DATA, noisy, steps=6, **QUICK)
     for steps in (2, 6): parts = fit(two_matrices(), pull, DATA, noisy, steps=steps, checkpoint=tmp_path / "run.hamux", **QUICK)
-    assert same_bits((parts.ham, jr.key_data(parts.opt_state)), (whole.ham, jr.key_data(whole.opt_state)))
+    assert parts.opt_state.dtype == whole.opt_state.dtype and same_bits((parts.ham, jr.key_data(parts.opt_state)), (whole.ham, jr.key_data(whole.opt_state)))
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------
