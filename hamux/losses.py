@@ -12,7 +12,7 @@ __all__ = ['squared_error', 'cross_entropy', 'RecallLoss', 'denoising_loss', 'hi
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -23,10 +23,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .adaptive import Adaptive
-from .adjoints import AbstractAdjoint, ImplicitAdjoint
+from .adjoints import AbstractAdjoint
 from .dynamics import Descent, descend
 from .hypergraph import VectorizedHAM
-from .learning import Gradient, gradient
+from .learning import Gradient, _as_dict, _per_row, as_method, gradient
 from .loop import NONFINITE
 from .solvers import AbstractSolver
 
@@ -71,7 +71,7 @@ class RecallLoss(eqx.Module):
     prepare: Callable # (ham, batch, key) -> (xs, targets), or (xs, targets, clamp) where rows differ in it; all batched
     compare: Callable # (xhats, targets) -> scalar, for one row
     clamp: Any = None # what stays put in every row, as in `descend`
-    method: Any = ImplicitAdjoint(unconverged="drop") # how the gradient is found: a name or an object, as in `gradient`
+    method: Any = "implicit" # how the gradient is found: a name or an object, as in `gradient`
     solver: AbstractSolver = Adaptive() # how to step
     max_steps: int = eqx.field(static=True, default=1000) # steps at most
     rtol: float | None = None # relative tolerance; None as in `descend`
@@ -81,18 +81,19 @@ class RecallLoss(eqx.Module):
         "States to start from, targets, and the settings of the recall."
         start, go = jr.split(key)
         xs, targets, *clamp = self.prepare(ham.unvectorize(), batch, start)
-        return xs, targets, dict(clamp=_merged(self.clamp, *clamp), solver=self.solver, max_steps=self.max_steps, rtol=self.rtol, atol=self.atol, key=go)
+        return xs, targets, dict(clamp=_as_dict(self.clamp) | dict(*clamp), solver=self.solver, max_steps=self.max_steps, rtol=self.rtol, atol=self.atol, key=go)
 
     def recall(self, ham, batch, key) -> tuple[Descent, Any]:
         "What the network recalls of a batch, and the targets."
         xs, targets, settings = self.asked(ham, batch, key)
-        return descend(ham.vectorize(), xs, adjoint=self.method if _is_adjoint(self.method) else "checkpointed", trace=False, **settings), targets
+        method = as_method(self.method)
+        return descend(ham.vectorize(), xs, trace=False, **settings, **({"adjoint": method} if isinstance(method, AbstractAdjoint) else {})), targets
 
     def __call__(self, ham, batch, key) -> Float[Array, ""]:
         "The mean loss of a batch."
         end, targets = self.recall(ham, batch, key)
         value = _known(jax.vmap(self.compare)(end.xhats, targets).mean(), end)
-        return value if _is_adjoint(self.method) else _without_derivative(value, self.method)
+        return value if isinstance(as_method(self.method), AbstractAdjoint) else _without_derivative(value, self.method)
 
     def gradient(self, ham, batch, key) -> Gradient:
         "Value, gradient and equilibria of a batch, by the method."
@@ -107,20 +108,10 @@ class RecallLoss(eqx.Module):
         jax.eval_shape(lambda ham, batch: _tried(self, ham, batch), ham, jax.tree_util.tree_map(lambda v: jnp.asarray(v[:2]), data))
 
 # %% ../nbs/api/05b_losses.ipynb #2b3fa97d
-def _is_adjoint(method): return isinstance(method, AbstractAdjoint) or method in ("unrolled", "checkpointed", "implicit", "one-step")
-
-
 def _known(value, *ends):
     "A loss, or NaN where a recall was not finite: what it returns then is where it began."
     lost = jnp.stack([(end.code == NONFINITE).any() for end in ends]).any()
     return jnp.where(lost, jnp.nan, value)
-
-
-def _merged(clamp, more=None):
-    "The clamp of all rows, and what a batch adds to it."
-    if more is None: return clamp
-    names = (clamp,) if isinstance(clamp, str | numbers.Integral) else clamp or ()
-    return (dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, True)) | more
 
 
 @eqx.filter_custom_jvp
@@ -133,9 +124,9 @@ def _(primals, tangents):
 
 def _tried(loss, ham, batch):
     "What the loss is made of, for a batch, without the recall."
+    as_method(loss.method)
     xs, targets, _ = loss.asked(ham, batch, jr.key(0))
-    values = jax.vmap(loss.compare)(ham.vectorize().activations(xs), targets)
-    if not hasattr(values, "shape") or values.ndim != 1: raise ValueError(f"The loss of one row is one real number, and compare returned {jax.tree_util.tree_map(lambda v: v.shape[1:], values)} for it.")
+    return _per_row(loss.compare, ham.vectorize(), targets)(ham.vectorize().activations(xs), targets)
 
 # %% ../nbs/api/05b_losses.ipynb #410b2eae
 class _Noisy(eqx.Module):

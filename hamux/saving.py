@@ -104,14 +104,13 @@ def _opened(path, kind):
     "The archive and the header of a file of a kind; what goes wrong in the block is a `FileProblem` of the file."
     with file_problems(path), open(path, "rb") as file:
         if file.read(4) != b"PK\x03\x04": raise FileProblem.at(path, f"is not a {_KINDS[kind]}, or is cut short; check the name")
-        with zipfile.ZipFile(file) as archive:
-            try: yield archive, _header(archive, path, kind)
-            except KeyError as e: raise FileProblem.at(path, f"is damaged: {e.args[0]}; make it or copy it again") from e
+        with zipfile.ZipFile(file) as archive: yield archive, _header(archive, path, kind)
 
 
 def _read_all(archive, path, header):
     "All arrays of a file."
-    return [_read(archive, i, row, path) for i, row in enumerate(header["parameters"])]
+    try: return [_read(archive, i, row, path) for i, row in enumerate(header["parameters"])]
+    except KeyError as e: raise FileProblem.at(path, f"is damaged: {e.args[0]}; make it or copy it again") from e
 
 # %% ../nbs/api/06b_saving.ipynb #e4005f56
 def _difference(here, there, where=""):
