@@ -17,6 +17,7 @@ from . import (
     langevin,
     learning,
     loop,
+    losses,
     memories,
     memory_synapse,
     neurons,
@@ -27,6 +28,7 @@ from . import (
     solvers,
     synapses,
     tables,
+    training,
 )
 from . import build as _build # the function takes the name below
 from . import flow as _flow # and here too
@@ -44,6 +46,7 @@ from .hypergraph import *
 from .lagrangians import *
 from .langevin import *
 from .learning import *
+from .losses import *
 from .memories import *
 from .memory_synapse import *
 from .neurons import *
@@ -53,9 +56,10 @@ from .relaxation import *
 from .saving import *
 from .synapses import *
 from .tables import *
+from .training import *
 
 _modules = (
     lagrangians, neurons, synapses, memory_synapse, attention, grids, random_features, hypergraph, _build,
-    adaptive, dynamics, relaxation, langevin, _flow, discrete, attractors, learning, memories, config, saving, plots, tables, drawing,
+    adaptive, dynamics, relaxation, langevin, _flow, discrete, attractors, learning, losses, training, memories, config, saving, plots, tables, drawing,
 )
 __all__ = list(dict.fromkeys(name for module in _modules for name in module.__all__))

@@ -12,6 +12,7 @@ import json
 import os
 import zipfile
 from collections.abc import Sequence
+from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,21 @@ def _stored(dtype):
     return dtype if dtype.isbuiltin == 1 else np.dtype(f"u{dtype.itemsize}")
 
 
+def _table(arrays):
+    "Name, shape and dtype of each array."
+    return [{"name": n, "shape": list(v.shape), "dtype": str(v.dtype)} for n, v in arrays.items()]
+
+
+def _write(path, kind, network, arrays, **more):
+    "Write a file of a kind: what it says of a network, arrays by name, and more that JSON holds."
+    header = {"format": kind, "version": _VERSION, "network": network, "parameters": _table(arrays), **more}
+    with atomic_file(path) as file, file_problems(path), zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("hamux.json", json.dumps(header, ensure_ascii=False))
+        for i, v in enumerate(arrays.values()):
+            with archive.open(f"{i}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asarray(v, order="C").view(_stored(v.dtype)), allow_pickle=False)
+
+
 def save(
     path: str | os.PathLike, # the file to make or to replace; any suffix
     ham: HAM | VectorizedHAM, # the network
@@ -44,26 +60,22 @@ def save(
     "Save a network, architecture and weights, in one file. The file is replaced whole or not at all."
     if not isinstance(ham, HAM | VectorizedHAM): raise TypeError(f"save keeps a HAM, and was given {type(ham).__name__}.")
     ham = ham.unvectorize()
-    arrays = _parameters(ham)
-    table = [{"name": n, "shape": list(v.shape), "dtype": str(v.dtype)} for n, v in arrays.items()]
-    header = {"format": "hamux network", "version": _VERSION, "network": _describe(ham, strict=False), "parameters": table}
-    with atomic_file(path) as file, file_problems(path), zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr("hamux.json", json.dumps(header, ensure_ascii=False))
-        for i, v in enumerate(arrays.values()):
-            with archive.open(f"{i}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, np.asarray(v, order="C").view(_stored(v.dtype)), allow_pickle=False)
+    _write(path, "hamux network", _describe(ham, strict=False), _parameters(ham))
 
 # %% ../nbs/api/06b_saving.ipynb #07cf8ce0
-def _header(archive, path):
+_KINDS = {"hamux network": "network saved by hamux", "hamux training": "training run saved by hamux"}
+
+
+def _header(archive, path, wanted):
     "What `hamux.json` says."
-    foreign = FileProblem.at(path, "is not a network saved by hamux; check the name")
+    foreign = FileProblem.at(path, f"is not a {_KINDS[wanted]}; check the name")
     if "hamux.json" not in archive.namelist(): raise foreign
     try:
         if archive.getinfo("hamux.json").file_size > os.path.getsize(path): raise ValueError
         header = json.loads(archive.read("hamux.json"))
         kind, version = header["format"], header["version"]
     except (ValueError, KeyError, TypeError): raise foreign from None
-    if kind != "hamux network" or not isinstance(version, int): raise foreign
+    if kind != wanted or not isinstance(version, int): raise foreign
     if version > _VERSION:
         raise FileProblem.at(path, f"was saved by a newer hamux (file version {version}, and this one reads up to {_VERSION}); upgrade hamux")
     if not isinstance(header.get("network"), dict) or not isinstance(header.get("parameters"), list):
@@ -86,6 +98,20 @@ def _read(archive, i, row, path):
         raise FileProblem.at(path, f"is damaged: the parameter {row['name']} does not have its shape or dtype; make it or copy it again")
     return jnp.asarray(np.frombuffer(data, _stored(dtype)).view(dtype).reshape(row["shape"]))
 
+# %% ../nbs/api/06b_saving.ipynb #022ef780
+@contextmanager
+def _opened(path, kind):
+    "The archive and the header of a file of a kind; what goes wrong in the block is a `FileProblem` of the file."
+    with file_problems(path), open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04": raise FileProblem.at(path, f"is not a {_KINDS[kind]}, or is cut short; check the name")
+        with zipfile.ZipFile(file) as archive: yield archive, _header(archive, path, kind)
+
+
+def _read_all(archive, path, header):
+    "All arrays of a file."
+    try: return [_read(archive, i, row, path) for i, row in enumerate(header["parameters"])]
+    except KeyError as e: raise FileProblem.at(path, f"is damaged: {e.args[0]}; make it or copy it again") from e
+
 # %% ../nbs/api/06b_saving.ipynb #e4005f56
 def _difference(here, there, where=""):
     "The first place in which two descriptions differ, in words; None if there is none."
@@ -99,13 +125,17 @@ def _difference(here, there, where=""):
     return None if here == there and type(here) is type(there) else f"{where} is {there!r} in the file, and {here!r} here"
 
 
+def _plain(ham):
+    "The description of a network as JSON gives it back."
+    return json.loads(json.dumps(_describe(ham, strict=False)))
+
+
 def _skeleton(header, path, like, known, trust):
     "The network of the file with shapes for weights."
     if like is None:
         try: return jax.eval_shape(lambda: from_config(header["network"], key=jr.key(0), known=known, trust=trust))
         except (ValueError, TypeError, KeyError, AttributeError) as e: raise FileProblem.at(path, f"holds a network that cannot be made here: {e}") from e
-    here = json.loads(json.dumps(_describe(like, strict=False)))
-    if (d := _difference(here, header["network"])) is not None: raise FileProblem.at(path, f"holds another network: {d}; load it without like=, or give one like it")
+    if (d := _difference(_plain(like), header["network"])) is not None: raise FileProblem.at(path, f"holds another network: {d}; load it without like=, or give one like it")
     return like.unvectorize()
 
 # %% ../nbs/api/06b_saving.ipynb #d1232454
@@ -116,13 +146,9 @@ def load(
     trust=False, # whether import paths in it are imported, which runs code
 ) -> HAM: # with the saved weights
     "Load a network. Raises `FileProblem`, a ValueError, for files that are missing, damaged, foreign, newer, or hold another architecture."
-    with file_problems(path), open(path, "rb") as file:
-        if file.read(4) != b"PK\x03\x04": raise FileProblem.at(path, "is not a network saved by hamux, or is cut short; check the name")
-        with zipfile.ZipFile(file) as archive:
-            header = _header(archive, path)
-            skeleton = _skeleton(header, path, like, known, trust)
-            rows = [{"name": n, "shape": list(v.shape), "dtype": str(v.dtype)} for n, v in _parameters(skeleton).items()]
-            if (d := _difference(rows, header["parameters"], "parameters")) is not None: raise FileProblem.at(path, f"holds other parameters than its network has: {d}")
-            try: leaves = [_read(archive, i, row, path) for i, row in enumerate(rows)]
-            except KeyError as e: raise FileProblem.at(path, f"is damaged: {e.args[0]}; make it or copy it again") from e
+    with _opened(path, "hamux network") as (archive, header):
+        skeleton = _skeleton(header, path, like, known, trust)
+        rows = _table(_parameters(skeleton))
+        if (d := _difference(rows, header["parameters"], "parameters")) is not None: raise FileProblem.at(path, f"holds other parameters than its network has: {d}")
+        leaves = _read_all(archive, path, header)
     return jtu.tree_unflatten(jtu.tree_structure(skeleton), leaves)
