@@ -33,6 +33,7 @@ from . import (
 from . import build as _build # the function takes the name below
 from . import flow as _flow # and here too
 from .adaptive import *
+from .adjoints import *
 from .attention import *
 from .attractors import *
 from .build import *
@@ -60,6 +61,6 @@ from .training import *
 
 _modules = (
     lagrangians, neurons, synapses, memory_synapse, attention, grids, random_features, hypergraph, _build,
-    adaptive, dynamics, relaxation, langevin, _flow, discrete, attractors, learning, losses, training, memories, config, saving, plots, tables, drawing,
+    adaptive, adjoints, dynamics, relaxation, langevin, _flow, discrete, attractors, learning, losses, training, memories, config, saving, plots, tables, drawing,
 )
 __all__ = list(dict.fromkeys(name for module in _modules for name in module.__all__))

@@ -541,7 +541,7 @@ BAD = {
     "dt per layer": (lambda h: Euler(jnp.ones(2)), ValueError, r"dt is one positive number.*\(2,\)"),
     "dt a word": (lambda h: Euler("fast"), TypeError | ValueError, "dt.*'?fast"),
     "dt none": (lambda h: Euler(None), TypeError | ValueError, "dt.*None"),
-    "adjoint": (lambda h: descend(h, X, adjoint="implicit"), TypeError | ValueError, "adjoint.*'implicit'"),
+    "adjoint": (lambda h: descend(h, X, adjoint="rolled"), ValueError, "adjoint.*'rolled'"),
     "clamp unknown": (lambda h: descend(h, X, clamp="vv"), ValueError, "clamp.*unknown layer 'vv'.*'v', 'h'"),
     "clamp one unknown": (lambda h: descend(h, X, clamp=["v", "hid"]), ValueError, "unknown layer 'hid'"),
     "clamp mask unknown": (lambda h: descend(h, X, clamp={"z": np.ones(5, bool)}), ValueError, "unknown layer 'z'"),
