@@ -23,6 +23,7 @@ from .adaptive import Adaptive
 from .adjoints import AbstractAdjoint, ImplicitAdjoint, as_adjoint
 from .dynamics import descend
 from .hypergraph import HAM, VectorizedHAM
+from .loop import NONFINITE
 from .neurons import IdentityLayer
 
 # %% ../nbs/api/05_learning.ipynb #f6ab4fa3
@@ -37,13 +38,18 @@ def _per_row(loss, ham, targets):
     "The loss of all rows, given their activations, or an error where it is not one real number a row."
     if not callable(loss): raise TypeError(f"The loss is a function of the activations (a dictionary by layer), and of the targets if they are given; it is {loss!r}.")
     one = loss if targets is not None else lambda xhats, _: loss(xhats)
-    batched = isinstance(ham, VectorizedHAM)
-    row = jtu.tree_map(lambda v: jax.ShapeDtypeStruct(jnp.shape(v)[1:] if batched else jnp.shape(v), jnp.result_type(v)), targets)
-    out = jax.eval_shape(one, {n: jax.ShapeDtypeStruct(layer.shape, ham.dtype) for n, layer in ham.neurons.items()}, row)
+    out = jax.eval_shape(one, *_row(ham, targets))
     if getattr(out, "shape", None) != () or not jnp.issubdtype(out.dtype, jnp.floating):
         got = f"shape {out.shape} and dtype {out.dtype}" if hasattr(out, "shape") else f"{out!r}"
         raise ValueError(f"The loss must return one real number per row, and returns {got}. Sum or average over the rest.")
-    return jax.vmap(one) if batched else one
+    return jax.vmap(one) if isinstance(ham, VectorizedHAM) else one
+
+
+def _row(ham, targets):
+    "The shapes of one row's activations and targets."
+    xhats = {n: jax.ShapeDtypeStruct(layer.shape, ham.dtype) for n, layer in ham.neurons.items()}
+    rows = isinstance(ham, VectorizedHAM)
+    return xhats, jtu.tree_map(lambda v: jax.ShapeDtypeStruct(jnp.shape(v)[rows:], jnp.result_type(v)), targets)
 
 
 def _as_targets(targets, ham, xs):
@@ -56,18 +62,25 @@ def _as_targets(targets, ham, xs):
     return targets
 
 # %% ../nbs/api/05_learning.ipynb #6957cb13
+def finite_loss(value, *ends):
+    "A loss, or NaN where a recall was not finite."
+    lost = jnp.stack([(end.code == NONFINITE).any() for end in ends]).any()
+    return jnp.where(lost, jnp.nan, value)
+
+# %% ../nbs/api/05_learning.ipynb #e7bb2f3b
 class Nudge(eqx.Module):
-    "A loss as a hypersynapse of weight β, between the layers of a network and layers that hold the targets."
+    "A loss as a hypersynapse of weight β, between the layers that it looks at and layers that hold the targets."
     beta: Float[Array, ""]
     loss: Callable = eqx.field(static=True)
-    names: tuple = eqx.field(static=True) # layers of the network
+    layers: tuple = eqx.field(static=True) # name and shape of every layer of the network
+    seen: tuple = eqx.field(static=True) # names of those that the loss looks at
     kinds: tuple = eqx.field(static=True) # shape and dtype of each target
     tree: Any = eqx.field(static=True) # how they hang together; None for no targets
 
     def __call__(self, *xhats):
-        given, rest = dict(zip(self.names, xhats)), xhats[len(self.names):]
+        given = {n: jnp.zeros(shape, xhats[0].dtype) for n, shape in self.layers} | dict(zip(self.seen, xhats))
         if self.tree is None: return self.beta * self.loss(given)
-        targets = [x.reshape(shape).astype(dtype) for x, (shape, dtype) in zip(rest, self.kinds, strict=True)]
+        targets = [x.reshape(shape).astype(dtype) for x, (shape, dtype) in zip(xhats[len(self.seen):], self.kinds, strict=True)]
         return self.beta * self.loss(given, jtu.tree_unflatten(self.tree, targets))
 
 
@@ -83,11 +96,21 @@ def nudged(
     kinds = tuple((v.shape[1:] if batched else v.shape, v.dtype) for v in leaves)
     held = [v.reshape(*v.shape[:batched], -1).astype(jnp.promote_types(inner.dtype, jnp.float32)) for v in leaves]
     more = _fresh(inner.neurons, "target", len(held))
-    neurons = {**inner.neurons, **{n: IdentityLayer(v.shape[batched:], leak=False) for n, v in zip(more, held)}}
     synapse, = _fresh(inner.hypersynapses, "loss", 1)
-    nudge = Nudge(jnp.asarray(beta, inner.dtype), loss, tuple(inner.neurons), kinds, None if targets is None else tree)
-    out = HAM(neurons, {**inner.hypersynapses, synapse: nudge}, [*inner.connections, (tuple(neurons), synapse)])
+    seen, layers = _seen(loss, ham, targets), tuple((n, layer.shape) for n, layer in inner.neurons.items())
+    neurons = {**inner.neurons, **{n: IdentityLayer(v.shape[batched:], leak=False) for n, v in zip(more, held)}}
+    nudge = Nudge(jnp.asarray(beta, inner.dtype), loss, layers, seen, kinds, None if targets is None else tree)
+    out = HAM(neurons, {**inner.hypersynapses, synapse: nudge}, [*inner.connections, ((*seen, *more), synapse)])
     return out.vectorize() if batched else out, {**xs, **dict(zip(more, held))}, more
+
+
+def _seen(loss, ham, targets):
+    "The layers that a loss looks at; the first, if it looks at none."
+    xhats, row = _row(ham, targets)
+    one = lambda xhats, row: loss(dict(zip(ham.neurons, xhats)), *(() if targets is None else (row,)))
+    jaxpr = jax.make_jaxpr(one)(tuple(xhats.values()), row).jaxpr
+    used = {id(v) for eqn in jaxpr.eqns for v in eqn.invars} | {id(v) for v in jaxpr.outvars}
+    return tuple(n for n, v in zip(ham.neurons, jaxpr.invars) if id(v) in used) or tuple(ham.neurons)[:1]
 
 
 def _fresh(table, stem, n):
@@ -119,7 +142,8 @@ class EquilibriumPropagation(eqx.Module):
             xhats = ham.activations(xs)
             return jnp.mean(ham.energy(xhats, xs) + beta * rows(xhats, targets))
         grads = jax.grad(lambda ham: (explicit(ham, up, there) - explicit(ham, down, here)) / (up - down))(ham)
-        return Gradient(jnp.mean(rows(free.xhats, targets)), grads, {"free": free, **{n: _only(out, ham) for n, (_, out) in ends.items()}})
+        value = finite_loss(jnp.mean(rows(free.xhats, targets)), free, *(out for _, out in ends.values()))
+        return Gradient(value, grads, {"free": free, **{n: _only(out, ham) for n, (_, out) in ends.items()}})
 
 
 def _only(out, ham):
@@ -151,7 +175,7 @@ class ContrastiveHebbian(eqx.Module):
             xs = jax.lax.stop_gradient(out.xs)
             return jnp.mean(ham.energy(ham.activations(xs), xs))
         grads = jax.grad(lambda ham: energy(ham, held) - energy(ham, free))(ham)
-        return Gradient(jnp.mean(rows(free.xhats, targets)), grads, {"free": free, "clamped": held})
+        return Gradient(finite_loss(jnp.mean(rows(free.xhats, targets)), free, held), grads, {"free": free, "clamped": held})
 
 # %% ../nbs/api/05_learning.ipynb #37733bef
 _OTHERS = {"equilibrium": EquilibriumPropagation(), "contrastive": ContrastiveHebbian(), "implicit": ImplicitAdjoint(unconverged="drop")}
@@ -196,6 +220,6 @@ def gradient(
     if not isinstance(method, AbstractAdjoint): return method.gradient(ham, loss, xs, targets, clamp, recall)
     def value(ham):
         out = recall(ham, xs, clamp=clamp, adjoint=method)
-        return jnp.mean(rows(out.xhats, targets)), out
+        return finite_loss(jnp.mean(rows(out.xhats, targets)), out), out
     (value, out), grads = jax.value_and_grad(value, has_aux=True)(ham)
     return Gradient(value, grads, {"free": out})

@@ -26,8 +26,7 @@ from .adaptive import Adaptive
 from .adjoints import AbstractAdjoint
 from .dynamics import Descent, descend
 from .hypergraph import VectorizedHAM
-from .learning import Gradient, _as_dict, _per_row, as_method, gradient
-from .loop import NONFINITE
+from .learning import Gradient, _as_dict, _per_row, as_method, finite_loss, gradient
 from .solvers import AbstractSolver
 
 # %% ../nbs/api/05b_losses.ipynb #32b51b86
@@ -92,15 +91,14 @@ class RecallLoss(eqx.Module):
     def __call__(self, ham, batch, key) -> Float[Array, ""]:
         "The mean loss of a batch."
         end, targets = self.recall(ham, batch, key)
-        value = _known(jax.vmap(self.compare)(end.xhats, targets).mean(), end)
+        value = finite_loss(jax.vmap(self.compare)(end.xhats, targets).mean(), end)
         return value if isinstance(as_method(self.method), AbstractAdjoint) else _without_derivative(value, self.method)
 
     def gradient(self, ham, batch, key) -> Gradient:
         "Value, gradient and equilibria of a batch, by the method."
         xs, targets, settings = self.asked(ham, batch, key)
         out = gradient(ham.vectorize(), self.compare, xs, targets=targets, method=self.method, **settings)
-        grads = out.grads if isinstance(ham, VectorizedHAM) else out.grads.unvectorize()
-        return eqx.tree_at(lambda g: (g.value, g.grads), out, (_known(out.value, *out.equilibria.values()), grads))
+        return out if isinstance(ham, VectorizedHAM) else eqx.tree_at(lambda g: g.grads, out, out.grads.unvectorize())
 
     def check(self, ham, data):
         "Raise ValueError or TypeError for data, all rows of it, that this loss cannot use."
@@ -108,12 +106,6 @@ class RecallLoss(eqx.Module):
         jax.eval_shape(lambda ham, batch: _tried(self, ham, batch), ham, jax.tree_util.tree_map(lambda v: jnp.asarray(v[:2]), data))
 
 # %% ../nbs/api/05b_losses.ipynb #2b3fa97d
-def _known(value, *ends):
-    "A loss, or NaN where a recall was not finite: what it returns then is where it began."
-    lost = jnp.stack([(end.code == NONFINITE).any() for end in ends]).any()
-    return jnp.where(lost, jnp.nan, value)
-
-
 @eqx.filter_custom_jvp
 def _without_derivative(value, method): return value
 
