@@ -455,5 +455,5 @@ def _fitted(plan, run, data, batch_size, key, checkpoint, checkpoint_every, iden
 def _remarks(run):
     "What else should be known of a run."
     failed, taken = np.asarray(run.failed[:run.now[0]]), run.now[0]
-    out = f" In {(failed > 0).sum()} of {taken} batches some recalls did not converge, {failed[failed > 0].mean():.3g} rows on average: allow more steps of recall (max_steps)." if (failed > 0).any() else ""
+    out = f" In {(failed > 0).sum()} of {taken} batches some recalls did not converge, {failed[failed > 0].mean():.3g} rows on average: allow more steps of recall (max_steps), unless the gradient is that of the steps." if (failed > 0).any() else ""
     return out + (f" Best on the validation data after {min(run.checks, key=lambda c: math.inf if math.isnan(c[1]) else c[1])[0]} steps." if run.checks else "")
