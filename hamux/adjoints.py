@@ -171,7 +171,7 @@ class ImplicitAdjoint(AbstractAdjoint):
         b = jnp.where(asked & usable, b / jnp.where(asked, size, 1), 0)
         sound = lambda u: jnp.where(usable, product(u), u) # a NaN in one row must not stop the others
         rtol = float(jnp.finfo(b.dtype).eps) ** (2 / 3) if self.rtol is None else self.rtol
-        solver = lx.GMRES(rtol, rtol, max_steps=20) if self.linear_solver is None else self.linear_solver
+        solver = lx.GMRES(rtol, rtol, max_steps=40, restart=10) if self.linear_solver is None else self.linear_solver
         u = lx.linear_solve(lx.FunctionLinearOperator(sound, jax.eval_shape(lambda: b)), b, solver, throw=False).value
         error = abs(sound(u) - b).max()
         return self.judged(u * size, ~asked | usable, error <= 100 * jnp.maximum(rtol, near))
@@ -235,7 +235,7 @@ class OneStepAdjoint(AbstractAdjoint):
         def step(_, xs):
             there = setup.over(lambda p, _, x: p.map(x), setup.max_steps, xs)
             return {n: (x + self.dt * (there[n] - x)).astype(x.dtype) for n, x in xs.items()}
-        xs = jax.lax.fori_loop(0, self.steps, step, xs)
+        xs = step(0, xs) if self.steps == 1 else jax.lax.fori_loop(0, self.steps, step, xs)
         still = jax.lax.stop_gradient
         return {n: end + jnp.where(jnp.isfinite(xs[n]), xs[n] - still(xs[n]), 0) for n, end in ends.items()}
 
