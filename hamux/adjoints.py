@@ -20,7 +20,7 @@ import optimistix as optx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from .loop import CONVERGED, NONFINITE, UNBOUNDED, Rows, Setup, choose_rows
+from .loop import CONVERGED, NONFINITE, UNBOUNDED, Rows, Setup, asked, choose_rows
 from .solvers import Problem
 
 # %% ../nbs/api/03f_adjoints.ipynb #20272243
@@ -44,11 +44,8 @@ def _begun(setup):
 def _again(setup, steps, state):
     "One step more, of the rows that took it."
     count, ahead, solver = state
-    def one(problem, key, ahead, solver):
-        key = None if key is None else jax.random.fold_in(key, count)
-        move = setup.solver.step(problem, problem.evaluate(ahead), solver, count, key)
-        return move.ahead, move.state
-    return count + 1, *choose_rows(count < steps, setup.over(one, count, ahead, solver), (ahead, solver))
+    move = asked(setup, count, ahead, solver)
+    return count + 1, *choose_rows(count < steps, (move.ahead, move.state), (ahead, solver))
 
 
 def _retraceable(setup):
@@ -142,6 +139,17 @@ def stationary(
 _POLICIES = "raise", "drop", "nan", "accept"
 
 
+def _judged(u, usable, solved, policy):
+    "The solution, or what the policy puts in its place."
+    if policy == "raise":
+        u = eqx.error_if(u, ~usable, "An implicit gradient was asked for at a state that has not converged, where it has no meaning. Look at `.result` of the descent; allow more "
+                         "steps or a larger tolerance, or choose ImplicitAdjoint(unconverged='drop') or adjoint='checkpointed'.")
+        return eqx.error_if(u, ~solved, "The linear solve of an implicit gradient did not converge: the fixed point is degenerate (a valley with a flat floor) or nearly so. "
+                            "Choose adjoint='checkpointed', a larger ImplicitAdjoint(rtol=…), another linear_solver, or ImplicitAdjoint(unconverged='drop').")
+    if policy == "accept": return jnp.where(usable & jnp.isfinite(u).all(), u, 0)
+    return jnp.where(usable & solved, u, jnp.nan if policy == "nan" else 0)
+
+# %% ../nbs/api/03f_adjoints.ipynb #58483064
 class ImplicitAdjoint(AbstractAdjoint):
     "Through the fixed point: one linear solve, no matrix, no steps."
     linear_solver: lx.AbstractLinearSolver | None = None # one of Lineax that needs products only; None for GMRES, at most 400 products
@@ -174,17 +182,7 @@ class ImplicitAdjoint(AbstractAdjoint):
         solver = lx.GMRES(rtol, rtol, max_steps=40, restart=10) if self.linear_solver is None else self.linear_solver
         u = lx.linear_solve(lx.FunctionLinearOperator(sound, jax.eval_shape(lambda: b)), b, solver, throw=False).value
         error = abs(sound(u) - b).max()
-        return self.judged(u * size, ~asked | usable, error <= 100 * jnp.maximum(rtol, near))
-
-    def judged(self, u, usable, solved):
-        "The solution, or what the policy puts in its place."
-        if self.unconverged == "raise":
-            u = eqx.error_if(u, ~usable, "An implicit gradient was asked for at a state that has not converged, where it has no meaning. Look at `.result` of the descent; allow more "
-                             "steps or a larger tolerance, or choose ImplicitAdjoint(unconverged='drop') or adjoint='checkpointed'.")
-            return eqx.error_if(u, ~solved, "The linear solve of an implicit gradient did not converge: the fixed point is degenerate (a valley with a flat floor) or nearly so. "
-                                "Choose adjoint='checkpointed', a larger ImplicitAdjoint(rtol=…), another linear_solver, or ImplicitAdjoint(unconverged='drop').")
-        if self.unconverged == "accept": return jnp.where(usable & jnp.isfinite(u).all(), u, 0)
-        return jnp.where(usable & solved, u, jnp.nan if self.unconverged == "nan" else 0)
+        return _judged(u * size, ~asked | usable, error <= 100 * jnp.maximum(rtol, near), self.unconverged)
 
 # %% ../nbs/api/03f_adjoints.ipynb #fd57e2c1
 def _seen(problem, xs):
@@ -240,7 +238,7 @@ class OneStepAdjoint(AbstractAdjoint):
         return {n: end + jnp.where(jnp.isfinite(xs[n]), xs[n] - still(xs[n]), 0) for n, end in ends.items()}
 
 # %% ../nbs/api/03f_adjoints.ipynb #24f62e7d
-_NAMES = {"unrolled": UnrolledAdjoint(), "checkpointed": CheckpointedAdjoint(), "implicit": ImplicitAdjoint(), "one-step": OneStepAdjoint()}
+ADJOINTS = {"unrolled": UnrolledAdjoint(), "checkpointed": CheckpointedAdjoint(), "implicit": ImplicitAdjoint(), "one-step": OneStepAdjoint()}
 
 
 def as_adjoint(
@@ -249,8 +247,8 @@ def as_adjoint(
     "The adjoint that is meant. Raises ValueError for an unknown name and TypeError for anything else."
     if isinstance(adjoint, AbstractAdjoint): return adjoint
     if isinstance(adjoint, str):
-        if adjoint in _NAMES: return _NAMES[adjoint]
-        raise ValueError(f"adjoint is one of {', '.join(map(repr, _NAMES))}, and is {adjoint!r}.")
+        if adjoint in ADJOINTS: return ADJOINTS[adjoint]
+        raise ValueError(f"adjoint is one of {', '.join(map(repr, ADJOINTS))}, and is {adjoint!r}.")
     if isinstance(adjoint, optx.RecursiveCheckpointAdjoint): return CheckpointedAdjoint(adjoint.checkpoints)
     if isinstance(adjoint, optx.ImplicitAdjoint): return ImplicitAdjoint(None if isinstance(adjoint.linear_solver, lx.AutoLinearSolver) else adjoint.linear_solver)
     raise TypeError(f"adjoint is 'unrolled', 'checkpointed', 'implicit', 'one-step' or an object such as ImplicitAdjoint(), and is {adjoint!r}.")

@@ -27,14 +27,19 @@ from .loop import CONVERGED, MAX_STEPS, NONFINITE, SAMPLED, STUCK, UNBOUNDED, Se
 from .solvers import AbstractSolver, Backtracking, Euler
 
 # %% ../nbs/api/04_dynamics.ipynb #aec9521e
-def _as_clamp(clamp, neurons, batch):
-    "The names of whole clamped layers, and a boolean mask for each partly clamped one."
-    if clamp is None: return (), {}
+def as_dict(clamp):
+    "A clamp as a dictionary from names to True or masks."
+    if clamp is None: return {}
     if isinstance(clamp, str | numbers.Integral): clamp = (clamp,)
     if not isinstance(clamp, Iterable) or isinstance(clamp, (np.ndarray, jax.Array)):
         raise TypeError(f"The clamp is a layer name, several, or a dictionary name → True or mask, and was given as {clamp!r}.")
+    return dict(clamp) if isinstance(clamp, Mapping) else {name if isinstance(name, str | numbers.Integral) else repr(name): True for name in clamp}
+
+
+def _as_clamp(clamp, neurons, batch):
+    "The names of whole clamped layers, and a boolean mask for each partly clamped one."
     whole, masks = [], {}
-    for name, mask in clamp.items() if isinstance(clamp, Mapping) else ((name, True) for name in clamp):
+    for name, mask in as_dict(clamp).items():
         if not isinstance(name, str | numbers.Integral) or name not in neurons:
             raise ValueError(f"The clamp names an unknown layer {name!r}. Known are: {', '.join(map(repr, neurons))}.")
         if isinstance(mask, bool | np.bool_): mask = bool(mask)

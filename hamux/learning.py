@@ -20,8 +20,8 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
 from .adaptive import Adaptive
-from .adjoints import AbstractAdjoint, ImplicitAdjoint, as_adjoint
-from .dynamics import descend
+from .adjoints import ADJOINTS, AbstractAdjoint, ImplicitAdjoint, as_adjoint
+from .dynamics import as_dict, descend
 from .hypergraph import HAM, VectorizedHAM
 from .loop import NONFINITE
 from .neurons import IdentityLayer
@@ -83,6 +83,22 @@ class Nudge(eqx.Module):
         targets = [x.reshape(shape).astype(dtype) for x, (shape, dtype) in zip(xhats[len(self.seen):], self.kinds, strict=True)]
         return self.beta * self.loss(given, jtu.tree_unflatten(self.tree, targets))
 
+# %% ../nbs/api/05_learning.ipynb #5a665caf
+def _seen(loss, ham, targets):
+    "The layers that a loss looks at; the first, if it looks at none."
+    xhats, row = _row(ham, targets)
+    one = lambda xhats, row: loss(dict(zip(ham.neurons, xhats)), *(() if targets is None else (row,)))
+    jaxpr = jax.make_jaxpr(one)(tuple(xhats.values()), row).jaxpr
+    used = {id(v) for eqn in jaxpr.eqns for v in eqn.invars} | {id(v) for v in jaxpr.outvars}
+    return tuple(n for n, v in zip(ham.neurons, jaxpr.invars) if id(v) in used) or tuple(ham.neurons)[:1]
+
+
+def _fresh(table, stem, n):
+    "New names beside those of a table: positions if it has positions, else `stem` and a number."
+    if table and not isinstance(next(iter(table)), str): return list(range(len(table), len(table) + n))
+    free = (name for i in range(len(table) + n) if (name := f"{stem} {i}") not in table)
+    return [next(free) for _ in range(n)]
+
 
 def nudged(
     ham: HAM | VectorizedHAM, # the network
@@ -103,22 +119,6 @@ def nudged(
     out = HAM(neurons, {**inner.hypersynapses, synapse: nudge}, [*inner.connections, ((*seen, *more), synapse)])
     return out.vectorize() if batched else out, {**xs, **dict(zip(more, held))}, more
 
-
-def _seen(loss, ham, targets):
-    "The layers that a loss looks at; the first, if it looks at none."
-    xhats, row = _row(ham, targets)
-    one = lambda xhats, row: loss(dict(zip(ham.neurons, xhats)), *(() if targets is None else (row,)))
-    jaxpr = jax.make_jaxpr(one)(tuple(xhats.values()), row).jaxpr
-    used = {id(v) for eqn in jaxpr.eqns for v in eqn.invars} | {id(v) for v in jaxpr.outvars}
-    return tuple(n for n, v in zip(ham.neurons, jaxpr.invars) if id(v) in used) or tuple(ham.neurons)[:1]
-
-
-def _fresh(table, stem, n):
-    "New names beside those of a table: positions if it has positions, else `stem` and a number."
-    if table and not isinstance(next(iter(table)), str): return list(range(len(table), len(table) + n))
-    free = (name for i in range(len(table) + n) if (name := f"{stem} {i}") not in table)
-    return [next(free) for _ in range(n)]
-
 # %% ../nbs/api/05_learning.ipynb #cc1fb442
 class EquilibriumPropagation(eqx.Module):
     "Compare equilibria with and without a pull towards the target."
@@ -130,8 +130,7 @@ class EquilibriumPropagation(eqx.Module):
             raise ValueError(f"EquilibriumPropagation: beta is a finite number other than 0, and is {self.beta!r}.")
 
     def gradient(self, ham, loss, xs, targets, clamp, recall):
-        free = recall(ham, xs, clamp=clamp)
-        rows = _per_row(loss, ham, targets)
+        rows, free = _per_row(loss, ham, targets), recall(ham, xs, clamp=clamp)
         def pulled(beta):
             net, start, held = nudged(ham, loss, beta, free.xs, targets)
             return recall(net, start, clamp={**clamp, **dict.fromkeys(held, True)})
@@ -169,7 +168,7 @@ class ContrastiveHebbian(eqx.Module):
         return targets
 
     def gradient(self, ham, loss, xs, targets, clamp, recall):
-        free, outputs, rows = recall(ham, xs, clamp=clamp), self.states(ham, targets), _per_row(loss, ham, targets)
+        rows, outputs, free = _per_row(loss, ham, targets), self.states(ham, targets), recall(ham, xs, clamp=clamp)
         held = recall(ham, {**free.xs, **outputs}, clamp={**clamp, **dict.fromkeys(outputs, True)})
         def energy(ham, out):
             xs = jax.lax.stop_gradient(out.xs)
@@ -178,7 +177,7 @@ class ContrastiveHebbian(eqx.Module):
         return Gradient(finite_loss(jnp.mean(rows(free.xhats, targets)), free, held), grads, {"free": free, "clamped": held})
 
 # %% ../nbs/api/05_learning.ipynb #37733bef
-_OTHERS = {"equilibrium": EquilibriumPropagation(), "contrastive": ContrastiveHebbian(), "implicit": ImplicitAdjoint(unconverged="drop")}
+METHODS = {**ADJOINTS, "implicit": ImplicitAdjoint(unconverged="drop"), "equilibrium": EquilibriumPropagation(), "contrastive": ContrastiveHebbian()}
 
 
 def as_method(
@@ -186,16 +185,9 @@ def as_method(
 ): # an adjoint, an `EquilibriumPropagation` or a `ContrastiveHebbian`
     "The method that is meant. Raises ValueError for an unknown name and TypeError for anything else."
     if isinstance(method, EquilibriumPropagation | ContrastiveHebbian): return method
-    if isinstance(method, str):
-        if method in _OTHERS: return _OTHERS[method]
-        if method not in ("unrolled", "checkpointed", "one-step"): raise ValueError(f"method is 'unrolled', 'checkpointed', 'implicit', 'one-step', 'equilibrium' or 'contrastive', and is {method!r}.")
+    if isinstance(method, str) and method not in METHODS: raise ValueError(f"method is one of {', '.join(map(repr, METHODS))}, and is {method!r}.")
+    if isinstance(method, str): return METHODS[method]
     return as_adjoint(method)
-
-
-def _as_dict(clamp):
-    "A clamp as a dictionary."
-    if clamp is None or isinstance(clamp, Mapping): return dict(clamp or {})
-    return dict.fromkeys([clamp] if isinstance(clamp, str | numbers.Integral) else clamp, True)
 
 # %% ../nbs/api/05_learning.ipynb #f70f39fd
 def gradient(
@@ -214,10 +206,10 @@ def gradient(
 ) -> Gradient: # value, gradient, and what each equilibrium did
     "The gradient of a loss of what is recalled. Raises ValueError or TypeError for what does not fit."
     if not isinstance(ham, HAM | VectorizedHAM): raise TypeError(f"gradient needs a HAM or a VectorizedHAM, and was given {ham!r}.")
-    method, clamp, targets = as_method(method), _as_dict(clamp), _as_targets(targets, ham, xs)
-    rows = _per_row(loss, ham, targets)
+    method, clamp, targets = as_method(method), as_dict(clamp), _as_targets(targets, ham, xs)
     def recall(ham, xs, **kw): return descend(ham, xs, solver=solver, max_steps=max_steps, rtol=rtol, atol=atol, trace=False, key=key, **kw)
     if not isinstance(method, AbstractAdjoint): return method.gradient(ham, loss, xs, targets, clamp, recall)
+    rows = _per_row(loss, ham, targets)
     def value(ham):
         out = recall(ham, xs, clamp=clamp, adjoint=method)
         return finite_loss(jnp.mean(rows(out.xhats, targets)), out), out

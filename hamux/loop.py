@@ -6,7 +6,7 @@ Docs: https://hamux.github.io/hamux/api/loop.html.md"""
 
 # %% auto #0
 __all__ = ['RUNNING', 'CONVERGED', 'MAX_STEPS', 'NONFINITE', 'UNBOUNDED', 'STUCK', 'SAMPLED', 'settling', 'with_beta', 'Trace',
-           'Setup', 'Rows', 'State', 'begin', 'choose_rows', 'advance', 'blank', 'stages', 'search']
+           'Setup', 'Rows', 'State', 'begin', 'asked', 'choose_rows', 'advance', 'blank', 'stages', 'search']
 
 # %% ../nbs/api/03e_loop.ipynb #0b7c330a
 import dataclasses
@@ -149,7 +149,7 @@ def begin(setup: Setup, bad) -> Rows:
     return Rows(xs, xs, solver, jnp.where(bad, NONFINITE, zero), zero, r, nan, zero, (nan, nan, r), jnp.arange(E.shape[0]))
 
 # %% ../nbs/api/03e_loop.ipynb #7d185dbb
-def _asked(setup, count, ahead, solver):
+def asked(setup, count, ahead, solver):
     "The answers of the solver to the states ahead, for all rows."
     def one(problem, key, ahead, solver):
         key = None if key is None else jax.random.fold_in(key, count)
@@ -172,7 +172,7 @@ def _energies(rows, held, live, settled):
 def _moved(setup: Setup, state: State) -> State:
     "A step without judgement."
     rows, count = state.rows, state.count
-    move, live = _asked(setup, count, rows.ahead, rows.solver), rows.code == RUNNING
+    move, live = asked(setup, count, rows.ahead, rows.solver), rows.code == RUNNING
     E, whole, risen = _energies(rows, move.held, live, setup.settled(count))
     keep = live & whole
     new = dataclasses.replace(rows, ahead=choose_rows(live, move.ahead, rows.ahead), solver=move.state, steps=rows.steps + keep,
@@ -183,7 +183,7 @@ def _moved(setup: Setup, state: State) -> State:
 def _judged(setup: Setup, state: State) -> State:
     "A step that begins with a judgement: who is done, and why."
     rows, count = state.rows, state.count
-    move, live, settled = _asked(setup, count, rows.ahead, rows.solver), rows.code == RUNNING, setup.settled(count)
+    move, live, settled = asked(setup, count, rows.ahead, rows.solver), rows.code == RUNNING, setup.settled(count)
     held = move.held
     E, whole, risen = _energies(rows, held, live, settled)
     last, keep, back = count >= setup.max_steps, live & (whole | (count == 0)), live & ~whole & (count > 0)

@@ -24,9 +24,9 @@ from jaxtyping import Array, Float
 
 from .adaptive import Adaptive
 from .adjoints import AbstractAdjoint
-from .dynamics import Descent, descend
+from .dynamics import Descent, as_dict, descend
 from .hypergraph import VectorizedHAM
-from .learning import Gradient, _as_dict, _per_row, as_method, finite_loss, gradient
+from .learning import Gradient, _per_row, as_method, finite_loss, gradient
 from .solvers import AbstractSolver
 
 # %% ../nbs/api/05b_losses.ipynb #32b51b86
@@ -80,7 +80,7 @@ class RecallLoss(eqx.Module):
         "States to start from, targets, and the settings of the recall."
         start, go = jr.split(key)
         xs, targets, *clamp = self.prepare(ham.unvectorize(), batch, start)
-        return xs, targets, dict(clamp=_as_dict(self.clamp) | dict(*clamp), solver=self.solver, max_steps=self.max_steps, rtol=self.rtol, atol=self.atol, key=go)
+        return xs, targets, dict(clamp=as_dict(self.clamp) | dict(*clamp), solver=self.solver, max_steps=self.max_steps, rtol=self.rtol, atol=self.atol, key=go)
 
     def recall(self, ham, batch, key) -> tuple[Descent, Any]:
         "What the network recalls of a batch, and the targets."
