@@ -56,7 +56,7 @@ def main():
     import numpy as np
 
     import hamux as hmx
-    from hamux.memory_synapse import MemorySynapse
+    from hamux.synapses.memory import MemorySynapse
 
     beta, rng = 1 / a.width**0.5, np.random.default_rng(0)
     Xi, X = (jnp.asarray(rng.standard_normal(s, dtype=np.float32)) for s in ((a.memories, a.width), (a.batch, a.width)))

@@ -2,65 +2,91 @@
 
 __version__ = "0.3.0"
 
-from . import (
-    adaptive,
-    adjoints,
-    attention,
-    attractors,
-    config,
-    discrete,
-    drawing,
-    dynamics,
-    grids,
-    hypergraph,
-    lagrangians,
-    langevin,
-    learning,
-    loop,
-    losses,
-    memories,
-    memory_synapse,
-    neurons,
-    plots,
-    random_features,
-    relaxation,
-    saving,
-    solvers,
-    synapses,
-    tables,
-    training,
-)
-from . import build as _build # the function takes the name below
-from . import flow as _flow # and here too
-from .adaptive import *
-from .adjoints import *
-from .attention import *
-from .attractors import *
-from .build import *
-from .config import *
-from .discrete import *
-from .drawing import *
-from .dynamics import *
-from .flow import *
-from .grids import *
-from .hypergraph import *
-from .lagrangians import *
-from .langevin import *
-from .learning import *
-from .losses import *
-from .memories import *
-from .memory_synapse import *
-from .neurons import *
-from .plots import *
-from .random_features import *
-from .relaxation import *
-from .saving import *
-from .synapses import *
-from .tables import *
-from .training import *
+import importlib as _importlib
+import sys as _sys
+import types as _types
+import warnings as _warnings
 
-_modules = (
-    lagrangians, neurons, synapses, memory_synapse, attention, grids, random_features, hypergraph, _build,
-    adaptive, adjoints, dynamics, relaxation, langevin, _flow, discrete, attractors, learning, losses, training, memories, config, saving, plots, tables, drawing,
+from . import numerics as _numerics
+
+# What people write in a notebook, in the order in which the pages explain it. Everything else is in its wing.
+from .lagrangians import (
+    lagr_identity, lagr_repu, lagr_relu, lagr_exp, lagr_rexp, lagr_tanh, lagr_sigmoid,
+    lagr_softmax, lagr_ghostmax, ghostmax, lagr_layernorm, lagr_spherical_norm, log_sum_relu,
+    Facts, with_facts,
 )
-__all__ = list(dict.fromkeys(name for module in _modules for name in module.__all__))
+from .network import (
+    NeuronLayer, legendre_transform,
+    IdentityLayer, ReluLayer, RepuLayer, ExpLayer, RexpLayer, TanhLayer, SigmoidLayer,
+    SoftmaxLayer, GhostmaxLayer, LayerNormLayer, SphericalNormLayer,
+    HAM, VectorizedHAM, Lazy, build,
+)
+from .synapses import (
+    LinearSynapse, LinearSynapseWithBias, BiasSynapse, DenseSynapse, ConvSynapse, PoolSynapse,
+    AttentionSynapse, MemorySynapse, RandomFeatureMemory,
+)
+from .dynamics import (
+    descend, Descent, Trace, with_beta, flow, Flow,
+    AbstractSolver, Move, Point, Problem, Euler, Backtracking, Adaptive, Relaxation, Langevin,
+    AbstractAdjoint, UnrolledAdjoint, CheckpointedAdjoint, ImplicitAdjoint, OneStepAdjoint,
+)
+from .learning import (
+    gradient, Gradient, EquilibriumPropagation, ContrastiveHebbian,
+    RecallLoss, denoising_loss, completion_loss, classification_loss, squared_error, cross_entropy,
+    hide_pixels, hide_half, hide_rectangle, fit, Fit, batches, unit_norm,
+)
+from .memories import recall, Memory, memory_ham
+from .analysis import (
+    which_memory, stability, Stability, basin_size, flip_signs, add_noise, erase, cover,
+    AbstractDiscreteMemory, DiscreteHopfield, DiscreteMemory, hebbian, pseudo_inverse, recall_bits, flip_together,
+)
+from .display import plot_energy, plot_recall, plot_lagrangian, draw, describe
+from .storage import save, load, to_config, from_config, FileProblem
+
+__all__ = [_n for _n, _v in globals().items() if not (_n.startswith("_") or isinstance(_v, _types.ModuleType))]
+
+# Modules of 0.3, and where what they held is now.
+_MOVED = {
+    "adaptive": "dynamics.adaptive", "adjoints": "dynamics.adjoints", "attention": "synapses.attention",
+    "attractors": "analysis.attractors", "build": "network.sizing network.recipe", "config": "storage.config",
+    "derivatives": "numerics.derivatives", "discrete": "analysis.discrete", "drawing": "display.drawing",
+    "files": "storage.files", "flow": "dynamics.continuous", "grids": "synapses.grids",
+    "hypergraph": "network.hypergraph", "langevin": "dynamics.langevin", "loop": "dynamics.loop dynamics.results",
+    "losses": "learning.losses", "memory_synapse": "synapses.memory lagrangians.separation",
+    "neurons": "network.neurons", "parameters": "network.parameters", "plots": "display.plots",
+    "random_features": "synapses.random_features", "relaxation": "dynamics.relaxation", "saving": "storage.saving",
+    "solvers": "dynamics.solver dynamics.problem dynamics.euler dynamics.backtracking",
+    "streaming": "numerics.streaming", "tables": "display.tables", "training": "learning.training",
+}
+
+
+def _joined(old, parts):
+    "A module of several, under the name of the one that they were."
+    module = _types.ModuleType(f"hamux.{old}", f"Moved: {', '.join(part.__name__ for part in parts)}.")
+    for part in reversed(parts):
+        vars(module).update({n: v for n, v in vars(part).items() if not n.startswith("__")})
+    module.__all__ = [n for part in parts for n in part.__all__]
+    return module
+
+
+for _old, _new in _MOVED.items():
+    _parts = [_importlib.import_module(f"hamux.{part}") for part in _new.split()]
+    _sys.modules[f"hamux.{_old}"] = _parts[0] if len(_parts) == 1 else _joined(_old, _parts)
+
+# Names that left this face. They go on working here for now.
+_LEFT = {
+    "square_norm": "network", "Site": "network", "Nudge": "learning", "nudged": "learning", "wilson": "analysis",
+    "Reached": "analysis", "BasinSize": "analysis", "BitRecall": "analysis", "near_distance2": "memories",
+    "choose_beta": "memories", "choose_similarity": "memories", "recall_states": "memories",
+    "LAGRANGIANS": "storage", "SYNAPSES": "storage", "ALIASES": "storage",
+}
+
+
+def __getattr__(name):
+    if name in _LEFT:
+        wing = f"hamux.{_LEFT[name]}"
+        _warnings.warn(f"hamux.{name} has moved: write {wing}.{name}.", DeprecationWarning, stacklevel=2)
+        return getattr(_importlib.import_module(wing), name)
+    if name in _MOVED:
+        return _sys.modules[f"hamux.{name}"]
+    raise AttributeError(f"module 'hamux' has no attribute {name!r}")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import hamux as hmx
-from hamux.attention import AttentionSynapse
+from hamux.synapses.attention import AttentionSynapse
 
 N, M, HEADS, Y, D, E = 4, 3, 2, 3, 5, 6  # queries, keys of the second layer, heads, d_head, sizes of their tokens
 

@@ -23,7 +23,7 @@ from hamux import (
     descend,
     lagr_softmax,
 )
-from hamux.attractors import add_noise, basin_size, cover, erase, flip_signs, stability, which_memory, wilson
+from hamux.analysis.attractors import add_noise, basin_size, cover, erase, flip_signs, stability, which_memory, wilson
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -12,7 +12,8 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
 import hamux as hmx
-from hamux.build import Site, square_norm
+from hamux.network.recipe import Site
+from hamux.network.sizing import square_norm
 
 KINDS = {"identity": hmx.IdentityLayer, "relu": hmx.ReluLayer, "tanh": hmx.TanhLayer, "softmax": hmx.SoftmaxLayer, "layernorm": hmx.LayerNormLayer}
 

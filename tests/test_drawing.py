@@ -16,11 +16,12 @@ from jaxtyping import Array
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from hamux.drawing import draw
-from hamux.hypergraph import HAM
-from hamux.neurons import IdentityLayer, NeuronLayer, ReluLayer, SoftmaxLayer, TanhLayer
-from hamux.synapses import BiasSynapse, ConvSynapse, DenseSynapse, LinearSynapse
-from hamux.tables import describe
+from hamux.display.drawing import draw
+from hamux.network.hypergraph import HAM
+from hamux.network.neurons import IdentityLayer, NeuronLayer, ReluLayer, SoftmaxLayer, TanhLayer
+from hamux.synapses.grids import ConvSynapse
+from hamux.synapses.linear import BiasSynapse, DenseSynapse, LinearSynapse
+from hamux.display.tables import describe
 
 
 class Blend(eqx.Module):

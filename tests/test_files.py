@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import hamux.files as files
-from hamux.files import FileProblem, atomic_file, check_finite, computing_dtype, file_problems, open_rows, write_rows
+from hamux.storage.files import FileProblem, atomic_file, check_finite, computing_dtype, file_problems, open_rows, write_rows
 
 FORMATS = [".npy", ".npz", ".csv"]
 DTYPES = ["bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float16", "float32", "float64"]

@@ -11,7 +11,7 @@ from scipy.integrate import solve_ivp
 from scipy.linalg import expm
 
 from hamux import HAM, BiasSynapse, DenseSynapse, IdentityLayer, LayerNormLayer, LinearSynapse, SoftmaxLayer, TanhLayer
-from hamux.flow import flow
+from hamux.dynamics.continuous import flow
 
 AT_REST, MAX_STEPS, NONFINITE, MOVING, FAILED = 1, 2, 3, 4, 5
 

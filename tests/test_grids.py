@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import hamux as hmx
-from hamux.grids import ConvSynapse, PoolSynapse
+from hamux.synapses.grids import ConvSynapse, PoolSynapse
 
 SHAPES = {1: (9,), 2: (7, 6), 3: (5, 4, 6)}
 PADDINGS = ["SAME", "SAME_LOWER", "VALID", "pairs"]
@@ -182,7 +182,7 @@ def test_only_parameters_are_leaves():
 
 def test_published_signature():
     from hamux.core import ConvSynapse as core
-    from hamux.synapses import ConvSynapse as synapses
+    from hamux.synapses.grids import ConvSynapse as synapses
     assert core is synapses is hmx.ConvSynapse is ConvSynapse
     syn = ConvSynapse.from_conv_params(jax.random.key(0), 3, 2, (3, 3), (2, 2), "SAME")
     assert syn.W.shape == (3, 2, 3, 3) and syn.forward_conv(jnp.ones((5, 8, 8, 2))).shape == (5, 4, 4, 3)

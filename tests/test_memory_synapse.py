@@ -8,7 +8,8 @@ import pytest
 from jax.tree_util import Partial
 
 import hamux as hmx
-from hamux.memory_synapse import MemorySynapse, log_sum_relu
+from hamux.lagrangians.separation import log_sum_relu
+from hamux.synapses.memory import MemorySynapse
 
 MASK = np.arange(23) % 3 > 0
 CASES = [  # lagrangian, its learned hyperparameter, similarity, mask

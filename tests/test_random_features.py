@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import hamux as hmx
-from hamux.random_features import RandomFeatureMemory, _features
+from hamux.synapses.random_features import RandomFeatureMemory, _features
 
 
 @pytest.fixture(autouse=True, scope="module")

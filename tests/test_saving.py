@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 import hamux as hmx
-from hamux.config import from_config, to_config
-from hamux.files import FileProblem
-from hamux.saving import load, save
+from hamux.storage.config import from_config, to_config
+from hamux.storage.files import FileProblem
+from hamux.storage.saving import load, save
 
 
 def same(a, b):
@@ -127,7 +127,7 @@ def test_another_architecture(tmp_path):
 
 WRITER = """
 import sys, jax.numpy as jnp, hamux as hmx
-from hamux.saving import save
+from hamux.storage.saving import save
 nets = [hmx.HAM([hmx.TanhLayer(600), hmx.TanhLayer(500)], [hmx.LinearSynapse(jnp.full((600, 500), float(i)))], [([0, 1], 0)]) for i in (1, 2)]
 save(sys.argv[1], nets[0])
 print("ready", flush=True)

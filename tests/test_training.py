@@ -16,18 +16,10 @@ import pytest
 
 import hamux as hmx
 from hamux import training
-from hamux.files import FileProblem
-from hamux.learning import Gradient
-from hamux.losses import (
-    classification_loss,
-    completion_loss,
-    cross_entropy,
-    denoising_loss,
-    hide_half,
-    hide_pixels,
-    hide_rectangle,
-)
-from hamux.training import batches, fit, unit_norm
+from hamux.storage.files import FileProblem
+from hamux.learning.gradients import Gradient
+from hamux.learning.losses import classification_loss, completion_loss, cross_entropy, denoising_loss, hide_half, hide_pixels, hide_rectangle
+from hamux.learning.training import batches, fit, unit_norm
 
 
 def leaves(*trees): return [np.asarray(v) for v in jtu.tree_leaves(trees)]

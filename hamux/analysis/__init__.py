@@ -1,0 +1,4 @@
+"""What the landscape holds, and memories of binary neurons."""
+
+from .attractors import *
+from .discrete import *

@@ -1,0 +1,5 @@
+"""Tables, drawings and plots."""
+
+from .plots import *
+from .tables import *
+from .drawing import *

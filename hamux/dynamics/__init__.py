@@ -1,0 +1,13 @@
+"""How a network moves: problems, solvers, adjoints, `descend` and `flow`."""
+
+from .problem import *
+from .solver import *
+from .euler import *
+from .backtracking import *
+from .adaptive import *
+from .relaxation import *
+from .langevin import *
+from .loop import *
+from .adjoints import *
+from .descent import *
+from .continuous import *

@@ -1,0 +1,8 @@
+"""Every Lagrangian, and what the rest of the library may know of each."""
+
+from .facts import *
+from .arguments import *
+from .elementwise import *
+from .competitions import *
+from .norms import *
+from .separation import *

@@ -1,0 +1,5 @@
+"""Gradients of what is recalled, losses, and training."""
+
+from .gradients import *
+from .losses import *
+from .training import *

@@ -1,0 +1,3 @@
+"""From arrays to answers."""
+
+from .arrays import *

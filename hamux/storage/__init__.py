@@ -1,0 +1,5 @@
+"""Files: rows of arrays, descriptions of networks, saved networks."""
+
+from .files import *
+from .config import *
+from .saving import *

@@ -1,0 +1,7 @@
+"""The hypersynapses: what joins layers."""
+
+from .linear import *
+from .grids import *
+from .attention import *
+from .memory import *
+from .random_features import *
