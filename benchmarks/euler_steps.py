@@ -38,8 +38,12 @@ for line in sys.stdin:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--old", help="a directory with hamux==0.2.2 and fastcore; left out otherwise")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--old", help="a directory with hamux==0.2.2 and fastcore; left out otherwise"
+    )
     parser.add_argument("-n", type=int, default=25, help="rounds (default: 25)")
     a = parser.parse_args()
 
@@ -59,7 +63,9 @@ def main():
         return out, statistics.median(t)
 
     rng = np.random.default_rng(0)
-    W, x = jnp.asarray((0.02 * rng.standard_normal((D, K))).astype("f4")), jnp.asarray(rng.standard_normal((B, D)).astype("f4"))
+    W, x = jnp.asarray((0.02 * rng.standard_normal((D, K))).astype("f4")), jnp.asarray(
+        rng.standard_normal((B, D)).astype("f4")
+    )
     h = jnp.zeros((B, K))
 
     @jax.jit
@@ -70,21 +76,48 @@ def main():
             return (x + DT * (p @ W.T - x), h + DT * (x @ W - h)), None
         return jax.lax.scan(step, (x, h), None, length=N)[0]
 
-    ham = hmx.HAM({"v": hmx.IdentityLayer(D), "h": hmx.SoftmaxLayer(K)}, {"s": hmx.LinearSynapse(W)}, [(("v", "h"), "s")]).vectorize()
-    def ours(max_steps=N, **settings): return hmx.descend(ham, {"v": x, "h": h}, solver=hmx.Euler(DT), max_steps=max_steps, rtol=0, atol=0, **settings)
+    ham = hmx.HAM(
+        {"v": hmx.IdentityLayer(D), "h": hmx.SoftmaxLayer(K)},
+        {"s": hmx.LinearSynapse(W)},
+        [(("v", "h"), "s")],
+    ).vectorize()
+
+    def ours(max_steps=N, **settings):
+        return hmx.descend(
+            ham,
+            {"v": x, "h": h},
+            solver=hmx.Euler(DT),
+            max_steps=max_steps,
+            rtol=0,
+            atol=0,
+            **settings,
+        )
+
     assert jnp.allclose(ours().xs["v"], by_hand(W, x, h)[0], atol=1e-4)
 
-    runs = {"by hand": lambda: by_hand(W, x, h), "descend": ours, "descend, no trace": lambda: ours(trace=False)}
+    runs = {
+        "by hand": lambda: by_hand(W, x, h),
+        "descend": ours,
+        "descend, no trace": lambda: ours(trace=False),
+    }
     times = {name: [] for name in runs}
     old = None
     if a.old:
         env = os.environ | {"PYTHONPATH": a.old}
-        old = subprocess.Popen([sys.executable, "-c", OLD, *map(str, (D, K, B, N, DT))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        old = subprocess.Popen(
+            [sys.executable, "-c", OLD, *map(str, (D, K, B, N, DT))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
         times["hamux 0.2.2"] = []
         def published():
             print("go", file=old.stdin, flush=True)
             took, total = map(float, old.stdout.readline().split())
-            assert abs(total - float(ours().xs["v"].sum())) < 1e-2 * abs(total) + 1, "the published package ends elsewhere"
+            assert (
+                abs(total - float(ours().xs["v"].sum())) < 1e-2 * abs(total) + 1
+            ), "the published package ends elsewhere"
             return took
         published()
     for run in runs.values(): jax.block_until_ready(run())
@@ -99,10 +132,21 @@ def main():
     if old: old.stdin.close()
 
     base = statistics.median(times["by hand"])
-    print(f"{N} Euler steps, {D} identity and {K} softmax neurons, batch {B}; medians of {a.n} turns")
+    print(
+        f"{N} Euler steps, {D} identity and {K} softmax neurons, batch {B}; medians of {a.n} turns"
+    )
     for name, t in times.items():
-        print(f"  {name:20s} {statistics.median(t) * 1e3:9.2f} ms   median/median {statistics.median(t) / base:7.3f}   least/least {min(t) / min(times['by hand']):7.3f}")
-    if old: print(f"  descend is {statistics.median(times['hamux 0.2.2']) / statistics.median(times['descend']):.0f} times faster than hamux 0.2.2")
+        print(
+            f"  {name:20s} {statistics.median(t) * 1e3:9.2f} ms   median/median"
+            f" {statistics.median(t) / base:7.3f}   least/least"
+            f" {min(t) / min(times['by hand']):7.3f}"
+        )
+    if old:
+        print(
+            "  descend is"
+            f" {statistics.median(times['hamux 0.2.2']) / statistics.median(times['descend']):.0f}"
+            " times faster than hamux 0.2.2"
+        )
 
     print("\nWhat a maximum of steps costs that is not used: 512 rows that converge, Euler(0.5)")
     many = {"v": jnp.asarray(rng.standard_normal((512, D)).astype("f4")), "h": jnp.zeros((512, K))}
@@ -110,16 +154,28 @@ def main():
     for limit in (200, 2_000, 20_000):
         go = lambda limit=limit: hmx.descend(ham, many, solver=hmx.Euler(0.5), max_steps=limit)
         out, spent[limit] = timed(go)
-        print(f"  max_steps {limit:6d}: {spent[limit] * 1e3:8.1f} ms, {int(out.steps.max())} steps   ratio {spent[limit] / spent[200]:.3f}")
+        print(
+            f"  max_steps {limit:6d}: {spent[limit] * 1e3:8.1f} ms, {int(out.steps.max())} steps  "
+            f" ratio {spent[limit] / spent[200]:.3f}"
+        )
 
-    print("\nRows that have converged: 2048 rows of which all but 16 begin at a fixed point, against all of them on the way")
-    busy = {"v": jnp.asarray(rng.standard_normal((2048, D)).astype("f4")), "h": jnp.zeros((2048, K))}
+    print(
+        "\nRows that have converged: 2048 rows of which all but 16 begin at a fixed point, against"
+        " all of them on the way"
+    )
+    busy = {
+        "v": jnp.asarray(rng.standard_normal((2048, D)).astype("f4")),
+        "h": jnp.zeros((2048, K)),
+    }
     there = hmx.descend(ham, busy, solver=hmx.Euler(0.5), max_steps=500).xs
     mostly = {n: jnp.concatenate([there[n][:-16], busy[n][-16:]]) for n in busy}
     for name, xs in (("all", busy), ("16", mostly)):
         go = lambda xs=xs: hmx.descend(ham, xs, solver=hmx.Euler(0.5), max_steps=500)
         out, spent[name] = timed(go)
-        print(f"  {name:4s} rows on the way: {spent[name] * 1e3:8.1f} ms, {int(out.steps.sum())} steps in all")
+        print(
+            f"  {name:4s} rows on the way: {spent[name] * 1e3:8.1f} ms, {int(out.steps.sum())}"
+            " steps in all"
+        )
     print(f"  ratio {spent['16'] / spent['all']:.3f}")
 
 

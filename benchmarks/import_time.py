@@ -12,7 +12,9 @@ CLOCK = "import time; start = time.perf_counter(); {}; print(time.perf_counter()
 
 def seconds(statement: str) -> float:
     "Import time in a fresh interpreter, its own start-up left out"
-    run = subprocess.run([sys.executable, "-c", CLOCK.format(statement)], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", CLOCK.format(statement)], capture_output=True, text=True, check=True
+    )
     return float(run.stdout)
 
 
@@ -21,13 +23,18 @@ def main():
     parser.add_argument("-n", type=int, default=9, help="processes of each kind (default: 9)")
     n = parser.parse_args().n
     statements = {"jax, equinox, optimistix": BASE, "hamux": "import hamux"}
-    for statement in statements.values(): seconds(statement)  # fills the file cache and writes the .pyc files
+    # fills the file cache and writes the .pyc files
+    for statement in statements.values(): seconds(statement)
     # in turn, so that a machine that slows down slows both
     times = {name: [] for name in statements}
     for _ in range(n):
         for name, statement in statements.items(): times[name].append(seconds(statement))
     medians = {name: statistics.median(ts) for name, ts in times.items()}
-    for name, median in medians.items(): print(f"import {name:26s} {median:.3f} s  (from {min(times[name]):.3f} to {max(times[name]):.3f})")
+    for name, median in medians.items():
+        print(
+            f"import {name:26s} {median:.3f} s  (from {min(times[name]):.3f} to"
+            f" {max(times[name]):.3f})"
+        )
     base, ours = medians.values()
     print(f"hamux adds {ours - base:+.3f} s, {ours / base:.2f} times the base; the limit is 0.1 s")
 

@@ -20,7 +20,14 @@ import jax
 import numpy as np
 
 from .dynamics.euler import Euler
-from .storage.files import FileProblem, atomic_file, check_finite, computing_dtype, open_rows, write_rows
+from hamux.storage.files import (
+    FileProblem,
+    atomic_file,
+    check_finite,
+    computing_dtype,
+    open_rows,
+    write_rows,
+)
 from .memories.arrays import Memory
 from .display.plots import plot_energy, plot_recall
 
@@ -28,12 +35,15 @@ from .display.plots import plot_energy, plot_recall
 @contextmanager
 def _one_line_errors(command):
     "Turn what a user can get wrong into one line on stderr and exit status 2."
-    try: yield
-    except (FileProblem, ValueError) as e: _fail(command, e)
+    try:
+        yield
+    except (FileProblem, ValueError) as e:
+        _fail(command, e)
     except (MemoryError, jax.errors.JaxRuntimeError) as e:
         if isinstance(e, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(e): raise
         _fail(command, "out of memory: give a smaller --batch, or fewer memories")
-    except KeyboardInterrupt: _fail(command, "interrupted; nothing was written", 130)
+    except KeyboardInterrupt:
+        _fail(command, "interrupted; nothing was written", 130)
 
 
 @contextmanager
@@ -41,9 +51,12 @@ def _stops_between_batches():
     "A list that fills when the process is interrupted or terminated: to be looked at where it is safe to stop."
     asked, old = [], {}
     for s in (signal.SIGINT, signal.SIGTERM):
-        try: old[s] = signal.signal(s, lambda number, _: asked.append(number))
-        except ValueError: pass # not in the main thread
-    try: yield asked
+        try:
+            old[s] = signal.signal(s, lambda number, _: asked.append(number))
+        except ValueError:
+            pass # not in the main thread
+    try:
+        yield asked
     finally:
         for s, handler in old.items(): signal.signal(s, handler)
 
@@ -57,15 +70,19 @@ def _progress(items, total, what):
     "`items` with a progress bar on stderr, if it takes more than two seconds."
     if importlib.util.find_spec("tqdm") is None: return items
     from tqdm import tqdm
-    return tqdm(items, total=total, desc=what, delay=2, leave=False, disable=None) # on a terminal only
+    # on a terminal only
+    return tqdm(items, total=total, desc=what, delay=2, leave=False, disable=None)
 
 
 def _number(kind, low, high, what):
     "An argparse type: a number of the given kind within bounds."
     def parse(text):
-        try: value = kind(text)
-        except ValueError: value = None
-        if value is None or not low <= value <= high: raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
         return value
     return parse
 
@@ -75,7 +92,8 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message): _fail(self.prog, f"{message} (see {self.prog} --help)")
 
 # %% ../nbs/api/cli.ipynb #c183ba29
-GOALS = {"half": 0.95, "noise": 0.95, "both": 0.80} # the share that a demo of the default size must bring back
+# the share that a demo of the default size must bring back
+GOALS = {"half": 0.95, "noise": 0.95, "both": 0.80}
 
 
 def load_patterns(
@@ -83,8 +101,10 @@ def load_patterns(
     seed: int, # which ones
 ) -> np.ndarray: # (n, 64), grey levels 0 … 16
     "Some of scikit-learn's handwritten digits. Raises ValueError without scikit-learn."
-    try: from sklearn.datasets import load_digits
-    except ImportError: raise ValueError("the digits come with scikit-learn: pip install 'hamux[demo]'") from None
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise ValueError("the digits come with scikit-learn: pip install 'hamux[demo]'") from None
     data = load_digits().data
     return data[np.random.default_rng(seed).permutation(len(data))[:n]].astype(np.float32)
 
@@ -97,7 +117,12 @@ def corrupt(
 ) -> np.ndarray: # (n, 64), NaN where unknown
     "Queries from patterns: the lower half unknown, noise, or both."
     out = patterns.copy()
-    if how != "half": out += 16 * noise * np.random.default_rng([seed, 1]).standard_normal(out.shape).astype(out.dtype)
+    if how != "half":
+        out += (
+            16
+            * noise
+            * np.random.default_rng([seed, 1]).standard_normal(out.shape).astype(out.dtype)
+        )
     if how != "noise": out[:, 32:] = np.nan
     return out
 
@@ -119,8 +144,10 @@ def _row(how, patterns, answers, out, ms):
     text = (f"{how:10s} {exact.sum():>8d} of {n:<5d} {before:>9.2f} → {after:<9.2f} {steps:>10s} "
             f"{int(out.converged.sum()):>8d} of {n:<5d} {ms:>8.0f}")
     wrong = []
-    if exact.mean() < GOALS[how]: wrong.append(f"{how}: {exact.mean():.0%} came back, fewer than {GOALS[how]:.0%}")
-    if not out.converged.all(): wrong.append(f"{how}: {int((~out.converged).sum())} did not converge")
+    if exact.mean() < GOALS[how]:
+        wrong.append(f"{how}: {exact.mean():.0%} came back, fewer than {GOALS[how]:.0%}")
+    if not out.converged.all():
+        wrong.append(f"{how}: {int((~out.converged).sum())} did not converge")
     if int(out.rises.sum()): wrong.append(f"{how}: the energy rose in {int(out.rises.sum())} steps")
     return text, wrong
 
@@ -141,20 +168,65 @@ def draw_demo(
     for block, (how, (queries, answers, out)) in zip(blocks, runs.items(), strict=True):
         images, curve = block.subfigures(1, 2, width_ratios=(0.62 * columns + 1, 3.6))
         axes = images.subplots(3, columns, squeeze=False)
-        plot_recall(patterns[:columns], queries[:columns], answers[:columns], labels=["stored", "given", "recalled"], limits=(0, 16), axes=axes)
+        plot_recall(
+            patterns[:columns],
+            queries[:columns],
+            answers[:columns],
+            labels=["stored", "given", "recalled"],
+            limits=(0, 16),
+            axes=axes,
+        )
         ax = plot_energy(out.energies[:100], curve.subplots(), color="C0")
-        ax.set_title({"half": "lower half unknown", "noise": "noisy", "both": "half unknown, half noisy"}[how], fontsize=10)
+        ax.set_title(
+            {"half": "lower half unknown", "noise": "noisy", "both": "half unknown, half noisy"}[
+                how
+            ],
+            fontsize=10,
+        )
     fig.savefig(file, format="png", dpi=110)
 
 # %% ../nbs/api/cli.ipynb #8b79f135
 def _demo_options(argv):
-    p = _Parser(prog="hamux-demo", description="Store handwritten digits in an associative memory, corrupt them, and recall them.")
-    p.add_argument("-n", "--digits", type=_number(int, 1, 1797, "an int from 1 to 1797"), default=100, help="how many digits to store (100)")
-    p.add_argument("-c", "--corruption", choices=["half", "noise", "both", "all"], default="all", help="how to corrupt them (all three)")
-    p.add_argument("--noise", type=_number(float, 0, 10, "a number from 0 to 10"), default=0.2, help="noise, as a share of the grey scale (0.2)")
-    p.add_argument("--beta", type=_number(float, 1e-12, 1e12, "a positive number"), help="inverse temperature per squared grey level (chosen)")
-    p.add_argument("--seed", type=_number(int, 0, 2**32, "a non-negative int"), default=0, help="which digits, and which noise (0)")
-    p.add_argument("-o", "--output", default="hamux-demo.png", help="where to draw (hamux-demo.png)")
+    p = _Parser(
+        prog="hamux-demo",
+        description=(
+            "Store handwritten digits in an associative memory, corrupt them, and recall them."
+        ),
+    )
+    p.add_argument(
+        "-n",
+        "--digits",
+        type=_number(int, 1, 1797, "an int from 1 to 1797"),
+        default=100,
+        help="how many digits to store (100)",
+    )
+    p.add_argument(
+        "-c",
+        "--corruption",
+        choices=["half", "noise", "both", "all"],
+        default="all",
+        help="how to corrupt them (all three)",
+    )
+    p.add_argument(
+        "--noise",
+        type=_number(float, 0, 10, "a number from 0 to 10"),
+        default=0.2,
+        help="noise, as a share of the grey scale (0.2)",
+    )
+    p.add_argument(
+        "--beta",
+        type=_number(float, 1e-12, 1e12, "a positive number"),
+        help="inverse temperature per squared grey level (chosen)",
+    )
+    p.add_argument(
+        "--seed",
+        type=_number(int, 0, 2**32, "a non-negative int"),
+        default=0,
+        help="which digits, and which noise (0)",
+    )
+    p.add_argument(
+        "-o", "--output", default="hamux-demo.png", help="where to draw (hamux-demo.png)"
+    )
     return p.parse_args(argv)
 
 
@@ -165,10 +237,14 @@ def hamux_demo(
     o = _demo_options(argv)
     lines, wrong, runs = [], [], {}
     with _one_line_errors("hamux-demo"):
-        if Path(o.output).suffix.lower() != ".png": raise ValueError(f"{o.output}: the picture is a PNG; name it something.png")
-        with atomic_file(o.output) as picture: # asked for first, so that a place that cannot be written is known at once
+        if Path(o.output).suffix.lower() != ".png":
+            raise ValueError(f"{o.output}: the picture is a PNG; name it something.png")
+        # asked for first, so that a place that cannot be written is known at once
+        with atomic_file(o.output) as picture:
             patterns = load_patterns(o.digits, o.seed)
-            memory, hows = Memory(patterns, o.beta, "euclidean"), list(GOALS) if o.corruption == "all" else [o.corruption]
+            memory, hows = Memory(patterns, o.beta, "euclidean"), (
+                list(GOALS) if o.corruption == "all" else [o.corruption]
+            )
             for how in _progress(hows, len(hows), "recalling"):
                 queries = corrupt(patterns, how, o.noise, o.seed)
                 answers, out, ms = _recall_timed(memory, queries, noisy=how != "half")
@@ -177,7 +253,10 @@ def hamux_demo(
                 lines.append(text); wrong += bad
             draw_demo(patterns, runs, picture)
     print(f"{len(patterns)} digits stored, beta = {memory.beta:.3g} per squared grey level\n")
-    print(f"{'corrupted':10s} {'recalled exactly':>17s} {'energy':>18s} {'steps (max)':>16s} {'converged':>14s} {'ms':>9s}")
+    print(
+        f"{'corrupted':10s} {'recalled exactly':>17s} {'energy':>18s} {'steps (max)':>16s}"
+        f" {'converged':>14s} {'ms':>9s}"
+    )
     print(*lines, sep="\n")
     print(f"\nPicture: {o.output}")
     for line in wrong: print(f"hamux-demo: {line}", file=sys.stderr)
@@ -197,7 +276,11 @@ def _recall_batches(memory, source, batch, noisy, settings):
         n = len(rows)
         padded = np.concatenate([rows, np.repeat(rows[-1:], batch - n, 0)]) if n < batch else rows
         answers, out = memory.recall(padded, noisy, **settings)
-        yield answers[:n], [np.asarray(v)[:n] for v in (out.steps, out.code, out.rises)], int((~np.isnan(rows)).all(1).sum())
+        yield (
+            answers[:n],
+            [np.asarray(v)[:n] for v in (out.steps, out.code, out.rises)],
+            int((~np.isnan(rows)).all(1).sum()),
+        )
         first += n
 
 
@@ -206,56 +289,124 @@ class _Tally:
     def __init__(self): self.steps, self.converged, self.rises, self.known = [], 0, 0, 0
     def add(self, marks, known):
         steps, code, rises = marks
-        self.steps.append(steps); self.converged += int((code == 1).sum()); self.rises += int((rises > 0).sum()); self.known += known
+        self.steps.append(steps)
+        self.converged += int((code == 1).sum())
+        self.rises += int((rises > 0).sum())
+        self.known += known
 
 # %% ../nbs/api/cli.ipynb #ebaf8b96
 def _recall_options(argv):
-    p = _Parser(prog="hamux-recall", description="Recall queries from memories: files of rows (.npy, .npz, .csv), NaN where a query is unknown.")
+    p = _Parser(
+        prog="hamux-recall",
+        description=(
+            "Recall queries from memories: files of rows (.npy, .npz, .csv), NaN where a query is"
+            " unknown."
+        ),
+    )
     p.add_argument("memories", help="the patterns to remember, one per row")
     p.add_argument("queries", help="what is asked, one query per row; NaN where unknown")
-    p.add_argument("-o", "--output", required=True, help="where to write the answers (.npy, .npz or .csv)")
-    p.add_argument("--noisy", action="store_true", help="the known part may be wrong: let it move too")
-    p.add_argument("--similarity", choices=["euclidean", "dot"], help="how patterns are compared (chosen from the data)")
-    p.add_argument("--beta", type=_number(float, 1e-300, 1e300, "a positive number"), help="inverse temperature per squared unit of the data (chosen)")
-    p.add_argument("--dt", type=_number(float, 1e-6, 1, "a number above 0, at most 1"), default=0.5, help="step of the descent (0.5)")
-    p.add_argument("--max-steps", type=_number(int, 1, 10**7, "a positive int"), default=1000, help="steps at most (1000)")
-    p.add_argument("--batch", type=_number(int, 1, 10**7, "a positive int"), help="queries at a time (chosen)")
+    p.add_argument(
+        "-o", "--output", required=True, help="where to write the answers (.npy, .npz or .csv)"
+    )
+    p.add_argument(
+        "--noisy", action="store_true", help="the known part may be wrong: let it move too"
+    )
+    p.add_argument(
+        "--similarity",
+        choices=["euclidean", "dot"],
+        help="how patterns are compared (chosen from the data)",
+    )
+    p.add_argument(
+        "--beta",
+        type=_number(float, 1e-300, 1e300, "a positive number"),
+        help="inverse temperature per squared unit of the data (chosen)",
+    )
+    p.add_argument(
+        "--dt",
+        type=_number(float, 1e-6, 1, "a number above 0, at most 1"),
+        default=0.5,
+        help="step of the descent (0.5)",
+    )
+    p.add_argument(
+        "--max-steps",
+        type=_number(int, 1, 10**7, "a positive int"),
+        default=1000,
+        help="steps at most (1000)",
+    )
+    p.add_argument(
+        "--batch", type=_number(int, 1, 10**7, "a positive int"), help="queries at a time (chosen)"
+    )
     return p.parse_args(argv)
 
 
 def hamux_recall(
-    argv=None, # the arguments; None for those of the process
-) -> int: # exit status: 0 if every query converged, 1 if some did not (they are written all the same); 2 for a mistake
+    argv=None,  # the arguments; None for those of the process
+) -> (
+    int
+):  # exit status: 0 if every query converged, 1 if some did not (they are written all the same); 2 for a mistake
     "The command `hamux-recall`: recall the rows of one file from the rows of another."
     o = _recall_options(argv)
     with _one_line_errors("hamux-recall"):
         source, queries = open_rows(o.memories), open_rows(o.queries)
         if source.shape[1] != queries.shape[1]:
-            raise ValueError(f"{o.queries}: a query has {queries.shape[1]} numbers and a memory {source.shape[1]}; they must have as many")
-        with jax.enable_x64(computing_dtype(source.dtype, queries.dtype) == np.float64), _stops_between_batches() as asked:
+            raise ValueError(
+                f"{o.queries}: a query has {queries.shape[1]} numbers and a memory"
+                f" {source.shape[1]}; they must have as many"
+            )
+        with (
+            jax.enable_x64(computing_dtype(source.dtype, queries.dtype) == np.float64),
+            _stops_between_batches() as asked,
+        ):
             return _recall_files(o, source, queries, asked)
 
 # %% ../nbs/api/cli.ipynb #b9b934ea
 def _recall_files(o, source, queries, asked):
     "Recall all queries into the output file, and say how it went."
-    begin, dtype, tally = time.perf_counter(), computing_dtype(source.dtype, queries.dtype), _Tally()
+    begin, dtype, tally = (
+        time.perf_counter(),
+        computing_dtype(source.dtype, queries.dtype),
+        _Tally(),
+    )
     with write_rows(o.output, queries.shape[0], queries.row_shape, dtype) as writer:
         patterns = source.read()
         check_finite(patterns, allow_nan=False, what=source.path)
         memory = Memory(patterns, o.beta, o.similarity, dtype)
         batch = _batch_size(o.batch, *queries.shape[:1], *source.shape)
-        batches = _recall_batches(memory, queries, batch, o.noisy, dict(solver=Euler(o.dt), max_steps=o.max_steps))
+        batches = _recall_batches(
+            memory, queries, batch, o.noisy, dict(solver=Euler(o.dt), max_steps=o.max_steps)
+        )
         for answers, marks, known in _progress(batches, -(-queries.shape[0] // batch), "recalling"):
             writer.write(answers)
             tally.add(marks, known)
-            if asked: _fail("hamux-recall", f"stopped by signal {asked[0]}; nothing was written", 128 + asked[0])
+            if asked:
+                _fail(
+                    "hamux-recall",
+                    f"stopped by signal {asked[0]}; nothing was written",
+                    128 + asked[0],
+                )
     n, steps = queries.shape[0], np.concatenate(tally.steps)
-    print(f"{n} queries recalled from {source.shape[0]} memories of {source.shape[1]} numbers ({memory.similarity}, beta = {memory.beta:.3g}): "
-          f"{tally.converged} of {n} converged, {int(np.median(steps))} steps in the median and {steps.max()} at most, "
-          f"{time.perf_counter() - begin:.1f} s. Answers: {o.output}")
+    print(
+        f"{n} queries recalled from {source.shape[0]} memories of {source.shape[1]} numbers"
+        f" ({memory.similarity}, beta = {memory.beta:.3g}): {tally.converged} of {n} converged,"
+        f" {int(np.median(steps))} steps in the median and {steps.max()} at most,"
+        f" {time.perf_counter() - begin:.1f} s. Answers: {o.output}"
+    )
     if tally.known and not o.noisy:
-        print(f"hamux-recall: {tally.known} of {n} queries have nothing unknown and came back as they were; mark it with NaN, or say --noisy", file=sys.stderr)
-    if tally.rises: print(f"hamux-recall: the energy rose on the way of {tally.rises} queries; take a smaller --dt", file=sys.stderr)
+        print(
+            f"hamux-recall: {tally.known} of {n} queries have nothing unknown and came back as they"
+            " were; mark it with NaN, or say --noisy",
+            file=sys.stderr,
+        )
+    if tally.rises:
+        print(
+            f"hamux-recall: the energy rose on the way of {tally.rises} queries; take a smaller"
+            " --dt",
+            file=sys.stderr,
+        )
     if tally.converged < n:
-        print(f"hamux-recall: {n - tally.converged} of {n} queries did not converge; allow more --max-steps, or take a smaller --dt", file=sys.stderr)
+        print(
+            f"hamux-recall: {n - tally.converged} of {n} queries did not converge; allow more"
+            " --max-steps, or take a smaller --dt",
+            file=sys.stderr,
+        )
     return int(tally.converged < n)

@@ -8,5 +8,20 @@ Docs: https://hamux.github.io/hamux/api/core.html.md"""
 __all__ = ['NeuronLayer', 'legendre_transform', 'LinearSynapse', 'LinearSynapseWithBias', 'BiasSynapse', 'ConvSynapse', 'HAM',
            'VectorizedHAM']
 
+# %% ../nbs/api/core.ipynb #ec02b20f
+from .network.hypergraph import HAM, VectorizedHAM
+from .network.neurons import NeuronLayer, legendre_transform
+from .synapses.grids import ConvSynapse
+from .synapses.linear import BiasSynapse, LinearSynapse, LinearSynapseWithBias
+
 # %% ../nbs/api/core.ipynb #610e7378
-_all_ = ["NeuronLayer", "legendre_transform", "LinearSynapse", "LinearSynapseWithBias", "BiasSynapse", "ConvSynapse", "HAM", "VectorizedHAM"]
+_all_ = [
+    "NeuronLayer",
+    "legendre_transform",
+    "LinearSynapse",
+    "LinearSynapseWithBias",
+    "BiasSynapse",
+    "ConvSynapse",
+    "HAM",
+    "VectorizedHAM",
+]

@@ -17,8 +17,10 @@ def drift(files: Files, root: Path = ROOT) -> str:
         path = root / name
         found = path.read_bytes() if path.exists() else b""
         if found == wanted: continue
-        try: old, new = (text.decode().splitlines(keepends=True) for text in (found, wanted))
-        except UnicodeDecodeError: old, new = [], [f"binary file of {len(wanted)} bytes\n"]
+        try:
+            old, new = (text.decode().splitlines(keepends=True) for text in (found, wanted))
+        except UnicodeDecodeError:
+            old, new = [], [f"binary file of {len(wanted)} bytes\n"]
         parts += difflib.unified_diff(old, new, f"{name} (on disk)", f"{name} (as generated)")
     return "".join(parts)
 
@@ -32,7 +34,11 @@ def write(files: Files, root: Path = ROOT):
 def main(build: Callable[[Path], Files], description: str, root: Path = ROOT) -> int:
     "The command line of a script whose files `build(root)` returns"
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 with a diff if anything has drifted")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing; exit 1 with a diff if anything has drifted",
+    )
     check = parser.parse_args().check
     files = build(root)
     names = ", ".join(files)
@@ -41,7 +47,10 @@ def main(build: Callable[[Path], Files], description: str, root: Path = ROOT) ->
         print(f"wrote {names}")
         return 0
     if diff := drift(files, root):
-        print(f"{diff.rstrip()}\n\n{names}: out of step. Run `python scripts/{Path(sys.argv[0]).name}` and commit the result.")
+        print(
+            f"{diff.rstrip()}\n\n{names}: out of step. Run `python"
+            f" scripts/{Path(sys.argv[0]).name}` and commit the result."
+        )
         return 1
     print(f"{names}: in step")
     return 0

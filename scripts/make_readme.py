@@ -13,7 +13,10 @@ from generated import Files, main
 from nbdev.config import nbpath2html
 
 SOURCE = "nbs/index.ipynb"
-HEADER = f"<!-- Generated from {SOURCE} by scripts/make_readme.py: edit the notebook, then run the script. -->\n"
+HEADER = (
+    f"<!-- Generated from {SOURCE} by scripts/make_readme.py: edit the notebook, then run the"
+    " script. -->\n"
+)
 FENCED = re.compile(r"(^```.*?^```[ ]*$)", re.M | re.S)
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
@@ -26,7 +29,8 @@ def target(url: str, docs: str) -> str:
         # nbdev drops the number of a notebook's name, and leaves a .qmd alone
         page = nbpath2html(path) if path.endswith(".ipynb") else Path(path).with_suffix(".html")
         path = posixpath.join(docs, page.as_posix())
-    else: path = posixpath.normpath(posixpath.join(posixpath.dirname(SOURCE), path))
+    else:
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(SOURCE), path))
     return f"{path}#{anchor}" if anchor else path
 
 
@@ -43,14 +47,18 @@ def markdown(source: str, docs: str) -> str:
     parts = FENCED.split(source)
     for i in range(0, len(parts), 2):
         text = re.sub(r"^:{3,}.*\n?", "", parts[i], flags=re.M)
-        parts[i] = "".join(s if s.startswith("`") else plain(s, docs) for s in re.split(r"(`+[^`]*`+)", text))
+        parts[i] = "".join(
+            s if s.startswith("`") else plain(s, docs) for s in re.split(r"(`+[^`]*`+)", text)
+        )
     return "".join(parts).strip()
 
 
 def directives(source: str) -> tuple[dict[str, str], str]:
     "A code cell's `#|` lines, and the rest of it"
     found = re.findall(r"^#\|[ ]*([\w-]+)[ ]*:?[ ]*(.*?)[ ]*$", source, re.M)
-    return {k: v.strip("\"'") for k, v in found}, re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip()
+    return {k: v.strip("\"'") for k, v in found}, re.sub(
+        r"^#\|.*\n?", "", source, flags=re.M
+    ).strip()
 
 
 def code(cell: nbformat.NotebookNode, docs: str, files: Files) -> list[str]:
@@ -70,20 +78,26 @@ def code(cell: nbformat.NotebookNode, docs: str, files: Files) -> list[str]:
         elif "text/markdown" in data:
             blocks.append(markdown(data["text/markdown"], docs))
             continue
-        else: text = data.get("text/plain", "")
+        else:
+            text = data.get("text/plain", "")
         if text.strip(): blocks.append(f"```text\n{ANSI.sub('', text).rstrip()}\n```")
     return blocks
 
 
 def build(root: Path) -> Files:
     source = root / SOURCE
-    if not source.exists(): raise SystemExit(f"{SOURCE} does not exist, and README.md is made from it")
+    if not source.exists():
+        raise SystemExit(f"{SOURCE} does not exist, and README.md is made from it")
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     docs, files, blocks = project["urls"]["Documentation"], {}, []
     for cell in nbformat.read(source, as_version=4).cells:
-        if cell.cell_type == "code": blocks += code(cell, docs, files)
+        if cell.cell_type == "code":blocks += code(cell, docs, files)
         elif cell.cell_type == "markdown": blocks.append(markdown(cell.source, docs))
-    return {"README.md": "\n\n".join([HEADER.strip(), *filter(None, blocks), ""]).rstrip("\n").encode() + b"\n"} | files
+    return {
+        "README.md": (
+            "\n\n".join([HEADER.strip(), *filter(None, blocks), ""]).rstrip("\n").encode() + b"\n"
+        )
+    } | files
 
 
 if __name__ == "__main__": sys.exit(main(build, __doc__))

@@ -22,7 +22,9 @@ def version(root: Path, project: dict, tool: dict) -> str:
     module, name = tool["setuptools"]["dynamic"]["version"]["attr"].rsplit(".", 1)
     source = (root / module.replace(".", "/") / "__init__.py").read_text(encoding="utf-8")
     if found := re.search(rf"^{name}\s*=\s*['\"]([^'\"]+)['\"]", source, re.M): return found[1]
-    raise SystemExit(f"{module}/__init__.py has no `{name} = \"…\"`, which pyproject.toml says holds the version")
+    raise SystemExit(
+        f"{module}/__init__.py has no `{name} = \"…\"`, which pyproject.toml says holds the version"
+    )
 
 
 def expand(extra: str, project: dict) -> list[str]:
@@ -30,21 +32,33 @@ def expand(extra: str, project: dict) -> list[str]:
     requirements: list[str] = []
     for requirement in project["optional-dependencies"][extra]:
         itself = re.fullmatch(rf"{project['name']}\[(.+)\]", requirement)
-        for r in [r for e in itself[1].split(",") for r in expand(e.strip(), project)] if itself else [requirement]:
+        for r in (
+            [r for e in itself[1].split(",") for r in expand(e.strip(), project)]
+            if itself
+            else [requirement]
+        ):
             if r not in requirements: requirements.append(r)
     return requirements
 
 
 def classifier(project: dict, prefix: str) -> str:
-    return next((c.removeprefix(prefix) for c in project["classifiers"] if c.startswith(prefix)), "")
+    return next(
+        (c.removeprefix(prefix) for c in project["classifiers"] if c.startswith(prefix)), ""
+    )
 
 
 def settings(root: Path) -> dict[str, str]:
     "The keys that nbdev 2 expects, in its own order"
     config = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
     project, tool = config["project"], config["tool"]
-    nbdev = {"nbs_path": "nbs", "doc_path": "_docs", "lib_path": project["name"].replace("-", "_"), "branch": "main",
-             "title": project["name"], "custom_sidebar": False} | tool["nbdev"]
+    nbdev = {
+        "nbs_path": "nbs",
+        "doc_path": "_docs",
+        "lib_path": project["name"].replace("-", "_"),
+        "branch": "main",
+        "title": project["name"],
+        "custom_sidebar": False,
+    } | tool["nbdev"]
     repository, docs = (project["urls"][k] for k in ("Repository", "Documentation"))
     user, repo = urlparse(repository).path.strip("/").split("/")[:2]
     return {
@@ -76,7 +90,9 @@ def settings(root: Path) -> dict[str, str]:
         "user": user,
         "requirements": " ".join(project["dependencies"]),
         "dev_requirements": " ".join(expand("dev", project)),
-        "console_scripts": "\n    ".join(f"{name}={target}" for name, target in project["scripts"].items()),
+        "console_scripts": "\n    ".join(
+            f"{name}={target}" for name, target in project["scripts"].items()
+        ),
     }
 
 

@@ -22,7 +22,10 @@ Outcome = tuple[str, bool | int]  # what was checked; whether it passed, or how 
 
 def command(name: str, *args: str) -> Outcome:
     "One command that passes by exiting with 0"
-    return name, subprocess.run([sys.executable, *args], cwd=ROOT, stdin=subprocess.DEVNULL).returncode == 0
+    return (
+        name,
+        subprocess.run([sys.executable, *args], cwd=ROOT, stdin=subprocess.DEVNULL).returncode == 0,
+    )
 
 
 def notebooks() -> list[Path]:
@@ -33,7 +36,10 @@ def notebooks() -> list[Path]:
 def differing(before: Path, after: Path, pattern: str) -> list[str]:
     "The files under either folder that are not the same in both"
     names = {p.relative_to(top).as_posix() for top in (before, after) for p in top.rglob(pattern)}
-    return sorted(filecmp.cmpfiles(before, after, names, shallow=False)[1] + filecmp.cmpfiles(before, after, names)[2])
+    return sorted(
+        filecmp.cmpfiles(before, after, names, shallow=False)[1]
+        + filecmp.cmpfiles(before, after, names)[2]
+    )
 
 
 def lint(options) -> Iterator[Outcome]:
@@ -41,7 +47,8 @@ def lint(options) -> Iterator[Outcome]:
 
 
 def generated(options) -> Iterator[Outcome]:
-    for script in ("sync_dependencies", "make_readme"): yield command(script, f"scripts/{script}.py", "--check")
+    for script in ("sync_dependencies", "make_readme"):
+        yield command(script, f"scripts/{script}.py", "--check")
 
 
 def export(options) -> Iterator[Outcome]:
@@ -52,12 +59,20 @@ def export(options) -> Iterator[Outcome]:
         before = shutil.copytree(ROOT / "hamux", Path(tmp) / "hamux")
         nbdev_export.__wrapped__()
         changed = differing(before, ROOT / "hamux", "*.py")
-        for name in changed: print(f"hamux/{name} was not what the notebooks export; it is now. Look at the diff, then commit it.")
+        for name in changed:
+            print(
+                f"hamux/{name} was not what the notebooks export; it is now. Look at the diff, then"
+                " commit it."
+            )
         yield "export in step", not changed
 
-        clean = shutil.copytree(ROOT / "nbs", Path(tmp) / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+        clean = shutil.copytree(
+            ROOT / "nbs", Path(tmp) / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints")
+        )
         nbdev_clean.__wrapped__(str(clean))
-        unclean = [nb for nb in differing(clean, ROOT / "nbs", "*.ipynb") if ".ipynb_checkpoints" not in nb]
+        unclean = [
+            nb for nb in differing(clean, ROOT / "nbs", "*.ipynb") if ".ipynb_checkpoints" not in nb
+        ]
         for name in unclean: print(f"nbs/{name} is not clean; run nbdev-clean.")
         yield "notebooks clean", not unclean
 
@@ -66,7 +81,12 @@ def run_notebook(path: Path) -> tuple[bool, float]:
     from nbdev.config import get_config
     from nbdev.test import test_nb
     config = get_config(path)
-    return test_nb(path, skip_flags=config.tst_flags.split(), basepath=str(ROOT), cell_timeout=config.cell_timeout)
+    return test_nb(
+        path,
+        skip_flags=config.tst_flags.split(),
+        basepath=str(ROOT),
+        cell_timeout=config.cell_timeout,
+    )
 
 
 def run_notebooks(options) -> Iterator[Outcome]:
@@ -75,9 +95,12 @@ def run_notebooks(options) -> Iterator[Outcome]:
     if not paths and not options.k: raise RuntimeError("there is no notebook under nbs/")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.workers, mp_context=context, max_tasks_per_child=1) as pool:
-        runs = {pool.submit(run_notebook, path): path.relative_to(ROOT).as_posix() for path in paths}
+        runs = {
+            pool.submit(run_notebook, path): path.relative_to(ROOT).as_posix() for path in paths
+        }
         for run in as_completed(runs):
-            try: passed, seconds = run.result()
+            try:
+                passed, seconds = run.result()
             except Exception:
                 traceback.print_exc()
                 passed, seconds = False, 0.0
@@ -88,32 +111,64 @@ def run_notebooks(options) -> Iterator[Outcome]:
 def pytest(options) -> Iterator[Outcome]:
     with tempfile.TemporaryDirectory() as tmp:
         report = Path(tmp) / "report.xml"
-        args = ["-m", "pytest", "-q", "-n", str(options.workers), "--dist", "loadfile", f"--junitxml={report}"]
+        args = [
+            "-m",
+            "pytest",
+            "-q",
+            "-n",
+            str(options.workers),
+            "--dist",
+            "loadfile",
+            f"--junitxml={report}",
+        ]
         if options.k: args += ["-k", options.k]
         if options.fast: args += ["-m", "not slow"]
-        status = subprocess.run([sys.executable, *args, "tests"], cwd=ROOT, stdin=subprocess.DEVNULL).returncode
+        status = subprocess.run(
+            [sys.executable, *args, "tests"], cwd=ROOT, stdin=subprocess.DEVNULL
+        ).returncode
         if status == 5 and options.k: return  # nothing here is called that, which is no failure
         cases = list(ET.parse(report).getroot().iter("testcase"))
     bad = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
     yield "pytest", sum(c.find("skipped") is None for c in cases) - len(bad)
     for case in bad: yield f"{case.get('classname')}::{case.get('name')}", False
-    # pytest can also stop without a failed test: an interrupted collection, no test at all, a crashed worker
+    # pytest can also stop without a failed test: an interrupted collection, no test at all, a
+    # crashed worker
     if status and not bad: yield f"pytest, exit status {status}", False
 
 
-STAGES = {"lint": lint, "generated": generated, "export": export, "notebooks": run_notebooks, "pytest": pytest}
+STAGES = {
+    "lint": lint,
+    "generated": generated,
+    "export": export,
+    "notebooks": run_notebooks,
+    "pytest": pytest,
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE", help=", ".join(STAGES))
-    parser.add_argument("-k", default="", help="only notebooks whose path contains this, and tests that pytest -k selects")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=STAGES,
+        default=list(STAGES),
+        metavar="STAGE",
+        help=", ".join(STAGES),
+    )
+    parser.add_argument(
+        "-k",
+        default="",
+        help="only notebooks whose path contains this, and tests that pytest -k selects",
+    )
     parser.add_argument("--fast", action="store_true", help="leave out the tests marked slow")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     os.chdir(ROOT)
-    # nearly all the time is compilation of small programs, a fifth of it LLVM's optimisation; give XLA_FLAGS= to have it
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+    # nearly all the time is compilation of small programs, a fifth of it LLVM's optimisation; give
+    # XLA_FLAGS= to have it
+    os.environ.setdefault(
+        "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    )
     os.environ["MPLBACKEND"] = "Agg"  # a run with no display must not need one
     os.environ.pop("IN_TEST", None)   # nbdev exports nothing while this is set
     passed, failed = 0, []
@@ -127,7 +182,10 @@ def main() -> int:
         except Exception:
             traceback.print_exc()
             failed.append(f"{stage} (could not run)")
-        print(f"== {stage}: {passed - count} passed in {time.perf_counter() - start:.1f} s\n", flush=True)
+        print(
+            f"== {stage}: {passed - count} passed in {time.perf_counter() - start:.1f} s\n",
+            flush=True,
+        )
     for name in failed: print(f"FAILED {name}")
     sys.stderr.flush()
     print(f"{passed} passed, {len(failed)} failed", flush=True)

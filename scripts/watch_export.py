@@ -19,15 +19,33 @@ class Export(FileSystemEventHandler):
 
     def on_any_event(self, event):
         path = Path(event.dest_path or event.src_path)
-        if event.is_directory or path.suffix != ".ipynb" or path.name.startswith((".", "tmp")) or not path.exists(): return
-        if event.event_type not in ("created", "modified", "moved", "closed") or ".ipynb_checkpoints" in path.parts: return
+        if (
+            event.is_directory
+            or path.suffix != ".ipynb"
+            or path.name.startswith((".", "tmp"))
+            or not path.exists()
+        ):
+            return
+        if (
+            event.event_type not in ("created", "modified", "moved", "closed")
+            or ".ipynb_checkpoints" in path.parts
+        ):
+            return
         saved = path.stat().st_mtime_ns
         if self.done.get(path) == saved: return  # one save is several events
         self.done[path] = saved
         # a process of its own: a notebook that does not parse must not stop the watching
-        result = subprocess.run([sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"],
-                                cwd=ROOT, capture_output=True, text=True)
-        said = "exported" if result.returncode == 0 else f"NOT exported: {result.stderr.strip().splitlines()[-1]}"
+        result = subprocess.run(
+            [sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        said = (
+            "exported"
+            if result.returncode == 0
+            else f"NOT exported: {result.stderr.strip().splitlines()[-1]}"
+        )
         print(f"{path.relative_to(ROOT)}: {said}", flush=True)
 
 
@@ -38,5 +56,6 @@ if __name__ == "__main__":
     print("watching nbs/", flush=True)
     try:
         while observer.is_alive(): time.sleep(1)
-    except KeyboardInterrupt: observer.stop()
+    except KeyboardInterrupt:
+        observer.stop()
     observer.join()

@@ -6,6 +6,7 @@ error of a few eps × condition is what rounding the inputs once would already c
 Differences of nearly equal numbers are written out (1 − p_i as the sum of the other p_j), so that the conditions do not hide the
 loss of the small number.
 """
+
 from dataclasses import dataclass
 
 import mpmath
@@ -22,13 +23,23 @@ class Ref:
     grad_cond: list
     hvp: list
     hvp_cond: list
-    grad_kink: list  # how far the one-sided limits are apart where the derivative jumps: all between is a (sub)derivative
+    # how far the one-sided limits are apart where the derivative jumps: all between is a
+    # (sub)derivative
+    grad_kink: list
     hvp_kink: list
-    hvp_scale: list  # the entry of the Hessian behind each product: where that does not fit in the dtype, neither need its product
-    floor: float = 1.0  # what an intermediate result that flushes to zero can be multiplied by afterwards
-    hvp_cond_t: list = ()  # the same where the direction's entries are not first compared with each other: Σ_j |H_ij t_j| in place of |Σ_j H_ij t_j|
-    radius: float = mp.inf  # what a norm divides by; a radius below the smallest normal flushes to zero, and its Hessian is then 0
-    wild: bool = False  # eps × |x| is as large as what the norm measures: rounding x once can turn its direction around
+    # the entry of the Hessian behind each product: where that does not fit in the dtype, neither
+    # need its product
+    hvp_scale: list
+    # what an intermediate result that flushes to zero can be multiplied by afterwards
+    floor: float = 1.0
+    # the same where the direction's entries are not first compared with each other: Σ_j |H_ij t_j|
+    # in place of |Σ_j H_ij t_j|
+    hvp_cond_t: list = ()
+    # what a norm divides by; a radius below the smallest normal flushes to zero, and its Hessian is
+    # then 0
+    radius: float = mp.inf
+    # eps × |x| is as large as what the norm measures: rounding x once can turn its direction around
+    wild: bool = False
 
 
 def exp(x):
@@ -36,7 +47,8 @@ def exp(x):
     return mp.exp(x) if abs(x) < 1e6 else mp.exp(1e6) if x > 0 else mp.zero
 
 
-# Elementwise Lagrangians Σ ψ(βx)/β: ψ and its first three derivatives, and the right limits of (ψ', ψ'') at a kink
+# Elementwise Lagrangians Σ ψ(βx)/β: ψ and its first three derivatives, and the right limits of (ψ',
+# ψ'') at a kink
 
 
 def psi_identity(z):
@@ -67,7 +79,12 @@ def psi_sigmoid(z):
     e = exp(-abs(z))
     s = 1 / (1 + e)
     curve = e * s * s
-    return max(z, mp.zero) + mp.log1p(e), s if z >= 0 else e * s, curve, -mp.sign(z) * curve * (1 - e) * s
+    return (
+        max(z, mp.zero) + mp.log1p(e),
+        s if z >= 0 else e * s,
+        curve,
+        -mp.sign(z) * curve * (1 - e) * s,
+    )
 
 
 def elementwise(psi, x, t, beta):
@@ -101,7 +118,9 @@ def repu(x, t, n):
             gk, hk = mp.mpf(n == 1), abs(ti) * (n == 2)
         out.value[0] += f
         out.value_cond[0] += cf
-        for name, v in dict(grad=g, grad_cond=cg, hvp=h * ti, hvp_cond=ch, grad_kink=gk, hvp_kink=hk, hvp_scale=h).items():
+        for name, v in dict(
+            grad=g, grad_cond=cg, hvp=h * ti, hvp_cond=ch, grad_kink=gk, hvp_kink=hk, hvp_scale=h
+        ).items():
             getattr(out, name).append(v)
     return out
 
@@ -129,14 +148,28 @@ def softmax(x, t, beta, ghost=False):
     cg = [p[i] * (1 + move[i]) for i in range(n)]
     pair = [[beta * p[i] * p[j] * (t[i] - t[j]) for j in every] for i in range(n)]
     h = [sum(row) for row in pair]
-    ch = [sum(abs(v) * (1 + move[i] + move[j]) for j, v in enumerate(row)) for i, row in enumerate(pair)]
-    cht = [beta * p[i] * (q[i] * abs(t[i]) * (1 + move[i]) + sum(p[j] * abs(t[j]) * (1 + move[j]) for j in every if j != i))
-           + ch[i] for i in range(n)]
+    ch = [
+        sum(abs(v) * (1 + move[i] + move[j]) for j, v in enumerate(row))
+        for i, row in enumerate(pair)
+    ]
+    cht = [
+        beta
+        * p[i]
+        * (
+            q[i] * abs(t[i]) * (1 + move[i])
+            + sum(p[j] * abs(t[j]) * (1 + move[j]) for j in every if j != i)
+        )
+        + ch[i]
+        for i in range(n)
+    ]
     none = [mp.zero] * n
-    return Ref([value], [cf], p[:n], cg, h, ch, none, none, none, floor=1 + beta + 1 / beta, hvp_cond_t=cht)
+    return Ref(
+        [value], [cf], p[:n], cg, h, ch, none, none, none, floor=1 + beta + 1 / beta, hvp_cond_t=cht
+    )
 
 
-# Norms: w γ sqrt(Σd²/w + eps) + Σδx, with d = x − mean(x) and w = D (layer norm), or d = x and w = 1 (spherical norm)
+# Norms: w γ sqrt(Σd²/w + eps) + Σδx, with d = x − mean(x) and w = D (layer norm), or d = x and w =
+# 1 (spherical norm)
 
 
 def norm(x, t, gamma, delta, eps, unit, center):
@@ -154,7 +187,19 @@ def norm(x, t, gamma, delta, eps, unit, center):
     none = [mp.zero] * n
     if r == 0:  # the kink of the norm: 0 lies in the subdifferential and is the convention
         cf = ashift + gamma * sum(map(abs, x))
-        return Ref([value], [cf], delta, list(map(abs, delta)), none, none, none, none, none, floor=1 + gamma, wild=size > 0)
+        return Ref(
+            [value],
+            [cf],
+            delta,
+            list(map(abs, delta)),
+            none,
+            none,
+            none,
+            none,
+            none,
+            floor=1 + gamma,
+            wild=size > 0,
+        )
     u = [v / r for v in d]
     s = sum(a * b for a, b in zip(u, t))
     g = [gamma * ui + di for ui, di in zip(u, delta)]
@@ -162,19 +207,44 @@ def norm(x, t, gamma, delta, eps, unit, center):
     eps_u = eps / r**2 / 2  # relative change of r per relative change of eps
     cf = w * gamma * r * (2 + eps_u) + 2 * ashift + sum(abs(xi * gi) for xi, gi in zip(x, g))
     cf += gamma * sum(map(abs, x)) if wild else 0
-    cg = [gamma * abs(u[i]) * (2 + eps_u) + abs(delta[i]) + sum(abs(x[j] * hess[i][j]) for j in every) for i in every]
+    cg = [
+        gamma * abs(u[i]) * (2 + eps_u) + abs(delta[i]) + sum(abs(x[j] * hess[i][j]) for j in every)
+        for i in every
+    ]
     h = [gamma / r * (pt[i] - u[i] * s / w) for i in every]
 
     def third(i, k):  # ∂h_i/∂x_k
-        return -gamma / r**2 * (
-            u[k] / w * (pt[i] - u[i] * s / w) + (proj[i][k] * s + u[i] * pt[k] - 2 * u[i] * u[k] * s / w) / w
+        return (
+            -gamma
+            / r**2
+            * (
+                u[k] / w * (pt[i] - u[i] * s / w)
+                + (proj[i][k] * s + u[i] * pt[k] - 2 * u[i] * u[k] * s / w) / w
+            )
         )
 
-    # The projection t − u<u,t>/w is measured against its own terms, i.e. relative to |t| and not to what is left of it.
+    # The projection t − u<u,t>/w is measured against its own terms, i.e. relative to |t| and not to
+    # what is left of it.
     terms = [(abs(t[i]) + (sum(map(abs, t)) / n if center else 0)
               + abs(u[i]) * sum(abs(a * b) for a, b in zip(u, t)) / w) for i in every]
-    ch = [gamma / r * terms[i] * (1 + 3 * eps_u) + sum(abs(x[k] * third(i, k)) for k in every) for i in every]
-    return Ref([value], [cf], g, cg, h, ch, none, none, [gamma / r] * n, floor=(1 + gamma) * (n + 1 / r), radius=r, wild=wild)
+    ch = [
+        gamma / r * terms[i] * (1 + 3 * eps_u) + sum(abs(x[k] * third(i, k)) for k in every)
+        for i in every
+    ]
+    return Ref(
+        [value],
+        [cf],
+        g,
+        cg,
+        h,
+        ch,
+        none,
+        none,
+        [gamma / r] * n,
+        floor=(1 + gamma) * (n + 1 / r),
+        radius=r,
+        wild=wild,
+    )
 
 
 def reference(name, x, t, hyper, unit=2.0**-53):
@@ -187,7 +257,9 @@ def reference(name, x, t, hyper, unit=2.0**-53):
         return softmax(x, t, *hyper, ghost=name == "ghostmax")
     if name in ("layernorm", "spherical_norm"):
         return norm(x, t, *hyper, unit, center=name == "layernorm")
-    psi = dict(identity=psi_identity, exp=psi_exp, rexp=psi_rexp, tanh=psi_tanh, sigmoid=psi_sigmoid)[name]
+    psi = dict(
+        identity=psi_identity, exp=psi_exp, rexp=psi_rexp, tanh=psi_tanh, sigmoid=psi_sigmoid
+    )[name]
     return elementwise(psi, x, t, *(hyper or [mp.one]))
 
 

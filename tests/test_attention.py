@@ -1,4 +1,5 @@
 """AttentionSynapse against loops and closed forms in float64 NumPy, finite differences, and the identities of attention."""
+
 import itertools
 
 import jax
@@ -10,7 +11,8 @@ import pytest
 import hamux as hmx
 from hamux.synapses.attention import AttentionSynapse
 
-N, M, HEADS, Y, D, E = 4, 3, 2, 3, 5, 6  # queries, keys of the second layer, heads, d_head, sizes of their tokens
+# queries, keys of the second layer, heads, d_head, sizes of their tokens
+N, M, HEADS, Y, D, E = 4, 3, 2, 3, 5, 6
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -23,9 +25,15 @@ def normal(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape)
 
 
-WQ, WK, X, BETA = normal(0, HEADS, Y, D), normal(1, HEADS, Y, D), normal(2, N, D), np.array([0.4, 1.3])
+WQ, WK, X, BETA = (
+    normal(0, HEADS, Y, D),
+    normal(1, HEADS, Y, D),
+    normal(2, N, D),
+    np.array([0.4, 1.3]),
+)
 WK2, X2 = normal(3, HEADS, Y, E), normal(4, M, E)
-HOLES = np.array([[1, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 1, 0]], bool)  # the second query sees nothing
+# the second query sees nothing
+HOLES = np.array([[1, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 1, 0]], bool)
 
 
 def by_loops(x, y, Wq, Wk, beta, seen):
@@ -51,9 +59,14 @@ SELF = {
     "causal with itself": (dict(causal=True, include_self=True), np.tri(N, dtype=bool)),
     "mask": (dict(mask=HOLES), HOLES & ~np.eye(N, dtype=bool)),
     "mask with itself": (dict(mask=HOLES, include_self=True), HOLES),
-    "padding": (dict(key_mask=[True, False, True, True]), ~np.eye(N, dtype=bool) & np.outer([1, 0, 1, 1], [1, 0, 1, 1]).astype(bool)),
-    "all": (dict(mask=HOLES, key_mask=[True, True, True, False], causal=True),
-            HOLES & np.tri(N, k=-1, dtype=bool) & np.outer([1, 1, 1, 0], [1, 1, 1, 0]).astype(bool)),
+    "padding": (
+        dict(key_mask=[True, False, True, True]),
+        ~np.eye(N, dtype=bool) & np.outer([1, 0, 1, 1], [1, 0, 1, 1]).astype(bool),
+    ),
+    "all": (
+        dict(mask=HOLES, key_mask=[True, True, True, False], causal=True),
+        HOLES & np.tri(N, k=-1, dtype=bool) & np.outer([1, 1, 1, 0], [1, 1, 1, 0]).astype(bool),
+    ),
     "nothing": (dict(mask=np.zeros((N, N), bool)), np.zeros((N, N), bool)),
 }
 every_self = pytest.mark.parametrize("settings, seen", SELF.values(), ids=SELF)
@@ -61,7 +74,10 @@ CROSS = {
     "plain": ({}, np.ones((N, M), bool)),
     "mask": (dict(mask=HOLES[:, :M]), HOLES[:, :M]),
     "padding": (dict(key_mask=[True, True, False]), np.array([[True, True, False]] * N)),
-    "both": (dict(mask=HOLES[:, :M], key_mask=[True, True, False]), HOLES[:, :M] & [True, True, False]),
+    "both": (
+        dict(mask=HOLES[:, :M], key_mask=[True, True, False]),
+        HOLES[:, :M] & [True, True, False],
+    ),
 }
 every_cross = pytest.mark.parametrize("settings, seen", CROSS.values(), ids=CROSS)
 
@@ -122,20 +138,28 @@ def test_masked_rows_are_zero_to_third_order():
     for zero in none: assert (zero == 0).all()
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32], ids=lambda d: jnp.dtype(d).name)  # float64 is all the others
+# float64 is all the others
+@pytest.mark.parametrize(
+    "dtype", [jnp.float16, jnp.bfloat16, jnp.float32], ids=lambda d: jnp.dtype(d).name
+)
 def test_dtype_is_kept(dtype):
     syn = AttentionSynapse(*(jnp.asarray(v, dtype) for v in (WQ, WK, BETA)), mask=HOLES)
     x = jnp.asarray(X, dtype)
     (value, grad), p = jax.jit(lambda x: (jax.value_and_grad(syn)(x), syn.attention(x)))(x)
     assert value.dtype == grad.dtype == p.dtype == dtype
-    energy, to_x, to_y = by_loops(*(np.asarray(v, float) for v in (x, x, syn.Wq, syn.Wk, syn.beta)), SELF["mask"][1])
+    energy, to_x, to_y = by_loops(
+        *(np.asarray(v, float) for v in (x, x, syn.Wq, syn.Wk, syn.beta)), SELF["mask"][1]
+    )
     eps = float(jnp.finfo(dtype).eps)
     assert abs(float(value) - energy) <= 16 * eps * abs(energy)
-    np.testing.assert_allclose(np.asarray(-grad, float), to_x + to_y, atol=64 * eps * abs(to_x + to_y).max())
+    np.testing.assert_allclose(
+        np.asarray(-grad, float), to_x + to_y, atol=64 * eps * abs(to_x + to_y).max()
+    )
 
 
 def test_half_precision_scores_may_leave_the_range():
-    x = jnp.asarray([[300.0], [300.0], [1.0]], jnp.float16)  # 300 · 300 > 65504, the largest float16
+    # 300 · 300 > 65504, the largest float16
+    x = jnp.asarray([[300.0], [300.0], [1.0]], jnp.float16)
     syn = AttentionSynapse(jnp.ones((1, 1, 1), jnp.float16), jnp.ones((1, 1, 1), jnp.float16))
     p, grad = jax.jit(lambda x: (syn.attention(x), jax.grad(syn)(x)))(x)
     np.testing.assert_array_equal(p[0], [[0, 1, 0], [1, 0, 0], [0.5, 0.5, 0]])
@@ -157,14 +181,27 @@ def test_one_key_has_no_temperature():
 def test_limits_of_the_temperature():
     "β → ∞: the best key alone. β → 0: the mean score, and log(number of keys)/β."
     scores = np.einsum("hed,nd,hef,mf->hnm", WQ, X, WK2, X2)
-    np.testing.assert_allclose(AttentionSynapse(WQ, WK2, 1e8)(X, X2), -scores.max(-1).sum(), rtol=1e-7)
+    np.testing.assert_allclose(
+        AttentionSynapse(WQ, WK2, 1e8)(X, X2), -scores.max(-1).sum(), rtol=1e-7
+    )
     b = 1e-6
-    np.testing.assert_allclose(AttentionSynapse(WQ, WK2, b)(X, X2) + HEADS * N * np.log(M) / b, -scores.mean(-1).sum(), rtol=1e-3)
+    np.testing.assert_allclose(
+        AttentionSynapse(WQ, WK2, b)(X, X2) + HEADS * N * np.log(M) / b,
+        -scores.mean(-1).sum(),
+        rtol=1e-3,
+    )
 
 
 def test_order_and_arrangement_mean_nothing():
     syn, order = AttentionSynapse(WQ, WK, BETA), [2, 0, 3, 1]
-    run = jax.jit(lambda x: (syn(x), syn.attention(x), jax.grad(syn)(x), jax.grad(syn)(x.reshape(2, 2, D)).reshape(N, D)))
+    run = jax.jit(
+        lambda x: (
+            syn(x),
+            syn.attention(x),
+            jax.grad(syn)(x),
+            jax.grad(syn)(x.reshape(2, 2, D)).reshape(N, D),
+        )
+    )
     (E, p, grad, on_grid), (E2, p2, *_) = map(jax.device_get, (run(X), run(X[order])))
     np.testing.assert_allclose(E2, E, rtol=1e-13)
     np.testing.assert_allclose(p2, p[:, order][:, :, order], rtol=1e-12)
@@ -178,13 +215,19 @@ def test_masks_of_a_grid():
         np.testing.assert_allclose(AttentionSynapse(WQ, WK, mask=mask)(grid), want, rtol=1e-13)
     there = np.array([[True, False], [True, True]])
     for mask in (there, there.ravel()):
-        np.testing.assert_allclose(AttentionSynapse(WQ, WK, key_mask=mask)(grid), AttentionSynapse(WQ, WK)(X[there.ravel()]), rtol=1e-12)
+        np.testing.assert_allclose(
+            AttentionSynapse(WQ, WK, key_mask=mask)(grid),
+            AttentionSynapse(WQ, WK)(X[there.ravel()]),
+            rtol=1e-12,
+        )
 
 
 def test_padding_takes_a_token_out_altogether():
     syn, x = AttentionSynapse(WQ, WK, BETA, key_mask=[True, True, True, False]), jnp.asarray(X)
     alone = AttentionSynapse(WQ, WK, BETA)
-    padded, (E_alone, grad_alone) = jax.jit(jax.value_and_grad(syn)), jax.jit(jax.value_and_grad(alone))(x[:3])
+    padded, (E_alone, grad_alone) = jax.jit(jax.value_and_grad(syn)), jax.jit(
+        jax.value_and_grad(alone)
+    )(x[:3])
     E, grad = jax.device_get(padded(x))
     np.testing.assert_allclose(E, E_alone, rtol=1e-13)
     np.testing.assert_allclose(grad[:3], grad_alone, rtol=1e-12)
@@ -196,10 +239,13 @@ def test_a_causal_mask_is_no_one_way_street():
     later = x.at[3].add(1.0)
     np.testing.assert_array_equal(syn.attention(later)[:, :3], syn.attention(x)[:, :3])
     _, as_query, as_key = by_loops(X, X, WQ, WK, BETA, SELF["causal"][1])
-    _, as_query2, as_key2 = by_loops(np.asarray(later), np.asarray(later), WQ, WK, BETA, SELF["causal"][1])
+    _, as_query2, as_key2 = by_loops(
+        np.asarray(later), np.asarray(later), WQ, WK, BETA, SELF["causal"][1]
+    )
     np.testing.assert_array_equal(as_query2[:3], as_query[:3])  # nothing through the query term …
     moved = jax.grad(syn)(x) - jax.grad(syn)(later)
-    np.testing.assert_allclose(moved[:3], (as_key2 - as_key)[:3], rtol=1e-9, atol=1e-12)  # … all through the key term
+    # … all through the key term
+    np.testing.assert_allclose(moved[:3], (as_key2 - as_key)[:3], rtol=1e-9, atol=1e-12)
     assert (abs(moved[:3]).max(1) > 1e-3).all()
 
 
@@ -208,21 +254,37 @@ def test_the_update_is_attention():
     syn = AttentionSynapse(WQ, WK2)
     q, k = (np.einsum("hed,nd->nhe", W, x)[None] for W, x in ((WQ, X), (WK2, X2)))
     out = jax.nn.dot_product_attention(q, k, k)[0]  # (queries, heads, d_head), scale 1/√d_head
-    np.testing.assert_allclose(-jax.jit(jax.grad(syn))(X, X2), np.einsum("nhe,hed->nd", out, WQ), rtol=1e-4)  # its softmax is in float32
+    # its softmax is in float32
+    np.testing.assert_allclose(
+        -jax.jit(jax.grad(syn))(X, X2), np.einsum("nhe,hed->nd", out, WQ), rtol=1e-4
+    )
 
 
 def layered(syn, n=N, d=D):
-    return hmx.HAM({"tokens": hmx.LayerNormLayer((n, d), leak=False)}, {"attention": syn}, [(("tokens",), "attention")])
+    return hmx.HAM(
+        {"tokens": hmx.LayerNormLayer((n, d), leak=False)},
+        {"attention": syn},
+        [(("tokens",), "attention")],
+    )
 
 
 def test_in_a_network():
     ham = layered(AttentionSynapse(WQ, WK, jnp.asarray(BETA), mask=HOLES))
     assert sorted(v.shape for v in jax.tree.leaves(ham)) == [(HEADS,), (HEADS, Y, D), (HEADS, Y, D)]
-    assert [v.shape for v in jax.tree.leaves(layered(AttentionSynapse(WQ, WK)))] == [(HEADS, Y, D)] * 2  # a number is a constant
-    many = hmx.descend(ham.vectorize(), {"tokens": np.stack([X, X[::-1]])}, solver=hmx.Euler(0.02), max_steps=60)
+    # a number is a constant
+    assert [v.shape for v in jax.tree.leaves(layered(AttentionSynapse(WQ, WK)))] == [
+        (HEADS, Y, D)
+    ] * 2
+    many = hmx.descend(
+        ham.vectorize(), {"tokens": np.stack([X, X[::-1]])}, solver=hmx.Euler(0.02), max_steps=60
+    )
     assert (np.diff(many.energies) < 0).all() and not many.rises.any()
     start = {"tokens": jnp.asarray(X)}
-    np.testing.assert_allclose(many.energies[0, 0], jax.jit(lambda xs: ham.energy(ham.activations(xs), xs))(start), rtol=1e-10)
+    np.testing.assert_allclose(
+        many.energies[0, 0],
+        jax.jit(lambda xs: ham.energy(ham.activations(xs), xs))(start),
+        rtol=1e-10,
+    )
 
 
 def test_equal_masks_share_a_compilation():
@@ -232,7 +294,9 @@ def test_equal_masks_share_a_compilation():
         traces.append(1)
         return ham.energy(ham.activations(xs), xs)
     xs = {"tokens": jnp.asarray(X)}
-    values = [energy(layered(AttentionSynapse(WQ, WK, mask=m)), xs) for m in (HOLES, HOLES.copy(), ~HOLES)]
+    values = [
+        energy(layered(AttentionSynapse(WQ, WK, mask=m)), xs) for m in (HOLES, HOLES.copy(), ~HOLES)
+    ]
     assert len(traces) == 2 and values[0] == values[1] != values[2]
 
 
@@ -240,7 +304,9 @@ def test_trainable():
     grads = jax.grad(lambda s: s(X))(AttentionSynapse(WQ, WK, jnp.asarray(BETA), trainable=False))
     assert all((g == 0).all() for g in jax.tree.leaves(grads))
     grads = jax.grad(lambda s: s(X))(AttentionSynapse(WQ, WK, jnp.asarray(BETA)))
-    assert len(jax.tree.leaves(grads)) == 3 and all(abs(g).min() > 0 for g in jax.tree.leaves(grads))
+    assert len(jax.tree.leaves(grads)) == 3 and all(
+        abs(g).min() > 0 for g in jax.tree.leaves(grads)
+    )
 
 
 @pytest.mark.parametrize("n, d, heads, d_head", [(2, 16, 1, 16), (32, 128, 8, 16)])
@@ -256,33 +322,74 @@ def test_fresh_currents_are_of_order_one(n, d, heads, d_head):
 
 def test_rand_init():
     d, heads, d_head = 8, 2, 4
-    other = AttentionSynapse.rand_init(jr.key(0), d, heads, d_head, d_key=3, beta=2.0, scale=2.0, include_self=True)
+    other = AttentionSynapse.rand_init(
+        jr.key(0), d, heads, d_head, d_key=3, beta=2.0, scale=2.0, include_self=True
+    )
     assert other.Wk.shape == (heads, d_head, 3) and other.beta == 2 and other.include_self
-    np.testing.assert_allclose(other.Wq, 2 * np.asarray(AttentionSynapse.rand_init(jr.key(0), d, heads, d_head).Wq))
+    np.testing.assert_allclose(
+        other.Wq, 2 * np.asarray(AttentionSynapse.rand_init(jr.key(0), d, heads, d_head).Wq)
+    )
 
 
-@pytest.mark.parametrize("error, words, call", [
-    (ValueError, "Wq with 3 axes", lambda: AttentionSynapse(WQ[0], WK[0])),
-    (ValueError, "same heads and d_head", lambda: AttentionSynapse(WQ, WK[:1])),
-    (TypeError, "real weights", lambda: AttentionSynapse(WQ * 1j, WK)),
-    (ValueError, "one per head", lambda: AttentionSynapse(WQ, WK, np.ones(3))),
-    (ValueError, "one per head", lambda: AttentionSynapse(WQ, WK, True)),
-    (ValueError, "positive and finite", lambda: AttentionSynapse(WQ, WK, -1.0)),
-    (ValueError, "positive and finite", lambda: AttentionSynapse(WQ, WK, np.nan)),
-    (ValueError, "positive and finite", lambda: AttentionSynapse(WQ, WK, np.array([1.0, np.inf]))),
-    (TypeError, "mask is boolean", lambda: AttentionSynapse(WQ, WK, mask=np.ones((N, N)))),
-    (TypeError, "key_mask is boolean", lambda: AttentionSynapse(WQ, WK, key_mask=[1, 0, 1, 1])),
-    (TypeError, "mask is a constant, and was traced", lambda: jax.jit(lambda m: AttentionSynapse(WQ, WK, mask=m)(X))(HOLES)),
-    (ValueError, r"mask should have shape \(4, 4\), and has \(4, 3\)", lambda: AttentionSynapse(WQ, WK, mask=HOLES[:, :3])(X)),
-    (ValueError, r"mask should have shape \(4, 3\), and has \(4, 4\)", lambda: AttentionSynapse(WQ, WK2, mask=HOLES)(X, X2)),
-    (ValueError, r"key_mask should have shape \(3,\)", lambda: AttentionSynapse(WQ, WK2, key_mask=[True] * 4)(X, X2)),
-    (ValueError, "tokens of one layer", lambda: AttentionSynapse(WQ, WK2, causal=True)(X, X2)),
-    (ValueError, r"queries are tokens of shape \(…, 5\)", lambda: AttentionSynapse(WQ, WK2)(X2, X2)),
-    (ValueError, r"keys are tokens of shape \(…, 6\)", lambda: AttentionSynapse(WQ, WK2)(X, X)),
-    (ValueError, r"keys \(of the same layer\)", lambda: AttentionSynapse(WQ, WK2)(X)),
-    (ValueError, "at least one axis", lambda: AttentionSynapse(WQ, WK)(X[0])),
-    (ValueError, "does not take 3 layers", lambda: hmx.HAM([hmx.LayerNormLayer((N, D))], [AttentionSynapse(WQ, WK)], [((0, 0, 0), 0)])),
-    (ValueError, "fails for layers of shapes", lambda: layered(AttentionSynapse(WQ, WK), N, D + 1)),
-])
+@pytest.mark.parametrize(
+    "error, words, call",
+    [
+        (ValueError, "Wq with 3 axes", lambda: AttentionSynapse(WQ[0], WK[0])),
+        (ValueError, "same heads and d_head", lambda: AttentionSynapse(WQ, WK[:1])),
+        (TypeError, "real weights", lambda: AttentionSynapse(WQ * 1j, WK)),
+        (ValueError, "one per head", lambda: AttentionSynapse(WQ, WK, np.ones(3))),
+        (ValueError, "one per head", lambda: AttentionSynapse(WQ, WK, True)),
+        (ValueError, "positive and finite", lambda: AttentionSynapse(WQ, WK, -1.0)),
+        (ValueError, "positive and finite", lambda: AttentionSynapse(WQ, WK, np.nan)),
+        (
+            ValueError,
+            "positive and finite",
+            lambda: AttentionSynapse(WQ, WK, np.array([1.0, np.inf])),
+        ),
+        (TypeError, "mask is boolean", lambda: AttentionSynapse(WQ, WK, mask=np.ones((N, N)))),
+        (TypeError, "key_mask is boolean", lambda: AttentionSynapse(WQ, WK, key_mask=[1, 0, 1, 1])),
+        (
+            TypeError,
+            "mask is a constant, and was traced",
+            lambda: jax.jit(lambda m: AttentionSynapse(WQ, WK, mask=m)(X))(HOLES),
+        ),
+        (
+            ValueError,
+            r"mask should have shape \(4, 4\), and has \(4, 3\)",
+            lambda: AttentionSynapse(WQ, WK, mask=HOLES[:, :3])(X),
+        ),
+        (
+            ValueError,
+            r"mask should have shape \(4, 3\), and has \(4, 4\)",
+            lambda: AttentionSynapse(WQ, WK2, mask=HOLES)(X, X2),
+        ),
+        (
+            ValueError,
+            r"key_mask should have shape \(3,\)",
+            lambda: AttentionSynapse(WQ, WK2, key_mask=[True] * 4)(X, X2),
+        ),
+        (ValueError, "tokens of one layer", lambda: AttentionSynapse(WQ, WK2, causal=True)(X, X2)),
+        (
+            ValueError,
+            r"queries are tokens of shape \(…, 5\)",
+            lambda: AttentionSynapse(WQ, WK2)(X2, X2),
+        ),
+        (ValueError, r"keys are tokens of shape \(…, 6\)", lambda: AttentionSynapse(WQ, WK2)(X, X)),
+        (ValueError, r"keys \(of the same layer\)", lambda: AttentionSynapse(WQ, WK2)(X)),
+        (ValueError, "at least one axis", lambda: AttentionSynapse(WQ, WK)(X[0])),
+        (
+            ValueError,
+            "does not take 3 layers",
+            lambda: hmx.HAM(
+                [hmx.LayerNormLayer((N, D))], [AttentionSynapse(WQ, WK)], [((0, 0, 0), 0)]
+            ),
+        ),
+        (
+            ValueError,
+            "fails for layers of shapes",
+            lambda: layered(AttentionSynapse(WQ, WK), N, D + 1),
+        ),
+    ],
+)
 def test_bad_input(error, words, call):
     with pytest.raises(error, match=words): call()

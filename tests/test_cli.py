@@ -19,13 +19,19 @@ HOLES = np.where(np.arange(12) < 7, PATTERNS, np.float32(np.nan))
 
 @pytest.fixture
 def folder(tmp_path):
-    for name, array in {"memories": PATTERNS, "holes": HOLES, "noise": PATTERNS + np.float32(0.05)}.items():
+    for name, array in {
+        "memories": PATTERNS,
+        "holes": HOLES,
+        "noise": PATTERNS + np.float32(0.05),
+    }.items():
         np.save(tmp_path / f"{name}.npy", array)
     return tmp_path
 
 
 def recall(folder, *argv, memories="memories.npy", queries="holes.npy", out="out.npy"):
-    return cli.hamux_recall([str(folder / memories), str(folder / queries), "-o", str(folder / out), *argv])
+    return cli.hamux_recall(
+        [str(folder / memories), str(folder / queries), "-o", str(folder / out), *argv]
+    )
 
 
 def refused(folder, capsys, *argv, **files):
@@ -46,12 +52,20 @@ def refused(folder, capsys, *argv, **files):
 @pytest.mark.parametrize("batch", [[], ["--batch", "7"]])
 def test_recall_fills_what_is_unknown(folder, capsys, out, batch):
     assert recall(folder, *batch, out=out) == 0
-    read = {".npy": np.load, ".npz": lambda p: np.load(p)["rows"], ".csv": lambda p: np.loadtxt(p, delimiter=",")}[Path(out).suffix]
+    read = {
+        ".npy": np.load,
+        ".npz": lambda p: np.load(p)["rows"],
+        ".csv": lambda p: np.loadtxt(p, delimiter=","),
+    }[Path(out).suffix]
     answers = read(folder / out)
     np.testing.assert_array_equal(answers[:, :7].astype("f4"), PATTERNS[:, :7])
     np.testing.assert_allclose(answers, PATTERNS, atol=0.02)
     said = capsys.readouterr()
-    assert "40 queries recalled from 40 memories of 12 numbers" in said.out and "40 of 40 converged" in said.out and not said.err
+    assert (
+        "40 queries recalled from 40 memories of 12 numbers" in said.out
+        and "40 of 40 converged" in said.out
+        and not said.err
+    )
 
 
 def test_noisy_queries_are_free_to_move(folder):
@@ -65,11 +79,17 @@ def test_known_queries_come_back_and_are_said_to(folder, capsys):
     assert "40 of 40 queries have nothing unknown" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("dtype, out", [("f2", "f4"), ("f4", "f4"), ("f8", "f8"), ("u1", "f4"), ("i8", "f8"), ("?", "f4")])
+@pytest.mark.parametrize(
+    "dtype, out",
+    [("f2", "f4"), ("f4", "f4"), ("f8", "f8"), ("u1", "f4"), ("i8", "f8"), ("?", "f4")],
+)
 def test_dtypes(folder, dtype, out):
     bits = RNG.integers(0, 2, (9, 20))
     np.save(folder / "m.npy", bits.astype(dtype))
-    np.save(folder / "q.npy", np.where(np.arange(20) < 14, bits, np.nan).astype("f2" if dtype == "f2" else "f4"))
+    np.save(
+        folder / "q.npy",
+        np.where(np.arange(20) < 14, bits, np.nan).astype("f2" if dtype == "f2" else "f4"),
+    )
     assert recall(folder, memories="m.npy", queries="q.npy") == 0
     answers = np.load(folder / "out.npy")
     assert answers.dtype == np.dtype(out)
@@ -101,7 +121,12 @@ def test_similarity_and_beta_are_obeyed(folder, capsys, similarity):
     unit = PATTERNS / np.linalg.norm(PATTERNS, axis=1, keepdims=True)
     np.save(folder / "m.npy", unit)
     np.save(folder / "q.npy", np.where(np.isnan(HOLES), np.nan, unit).astype("f4"))
-    assert recall(folder, "--similarity", similarity, "--beta", "50", memories="m.npy", queries="q.npy") == 0
+    assert (
+        recall(
+            folder, "--similarity", similarity, "--beta", "50", memories="m.npy", queries="q.npy"
+        )
+        == 0
+    )
     assert f"({similarity}, beta = 50)" in capsys.readouterr().out
     np.testing.assert_allclose(np.load(folder / "out.npy"), unit, atol=0.05)
 
@@ -145,7 +170,14 @@ WRONG = {
 def test_wrong_files_are_one_line(folder, capsys, what):
     inf = PATTERNS.copy()
     inf[31, 2] = np.inf
-    arrays = dict(wide=np.zeros((3, 13)), flat=PATTERNS[0], none=PATTERNS[:0], words=np.array([["a"]]), complex=PATTERNS * 1j, inf=inf)
+    arrays = dict(
+        wide=np.zeros((3, 13)),
+        flat=PATTERNS[0],
+        none=PATTERNS[:0],
+        words=np.array([["a"]]),
+        complex=PATTERNS * 1j,
+        inf=inf,
+    )
     for name, array in arrays.items(): np.save(folder / f"{name}.npy", array)
     np.save(folder / "objects.npy", np.array([[{}]]), allow_pickle=True)
     (folder / "cut.npy").write_bytes((folder / "holes.npy").read_bytes()[:-100])
@@ -154,11 +186,18 @@ def test_wrong_files_are_one_line(folder, capsys, what):
     assert words in refused(folder, capsys, "--batch", "7", **files)
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--beta", "0"], "not a positive number"), (["--beta", "nan"], "not a positive number"), (["--dt", "2"], "at most 1"),
-    (["--max-steps", "0"], "positive int"), (["--batch", "1.5"], "positive int"), (["--similarity", "cosine"], "invalid choice"),
-    (["--fast"], "unrecognized"),
-])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--beta", "0"], "not a positive number"),
+        (["--beta", "nan"], "not a positive number"),
+        (["--dt", "2"], "at most 1"),
+        (["--max-steps", "0"], "positive int"),
+        (["--batch", "1.5"], "positive int"),
+        (["--similarity", "cosine"], "invalid choice"),
+        (["--fast"], "unrecognized"),
+    ],
+)
 def test_wrong_options_are_one_line(folder, capsys, argv, words):
     assert words in refused(folder, capsys, *argv)
 
@@ -176,7 +215,13 @@ def test_the_old_output_survives_a_late_failure(folder, capsys):
 
 
 def run(code, *argv, **kwargs):
-    return subprocess.run([sys.executable, "-c", code, *map(str, argv)], capture_output=True, text=True, timeout=120, **kwargs)
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, argv)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **kwargs,
+    )
 
 
 RECALL = "import sys; from hamux.cli import hamux_recall; sys.exit(hamux_recall(sys.argv[1:]))"
@@ -184,58 +229,116 @@ RECALL = "import sys; from hamux.cli import hamux_recall; sys.exit(hamux_recall(
 
 def test_a_full_disk_is_one_line(folder):
     np.save(folder / "many.npy", np.repeat(HOLES, 2000, 0))
-    limited = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)); "
-    done = run(limited + RECALL, folder / "memories.npy", folder / "many.npy", "-o", folder / "out.npy")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "larger than a file may be" in done.stderr
-    assert not (folder / "out.npy").exists() and not list(folder.glob("*.tmp")) and not list(folder.glob(".hamux*"))
+    limited = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        " resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)); "
+    )
+    done = run(
+        limited + RECALL, folder / "memories.npy", folder / "many.npy", "-o", folder / "out.npy"
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr.count("\n") == 1
+        and "larger than a file may be" in done.stderr
+    )
+    assert (
+        not (folder / "out.npy").exists()
+        and not list(folder.glob("*.tmp"))
+        and not list(folder.glob(".hamux*"))
+    )
 
 
 def test_terminated_leaves_no_half_written_file(folder):
     np.save(folder / "many.npy", np.repeat(HOLES, 20_000, 0))
     (folder / "out.npy").write_bytes(b"what was there")
-    command = [sys.executable, "-c", RECALL, folder / "memories.npy", folder / "many.npy", "-o", folder / "out.npy", "--batch", "8"]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        "-c",
+        RECALL,
+        folder / "memories.npy",
+        folder / "many.npy",
+        "-o",
+        folder / "out.npy",
+        "--batch",
+        "8",
+    ]
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 60
     while not list(folder.glob(".hamux*")) and time.monotonic() < deadline: time.sleep(0.05)
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143
-    assert (folder / "out.npy").read_bytes() == b"what was there" and not list(folder.glob(".hamux*"))
+    assert (folder / "out.npy").read_bytes() == b"what was there" and not list(
+        folder.glob(".hamux*")
+    )
 
 
 @pytest.mark.slow
 def test_queries_are_streamed(folder):
     "64 MB of queries pass through a process that grows by less than that"
     with open(folder / "many.npy", "wb") as f:
-        np.lib.format.write_array_header_1_0(f, {"descr": "<f4", "fortran_order": False, "shape": (250_000, 64)})
+        np.lib.format.write_array_header_1_0(
+            f, {"descr": "<f4", "fortran_order": False, "shape": (250_000, 64)}
+        )
         for _ in range(100): RNG.standard_normal((2500, 64), np.float32).tofile(f)
     np.save(folder / "m.npy", RNG.standard_normal((16, 64), np.float32))
-    measure = ("import resource, sys; from hamux.cli import hamux_recall; small, *argv = sys.argv[1:]; hamux_recall([argv[0], small, *argv[2:]]);"
-               "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak(); hamux_recall(argv); print(peak() - before)")
+    measure = (
+        "import resource, sys; from hamux.cli import hamux_recall; small, *argv = sys.argv[1:];"
+        " hamux_recall([argv[0], small, *argv[2:]]);peak = lambda:"
+        " resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak(); hamux_recall(argv);"
+        " print(peak() - before)"
+    )
     np.save(folder / "few.npy", RNG.standard_normal((2000, 64), np.float32))
-    done = run(measure, folder / "few.npy", folder / "m.npy", folder / "many.npy", "-o", folder / "out.npy", "--noisy", "--batch", "1024", "--max-steps", "3")
+    done = run(
+        measure,
+        folder / "few.npy",
+        folder / "m.npy",
+        folder / "many.npy",
+        "-o",
+        folder / "out.npy",
+        "--noisy",
+        "--batch",
+        "1024",
+        "--max-steps",
+        "3",
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) < 40_000 # kilobytes
     assert os.path.getsize(folder / "out.npy") == os.path.getsize(folder / "many.npy")
 
 
 def test_python_m_hamux_is_the_demo(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "hamux", "-n", "30", "-c", "half", "-o", "picture.png"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "hamux", "-n", "30", "-c", "half", "-o", "picture.png"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
-    assert "30 of 30" in done.stdout and (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert "30 of 30" in done.stdout and (tmp_path / "picture.png").read_bytes().startswith(
+        b"\x89PNG"
+    )
 
 
 # the demo
 
 
 def demo(*argv):
-    try: return cli.hamux_demo([*argv])
-    except SystemExit as stopped: return stopped.code
+    try:
+        return cli.hamux_demo([*argv])
+    except SystemExit as stopped:
+        return stopped.code
 
 
 def test_demo_brings_back_95_of_100_halves(tmp_path, capsys):
     assert demo("-o", f"{tmp_path}/d.png") == 0
-    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line[:4] in ("half", "nois", "both")}
+    rows = {
+        line.split()[0]: line.split()
+        for line in capsys.readouterr().out.splitlines()
+        if line[:4] in ("half", "nois", "both")
+    }
     assert int(rows["half"][1]) >= 95 and rows["half"][2:4] == ["of", "100"]
     for row in rows.values(): assert float(row[4]) > float(row[6]) # energy before and after
 
@@ -251,7 +354,18 @@ def test_demo_says_when_the_recall_fails(tmp_path, capsys):
     assert (tmp_path / "d.png").exists()
 
 
-@pytest.mark.parametrize("argv", [["-n", "0"], ["-n", "1798"], ["-c", "mirror"], ["--beta", "-1"], ["--seed", "x"], ["-o", "d.jpg"], ["-o", "no/d.png"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["-n", "0"],
+        ["-n", "1798"],
+        ["-c", "mirror"],
+        ["--beta", "-1"],
+        ["--seed", "x"],
+        ["-o", "d.jpg"],
+        ["-o", "no/d.png"],
+    ],
+)
 def test_demo_refuses_in_one_line(tmp_path, capsys, monkeypatch, argv):
     monkeypatch.chdir(tmp_path)
     assert demo(*argv) == 2

@@ -51,7 +51,8 @@ def dense_energy(Xi, n, rectified=False):
     return lambda s: -sum(cut(sum(x * y for x, y in zip(xi, s)))**n for xi in Xi)
 
 
-# --- recall, flip for flip -------------------------------------------------------------------------------------------
+# --- recall, flip for flip
+# -------------------------------------------------------------------------------------------
 
 
 @PROPERTY
@@ -109,7 +110,8 @@ def test_orders():
     assert memory.stable(s).all() and not (s == a.states).all()
 
 
-# --- fields ----------------------------------------------------------------------------------------------------------
+# --- fields ---------------------------------------------------------------------------------------
+# -------------------
 
 
 @pytest.mark.parametrize("make", [
@@ -130,7 +132,8 @@ def test_incremental_is_recomputed(make):
         s[:, i] = np.where(which, -s[:, i], s[:, i])
     for kept, fresh in zip(fields, memory.fields(jnp.asarray(s))):
         if jnp.issubdtype(fresh.dtype, jnp.integer): np.testing.assert_array_equal(kept, fresh)
-        else: np.testing.assert_allclose(kept, fresh, rtol=1e-4, atol=1e-4 * float(abs(fresh).max()))
+        else:
+            np.testing.assert_allclose(kept, fresh, rtol=1e-4, atol=1e-4 * float(abs(fresh).max()))
     one_by_one = np.stack([visit(fields, jnp.asarray(s[:, i]), i) for i in range(30)], 1)
     np.testing.assert_array_equal(one_by_one, memory.costs(jnp.asarray(s), memory.fields(jnp.asarray(s)))[1])
 
@@ -185,7 +188,8 @@ def test_large_powers_and_double_precision():
         assert out.states[0].tolist() == s
 
 
-# --- closed forms ----------------------------------------------------------------------------------------------------
+# --- closed forms ---------------------------------------------------------------------------------
+# -------------------
 
 
 @PROPERTY
@@ -245,7 +249,8 @@ def test_bit_error_is_binomial():
     assert abs(np.mean(shares) - p) < 5 * np.std(shares) / math.sqrt(sets)
 
 
-# --- under transformations, and bad input ----------------------------------------------------------------------------
+# --- under transformations, and bad input
+# ----------------------------------------------------------------------------
 
 
 def test_under_jit_and_vmap():

@@ -46,7 +46,8 @@ def refusal(call, *args, **kwargs):
 def leftovers(folder): return [p.name for p in Path(folder).rglob("*.tmp")]
 
 
-# --- round trips -----------------------------------------------------------------------------------------------------
+# --- round trips ----------------------------------------------------------------------------------
+# -------------------
 
 @st.composite
 def arrays(draw, max_dims=3):
@@ -84,7 +85,8 @@ def test_what_numpy_saved_is_read(tmp_path_factory, array, size, order, swap, sa
     path = folder/f"x.{save[:2] + 'y' if save == 'npy' else 'npz'}"
     if save == "npy": np.save(path, stored)
     elif save == "npz": np.savez(path, stored)
-    else: np.savez_compressed(path, stored)
+    else:
+        np.savez_compressed(path, stored)
     source = open_rows(path)
     got = np.concatenate(list(source.batches(size)))
     assert source.row_shape == array.shape[1:] and source.dtype == got.dtype == array.dtype and got.dtype.isnative
@@ -136,7 +138,8 @@ def test_names_of_arrays(tmp_path):
     assert open_rows(tmp_path/"x.npz", name="c").shape == (3, 3)
     np.savez(tmp_path/"one.NPZ", other=np.zeros((4, 4)))
     os.replace(tmp_path/"one.NPZ.npz", tmp_path/"one.NPZ")
-    assert open_rows(tmp_path/"one.NPZ").shape == (4, 4) # a capital extension, and a single array of any name
+    # a capital extension, and a single array of any name
+    assert open_rows(tmp_path/"one.NPZ").shape == (4, 4)
 
 
 def test_batch_sizes_and_order(tmp_path):
@@ -145,7 +148,8 @@ def test_batch_sizes_and_order(tmp_path):
     with pytest.raises(ValueError, match="at least one row, and size is 0"): source.batches(0)
 
 
-# --- what is refused, and in which words -----------------------------------------------------------------------------
+# --- what is refused, and in which words
+# -----------------------------------------------------------------------------
 
 def saved(array, save=np.save, **arrays):
     file = io.BytesIO()
@@ -299,13 +303,17 @@ def test_what_the_system_refuses(tmp_path, monkeypatch, number, words):
 def test_no_memory(tmp_path):
     with open(tmp_path/"x.npy", "wb") as file: # sparse: 2 rows, 2 TB each
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (2, 2**41)})
-        try: file.truncate(file.tell() + 2**42)
-        except OSError: pytest.skip("no sparse files of this size here")
+        try:
+            file.truncate(file.tell() + 2**42)
+        except OSError:
+            pytest.skip("no sparse files of this size here")
     out = subprocess.run([sys.executable, "-c", LOADER + textwrap.dedent(f"""
         import resource
         resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))
-        try: files.open_rows({str(tmp_path/'x.npy')!r}).read()
-        except files.FileProblem as e: print(e)
+        try:
+            files.open_rows({str(tmp_path/'x.npy')!r}).read()
+        except files.FileProblem as e:
+            print(e)
         """)], capture_output=True, text=True)
     assert "does not fit in memory; ask for smaller batches" in out.stdout, out.stderr
 
@@ -344,12 +352,16 @@ def test_a_damaged_file_is_refused_or_read_and_nothing_else(tmp_path_factory, da
     content = content[:data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content
     path = tmp_path_factory.getbasetemp()/f"damaged-{os.getpid()}{Path(kind).suffix}"
     path.write_bytes(content)
-    try: rows = open_rows(path).read()
-    except FileProblem as e: assert str(e).startswith(str(path)) and str(e).isprintable()
-    else: assert rows.ndim == 2 and rows.size
+    try:
+        rows = open_rows(path).read()
+    except FileProblem as e:
+        assert str(e).startswith(str(path)) and str(e).isprintable()
+    else:
+        assert rows.ndim == 2 and rows.size
 
 
-# --- the values ------------------------------------------------------------------------------------------------------
+# --- the values -----------------------------------------------------------------------------------
+# -------------------
 
 @given(st.lists(st.sampled_from(DTYPES), max_size=4))
 def test_computing_dtype(dtypes):
@@ -372,7 +384,8 @@ def test_check_finite_passes_integers():
     check_finite(np.eye(2, dtype=bool), allow_nan=False)
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
+# -------------------
 
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("trouble", [KeyboardInterrupt, SystemExit, RuntimeError, OSError, GeneratorExit])
@@ -436,7 +449,8 @@ def test_sizes_may_be_numpy_integers(tmp_path):
 
 def test_a_write_protected_file_is_not_replaced(tmp_path, monkeypatch):
     path = write(tmp_path/"x.npy", np.eye(3))
-    monkeypatch.setattr(os, "access", lambda *args, **kwargs: False) # root may write everything, so it is simulated
+    # root may write everything, so it is simulated
+    monkeypatch.setattr(os, "access", lambda *args, **kwargs: False)
     assert "permission denied" in refusal(write, path, np.zeros((2, 2)))
     np.testing.assert_array_equal(np.load(path), np.eye(3))
 
@@ -456,10 +470,12 @@ def test_permissions(tmp_path, mask):
         (tmp_path/"private.csv").touch(0o600)
         (tmp_path/"private.csv").chmod(0o604)
         with write_rows(tmp_path/"private.csv", 1, 1, "float32") as out:
-            assert [p.stat().st_mode & 0o777 for p in tmp_path.glob(".hamux-*")] == [0o604] # from the start
+            # from the start
+            assert [p.stat().st_mode & 0o777 for p in tmp_path.glob(".hamux-*")] == [0o604]
             out.write(np.ones((1, 1)))
         assert (tmp_path/"private.csv").stat().st_mode & 0o777 == 0o604
-    finally: os.umask(before)
+    finally:
+        os.umask(before)
 
 
 def test_a_link_stays_a_link(tmp_path):
@@ -491,7 +507,8 @@ def test_equal_rows_make_equal_files(tmp_path):
         write(tmp_path/f"a{suffix}", np.eye(3), size=1)
         write(tmp_path/f"b{suffix}", np.eye(3), size=3)
         assert (tmp_path/f"a{suffix}").read_bytes() == (tmp_path/f"b{suffix}").read_bytes()
-    with zipfile.ZipFile(tmp_path/"a.npz") as archive: assert archive.infolist()[0].date_time[0] == 1980 # and no time of day
+    # and no time of day
+    with zipfile.ZipFile(tmp_path/"a.npz") as archive: assert archive.infolist()[0].date_time[0] == 1980
 
 
 def test_a_disk_that_is_too_small_is_said_at_once(tmp_path, monkeypatch):
@@ -512,7 +529,8 @@ def test_concurrent_writers_do_not_meet(tmp_path):
                 both.wait()
                 for _ in range(10): out.write(np.full((10, 50), k))
                 both.wait()
-        except BaseException as e: problems.append(e)
+        except BaseException as e:
+            problems.append(e)
     threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
     for t in threads: t.start()
     for t in threads: t.join()
@@ -530,7 +548,8 @@ def test_atomic_file_does_not_blame_the_file_for_the_block(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-# --- in processes of their own: memory, limits, sudden death ---------------------------------------------------------
+# --- in processes of their own: memory, limits, sudden death
+# ---------------------------------------------------------
 
 # only this module, without JAX behind it: quick to start, and a small process to measure
 LOADER = textwrap.dedent(f"""
@@ -560,7 +579,8 @@ def test_streaming_needs_batches_only(tmp_path, suffix):
                 out.write(rows)
                 total += len(rows)
         peak = tracemalloc.get_traced_memory()[1]
-    finally: tracemalloc.stop()
+    finally:
+        tracemalloc.stop()
     assert total == n and peak < 4 * batch.nbytes
     assert (tmp_path/f"x{suffix}").read_bytes() == (tmp_path/f"y{suffix}").read_bytes()
 
@@ -577,7 +597,8 @@ def test_peak_memory_of_a_large_file(tmp_path, kind):
         array = np.lib.format.open_memmap(path, "w+", "float32", (50_000, 1000), fortran_order=True)
         array[:] = np.repeat(np.arange(50), 1000)[:, None]
         del array
-    else: np.savez_compressed(path, np.repeat(np.arange(50, dtype=np.float32), 1_000_000).reshape(50_000, 1000))
+    else:
+        np.savez_compressed(path, np.repeat(np.arange(50, dtype=np.float32), 1_000_000).reshape(50_000, 1000))
     out = python("""
         import resource
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -590,7 +611,8 @@ def test_peak_memory_of_a_large_file(tmp_path, kind):
         print(peak() - before)
         """, path, tmp_path/"copy.npy")
     assert out.returncode == 0, out.stderr
-    assert float(out.stdout) < (90 if "fortran" in kind else 20) # a map brings 16 pages at a time, for each column
+    # a map brings 16 pages at a time, for each column
+    assert float(out.stdout) < (90 if "fortran" in kind else 20)
     assert (tmp_path/"copy.npy").stat().st_size > 2e8
 
 
@@ -639,7 +661,8 @@ def test_a_file_that_may_not_grow(tmp_path, suffix, limit):
         try:
             with files.write_rows(sys.argv[1], 300, 1000, "float64") as out:
                 for _ in range(3): out.write(np.full((100, 1000), 1 / 3))
-        except files.FileProblem as e: print(e)
+        except files.FileProblem as e:
+            print(e)
         """, path, limit)
     assert out.returncode == 0 and out.stderr == ""
     assert out.stdout == f"{path}: is larger than a file may be here; raise the limit (ulimit -f), or choose another place\n"
@@ -654,7 +677,8 @@ def test_a_full_disk_when_the_file_is_closed(tmp_path, suffix):
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
         try:
             with files.write_rows(sys.argv[1], 1, 1, "float64") as out: out.write(np.ones((1, 1)))
-        except files.FileProblem as e: print(e)
+        except files.FileProblem as e:
+            print(e)
         """, tmp_path/f"x{suffix}")
     assert out.returncode == 0 and out.stderr == "" and "larger than a file may be" in out.stdout
     assert os.listdir(tmp_path) == []

@@ -1,4 +1,5 @@
 """Every Lagrangian, in every dtype and over its whole range, against 200-bit arithmetic (tests/reference.py)."""
+
 import functools
 import math
 import zlib
@@ -14,26 +15,43 @@ from reference import mp, reference, with_cond  # pytest puts this folder on sys
 
 import hamux.lagrangians as lagr
 
-# |got − true| ≤ C × eps(dtype) × condition + TINY × (smallest normal), see reference.py for "condition"
+# |got − true| ≤ C × eps(dtype) × condition + TINY × (smallest normal), see reference.py for
+# "condition"
 C_VALUE, C_GRAD, C_HVP = 16, 16, 16
 TINY = 4
 
 DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64]
-HYPER = dict(identity=(), repu=("n",), relu=(), exp=("beta",), rexp=("beta",), tanh=("beta",), sigmoid=("beta",),
-             softmax=("beta",), ghostmax=("beta",), layernorm=("gamma", "delta", "eps"),
-             spherical_norm=("gamma", "delta", "eps"))
+HYPER = dict(
+    identity=(),
+    repu=("n",),
+    relu=(),
+    exp=("beta",),
+    rexp=("beta",),
+    tanh=("beta",),
+    sigmoid=("beta",),
+    softmax=("beta",),
+    ghostmax=("beta",),
+    layernorm=("gamma", "delta", "eps"),
+    spherical_norm=("gamma", "delta", "eps"),
+)
 NAMES = list(HYPER)
 WITH_BETA = [k for k, v in HYPER.items() if "beta" in v]
 NORMS = ["layernorm", "spherical_norm"]
 WITH_AXIS = ["softmax", "ghostmax", *NORMS]
-ROWS, DIM = 8, 4  # every hypothesis example is a batch of ROWS vectors of DIM entries: one compilation for each Lagrangian and dtype
+# every hypothesis example is a batch of ROWS vectors of DIM entries: one compilation for each
+# Lagrangian and dtype
+ROWS, DIM = 8, 4
 
 L = {name: getattr(lagr, f"lagr_{name}") for name in NAMES}
 MINIMAL = {"repu": (2.5,)}  # positional arguments without a default
 
 
-# compiled, for the tests that are not about validation: (value, gradient); axis and eps=0 are static
-STATIC = {name: ["axis", "eps"] if name in NORMS else ["axis"] if name in WITH_AXIS else [] for name in NAMES}
+# compiled, for the tests that are not about validation: (value, gradient); axis and eps=0 are
+# static
+STATIC = {
+    name: ["axis", "eps"] if name in NORMS else ["axis"] if name in WITH_AXIS else []
+    for name in NAMES
+}
 VG = {name: jax.jit(jax.value_and_grad(f), static_argnames=STATIC[name]) for name, f in L.items()}
 
 
@@ -54,7 +72,8 @@ def every(names):
     return pytest.mark.parametrize("name", names)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# -------------------
 # (a), (b): value, gradient and Hessian-vector product over the whole range
 
 
@@ -68,7 +87,17 @@ def rounded(v, dtype):
 
 def numbers(dtype):
     info = jnp.finfo(dtype)
-    special = [0, 1, 2, 20, 90, float(info.max), float(info.max) / 2, float(info.tiny), float(info.eps)]
+    special = [
+        0,
+        1,
+        2,
+        20,
+        90,
+        float(info.max),
+        float(info.max) / 2,
+        float(info.tiny),
+        float(info.eps),
+    ]
     exponents = st.integers(int(info.minexp), int(info.maxexp) - 1)
     log_uniform = st.builds(math.ldexp, st.floats(1, 2, exclude_max=True), exponents)
     moderate = st.floats(0, 25, allow_subnormal=False)
@@ -82,11 +111,15 @@ def vectors(dtype):
     eps, one = float(jnp.finfo(dtype).eps), numbers(dtype)
     unit = st.floats(-1, 1, allow_subnormal=False)
     four = lambda s: st.lists(s, min_size=DIM, max_size=DIM)
-    ties = st.lists(one, min_size=1, max_size=DIM - 1).flatmap(lambda pool: four(st.sampled_from(pool)))
+    ties = st.lists(one, min_size=1, max_size=DIM - 1).flatmap(
+        lambda pool: four(st.sampled_from(pool))
+    )
     scaled = st.builds(lambda a, us: [a * u for u in us], one, four(unit))
     ulps = st.builds(lambda a, ks: [a * (1 + k * eps) for k in ks], one, four(st.integers(-8, 8)))
     offset = st.builds(lambda a, us: [a + 8 * u for u in us], one, four(unit))
-    return st.one_of(four(one), ties, scaled, ulps, offset).map(lambda v: [rounded(u, dtype) for u in v])
+    return st.one_of(four(one), ties, scaled, ulps, offset).map(
+        lambda v: [rounded(u, dtype) for u in v]
+    )
 
 
 def directions(dtype):
@@ -100,7 +133,13 @@ def hypers(name, dtype):
     delta = st.one_of(st.just([0.0] * DIM), st.lists(shift, min_size=DIM, max_size=DIM))
     # 1e-5 is below the smallest normal of float16, and the default nevertheless
     eps = st.sampled_from([0.0, float(jnp.asarray(1e-5, dtype)), rounded(1e-3, dtype), 0.25])
-    draw = dict(beta=scale, gamma=scale, delta=delta, eps=eps, n=st.sampled_from([1.0, 1.5, 2.0, 2.5, 3.0, 7.25, 20.0]))
+    draw = dict(
+        beta=scale,
+        gamma=scale,
+        delta=delta,
+        eps=eps,
+        n=st.sampled_from([1.0, 1.5, 2.0, 2.5, 3.0, 7.25, 20.0]),
+    )
     return st.tuples(*(draw[h] for h in HYPER[name]))
 
 
@@ -122,9 +161,15 @@ def ratio(got, true, cond, kink, scale, c, floor, dtype):
     info = jnp.finfo(dtype)
     got, eps, tiny, top = float(got), float(info.eps), float(info.tiny), float(info.max)
     allowed = c * eps * cond + kink + TINY * tiny * floor
-    if math.isnan(got): return 0.0 if true == 0 and scale * (1 + c * eps) > top else math.inf  # inf × 0
+    # inf × 0
+    if math.isnan(got): return 0.0 if true == 0 and scale * (1 + c * eps) > top else math.inf
     if math.isinf(got):
-        return 0.0 if got * float(mp.sign(true)) > 0 and max(abs(true) + allowed, scale * (1 + c * eps)) >= top else math.inf
+        return (
+            0.0
+            if got * float(mp.sign(true)) > 0
+            and max(abs(true) + allowed, scale * (1 + c * eps)) >= top
+            else math.inf
+        )
     return float(min(abs(mp.mpf(got) - true) / allowed, mp.mpf(1e30)))
 
 
@@ -134,14 +179,19 @@ def misses(name, dtype, rows):
     hs = tuple(jnp.asarray([row[2][k] for row in rows], dtype) for k in range(len(HYPER[name])))
     got = evaluator(name)(xs, ts, hs)
     n = len(rows)
-    assert [(v.dtype, v.shape) for v in got] == [(dtype, s) for s in ((n,), xs.shape, xs.shape, xs.shape)]
+    assert [(v.dtype, v.shape) for v in got] == [
+        (dtype, s) for s in ((n,), xs.shape, xs.shape, xs.shape)
+    ]
     f, g, h, hrr = (np.asarray(v, np.float64) for v in got)
     for k, (x, t, hyper) in enumerate(rows):
         ref = reference(name, x, t, hyper, float(jnp.finfo(dtype).eps))
         where = f"lagr_{name} {jnp.dtype(dtype)} x={x} t={t} {dict(zip(HYPER[name], hyper))}"
         quantities = [("value", f[k : k + 1], ref.value, ref.value_cond, [0], [0], C_VALUE)]
         hvp = lambda cond: (ref.hvp, cond, ref.hvp_kink, ref.hvp_scale, C_HVP)
-        if not ref.wild: quantities += [("grad", g[k], ref.grad, ref.grad_cond, ref.grad_kink, [0] * DIM, C_GRAD)]
+        if not ref.wild:
+            quantities += [
+                ("grad", g[k], ref.grad, ref.grad_cond, ref.grad_kink, [0] * DIM, C_GRAD)
+            ]
         lost = ref.wild or ref.radius < float(jnp.finfo(dtype).tiny)
         # transposed, the products are summed without seeing all of t at once
         if not lost: quantities += [("jvp of grad", h[k], *hvp(ref.hvp_cond)),
@@ -153,7 +203,8 @@ def misses(name, dtype, rows):
                 worst[key] = max(worst.get(key, (0, "")), (r, where))
                 error = f"true {mp.nstr(true, 17)}, condition {mp.nstr(cond, 3)}, {r:.3g} × allowed"
                 if r > 1: yield f"{what}[{i}] {float(a)!r}, {error}: {where}"
-        if lost and np.isnan([*g[k], *h[k], *hrr[k]]).any(): yield f"NaN {g[k]} {h[k]} {hrr[k]}: {where}"
+        if lost and np.isnan([*g[k], *h[k], *hrr[k]]).any():
+            yield f"NaN {g[k]} {h[k]} {hrr[k]}: {where}"
 
 
 def check(name, dtype, rows):
@@ -184,10 +235,26 @@ def hard_vectors(dtype):
     info = jnp.finfo(dtype)
     top, tiny = float(info.max), float(info.tiny)
     return [
-        [0.0] * 4, [top] * 4, [-top] * 4, [top, -top, top, -top], [top, top, top, -top], [tiny] * 4, [tiny, -tiny, tiny, 0.0],
-        [tiny, 1.5 * tiny, 2 * tiny, 4 * tiny], [top, tiny, -tiny, 0.0], [0.0, -20.0, -40.0, -60.0], [0.0, -20.5, -20.5, -20.5],
-        [1e-4, -1e-4, 1e-3, -1e-3], [8.0, -8.0, 5.0, -5.0], [90.0, -90.0, 12.0, -12.0], [1000.0, -1000.0, 1000.0, 1000.0],
-        [1.0, 0.0, 0.0, 0.0], [top / 2, top / 4, 1.0, -top], [1e4, 1e4, 1e4 - 8, 1e4 - 16], [3.0, 3.0, 3.0, 3.0], [-3.0, -4.0, 0.0, -0.0],
+        [0.0] * 4,
+        [top] * 4,
+        [-top] * 4,
+        [top, -top, top, -top],
+        [top, top, top, -top],
+        [tiny] * 4,
+        [tiny, -tiny, tiny, 0.0],
+        [tiny, 1.5 * tiny, 2 * tiny, 4 * tiny],
+        [top, tiny, -tiny, 0.0],
+        [0.0, -20.0, -40.0, -60.0],
+        [0.0, -20.5, -20.5, -20.5],
+        [1e-4, -1e-4, 1e-3, -1e-3],
+        [8.0, -8.0, 5.0, -5.0],
+        [90.0, -90.0, 12.0, -12.0],
+        [1000.0, -1000.0, 1000.0, 1000.0],
+        [1.0, 0.0, 0.0, 0.0],
+        [top / 2, top / 4, 1.0, -top],
+        [1e4, 1e4, 1e4 - 8, 1e4 - 16],
+        [3.0, 3.0, 3.0, 3.0],
+        [-3.0, -4.0, 0.0, -0.0],
     ]
 
 
@@ -195,8 +262,13 @@ def hard_vectors(dtype):
 @every(NAMES)
 def test_hard_cases(name, dtype):
     ts = [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [-1.0, 2.0, 0.5, -0.25]]
-    hyper = dict(beta=[1.0, 8.0, 0.125], gamma=[1.0, 2.0], delta=[[0.0] * DIM, [0.5, -1.0, 0.25, 2.0]], n=[1.0, 1.5, 2.0, 3.0, 2.5],
-                 eps=[0.0, float(jnp.asarray(1e-5, dtype)), 0.25])
+    hyper = dict(
+        beta=[1.0, 8.0, 0.125],
+        gamma=[1.0, 2.0],
+        delta=[[0.0] * DIM, [0.5, -1.0, 0.25, 2.0]],
+        n=[1.0, 1.5, 2.0, 3.0, 2.5],
+        eps=[0.0, float(jnp.asarray(1e-5, dtype)), 0.25],
+    )
     xs = [[rounded(v, dtype) for v in x] for x in hard_vectors(dtype)]
     rows = [(x, ts[(k + s) % 3], tuple(hyper[h][(k // 3 + s) % len(hyper[h])] for h in HYPER[name]))
             for s in range(6) for k, x in enumerate(xs)]
@@ -208,7 +280,11 @@ def test_hard_cases(name, dtype):
 def test_reference_is_its_own_derivative(name):
     """The reference's gradient, product and invariances, against its own value and central differences."""
     rng = np.random.default_rng(7)
-    hyper = {"repu": (2.5,), "layernorm": (2.0, [0.5, -1.0, 0.25, 2.0], 0.1), "spherical_norm": (2.0, [0.5, -1.0, 0.25, 2.0], 0.1)}
+    hyper = {
+        "repu": (2.5,),
+        "layernorm": (2.0, [0.5, -1.0, 0.25, 2.0], 0.1),
+        "spherical_norm": (2.0, [0.5, -1.0, 0.25, 2.0], 0.1),
+    }
     h = hyper.get(name, (0.7,) if HYPER[name] else ())
     for x in (rng.normal(size=DIM) * 3, np.array([30.0, -1.0, 0.5, -25.0])):
         x, t = [mp.mpf(float(v)) for v in x], [mp.mpf(float(v)) for v in rng.normal(size=DIM)]
@@ -217,13 +293,20 @@ def test_reference_is_its_own_derivative(name):
             along = lambda s, v: [a + s * b for a, b in zip(x, v)]
             unit = [mp.mpf(i == j) for j in range(DIM)]
             s = mp.mpf(2) ** -60
-            fd = (reference(name, along(s, unit), t, h).value[0] - reference(name, along(-s, unit), t, h).value[0]) / (2 * s)
+            fd = (
+                reference(name, along(s, unit), t, h).value[0]
+                - reference(name, along(-s, unit), t, h).value[0]
+            ) / (2 * s)
             assert abs(fd - ref.grad[i]) <= mp.mpf(1e-25) * ref.grad_cond[i] + mp.mpf(1e-35)
-            fd = (reference(name, along(s, t), t, h).grad[i] - reference(name, along(-s, t), t, h).grad[i]) / (2 * s)
+            fd = (
+                reference(name, along(s, t), t, h).grad[i]
+                - reference(name, along(-s, t), t, h).grad[i]
+            ) / (2 * s)
             assert abs(fd - ref.hvp[i]) <= mp.mpf(1e-25) * ref.hvp_cond[i] + mp.mpf(1e-35)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# -------------------
 # (c) convexity
 
 
@@ -232,69 +315,110 @@ def test_convex(name):
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     hyper = dict(beta=1.5, gamma=2.0, delta=0.3, eps=1e-5, n=2.5)
     args = tuple(hyper[h] for h in HYPER[name])
-    x, y, t = (rng.normal(size=(200, DIM)) * np.exp(rng.uniform(-5, 4, size=(200, 1))) for _ in range(3))
+    x, y, t = (
+        rng.normal(size=(200, DIM)) * np.exp(rng.uniform(-5, 4, size=(200, 1))) for _ in range(3)
+    )
 
     @jax.jit
     @jax.vmap
     def gap(x, y, t):
         f = lambda x: call(name, x, args)
         h = jax.jvp(jax.grad(f), (x,), (t,))[1]
-        return (f(x) + f(y)) / 2 - f((x + y) / 2), abs(f(x)) + abs(f(y)), t @ h, abs(t) @ (abs(t) + abs(h))
+        return (
+            (f(x) + f(y)) / 2 - f((x + y) / 2),
+            abs(f(x)) + abs(f(y)),
+            t @ h,
+            abs(t) @ (abs(t) + abs(h)),
+        )
 
     middle, size, curve, scale = gap(x, y, t)
     eps = np.finfo(np.float64).eps
     assert (np.isposinf(size) | (middle >= -16 * eps * size)).all()
     # the norms' Hessian is of size γ/r, and t.Ht is a difference of terms of that size
-    scale = scale + (2 * np.sum(t * t, 1) / np.minimum(np.std(x, axis=1), np.linalg.norm(x, axis=1)) if name in NORMS else 0)
+    scale = scale + (
+        2 * np.sum(t * t, 1) / np.minimum(np.std(x, axis=1), np.linalg.norm(x, axis=1))
+        if name in NORMS
+        else 0
+    )
     assert (curve >= -16 * eps * scale).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# -------------------
 # (d) the activation is the known closed form
 
 CLOSED = dict(
-    identity=lambda x: x, repu=lambda x: jnp.maximum(x, 0) ** 1.5, relu=jax.nn.relu, exp=jnp.exp,
-    rexp=lambda x: jnp.expm1(jnp.maximum(x, 0)), tanh=jnp.tanh, sigmoid=jax.nn.sigmoid, softmax=jax.nn.softmax,
+    identity=lambda x: x,
+    repu=lambda x: jnp.maximum(x, 0) ** 1.5,
+    relu=jax.nn.relu,
+    exp=jnp.exp,
+    rexp=lambda x: jnp.expm1(jnp.maximum(x, 0)),
+    tanh=jnp.tanh,
+    sigmoid=jax.nn.sigmoid,
+    softmax=jax.nn.softmax,
     ghostmax=lambda x: jnp.exp(x) / (1 + jnp.sum(jnp.exp(x))),
     layernorm=lambda x: (x - jnp.mean(x)) / jnp.sqrt(jnp.var(x) + 1e-5),
-    spherical_norm=lambda x: x / jnp.sqrt(jnp.sum(x**2) + 1e-5))
+    spherical_norm=lambda x: x / jnp.sqrt(jnp.sum(x**2) + 1e-5),
+)
 
 
 @every(NAMES)
 def test_activation_is_the_closed_form(name):
     x = jnp.asarray(np.random.default_rng(3).normal(size=9) * 3)
-    got, known = jax.jit(lambda x: (jax.grad(L[name])(x, *MINIMAL.get(name, ())), CLOSED[name](x)))(x)
+    got, known = jax.jit(lambda x: (jax.grad(L[name])(x, *MINIMAL.get(name, ())), CLOSED[name](x)))(
+        x
+    )
     np.testing.assert_allclose(got, known, rtol=1e-13, atol=1e-15)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.float64], ids=["float16", "float64"])
 def test_ghostmax_is_the_activation_of_its_lagrangian(dtype):
     x = jnp.asarray([[3.0, -1.0, 0.5], [-40.0, -50.0, -45.0]], dtype)
-    got, grad = jax.jit(lambda x: (lagr.ghostmax(x, beta=2.0), jax.grad(lagr.lagr_ghostmax)(x, 2.0)))(x)
+    got, grad = jax.jit(
+        lambda x: (lagr.ghostmax(x, beta=2.0), jax.grad(lagr.lagr_ghostmax)(x, 2.0))
+    )(x)
     assert got.dtype == dtype and got.shape == x.shape
     eps = float(jnp.finfo(dtype).eps)
-    np.testing.assert_allclose(np.float64(got), np.float64(grad), rtol=200 * eps, atol=4 * float(jnp.finfo(dtype).tiny))
+    np.testing.assert_allclose(
+        np.float64(got), np.float64(grad), rtol=200 * eps, atol=4 * float(jnp.finfo(dtype).tiny)
+    )
     for row, at in zip(np.float64(got), np.float64(x).tolist()):
         true = reference("ghostmax", at, [0.0] * 3, (2.0,))
-        for a, p, c in zip(row, true.grad, true.grad_cond): assert ratio(a, p, c, 0, 0, C_GRAD, 1, dtype) <= 1
+        for a, p, c in zip(row, true.grad, true.grad_cond):
+            assert ratio(a, p, c, 0, 0, C_GRAD, 1, dtype) <= 1
 
 
 def test_sigmoid_activation_is_exactly_jax_nn_sigmoid():
     x = jnp.asarray(np.random.default_rng(4).normal(size=1000) * 10, jnp.float32)
     sigma = jax.jit(jax.nn.sigmoid)(x)
     assert (jax.jit(jax.grad(lagr.lagr_sigmoid))(x) == sigma).all()
-    assert (jax.jit(jax.grad(lambda x: jnp.sum(jax.nn.sigmoid(x) * x) - lagr.lagr_sigmoid(x)))(x) != 0).any()  # here sigma moves with x
-    assert (jax.jit(jax.grad(lambda x, xhat: jnp.sum(xhat * x) - lagr.lagr_sigmoid(x)))(x, sigma) == 0).all()
+    # here sigma moves with x
+    assert (
+        jax.jit(jax.grad(lambda x: jnp.sum(jax.nn.sigmoid(x) * x) - lagr.lagr_sigmoid(x)))(x) != 0
+    ).any()
+    assert (
+        jax.jit(jax.grad(lambda x, xhat: jnp.sum(xhat * x) - lagr.lagr_sigmoid(x)))(x, sigma) == 0
+    ).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# -------------------
 # (e) hyperparameters
 
 HYPER_X = dict(
-    beta=[[0.5, -1.25, 2.0], [1.0, 1.0, -1.0], [0.0, -20.0, -30.0], [90.0, -90.0, 3.0], [1e4, -1e4, 0.0], [1e-4, -1e-5, 1e-6],
-          [-90.0, -1e4, -3.0], [0.0, 0.0, 0.0]],
+    beta=[
+        [0.5, -1.25, 2.0],
+        [1.0, 1.0, -1.0],
+        [0.0, -20.0, -30.0],
+        [90.0, -90.0, 3.0],
+        [1e4, -1e4, 0.0],
+        [1e-4, -1e-5, 1e-6],
+        [-90.0, -1e4, -3.0],
+        [0.0, 0.0, 0.0],
+    ],
     n=[[0.5, -1.25, 2.0], [1.0, 1.0, -1.0], [1e4, 1e-4, 0.0], [90.0, -90.0, 3.0]],
-    gamma=[[0.5, -1.25, 2.0], [1e4, -1e4, 0.0], [1e-4, -1e-5, 1e-6], [1e20, 2e20, -3e20]])
+    gamma=[[0.5, -1.25, 2.0], [1e4, -1e4, 0.0], [1e-4, -1e-5, 1e-6], [1e20, 2e20, -3e20]],
+)
 HYPER_AT = dict(beta=[1.0, 0.25, 4.0], n=[2.5, 3.0, 1.5], gamma=[2.0], delta=[0.3], eps=[1e-5, 0.5])
 
 
@@ -305,7 +429,9 @@ def with_hyper(name, x, k, v):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("name, k", [(n, k) for n in NAMES for k in range(len(HYPER[n]))], ids=lambda v: str(v))
+@pytest.mark.parametrize(
+    "name, k", [(n, k) for n in NAMES for k in range(len(HYPER[n]))], ids=lambda v: str(v)
+)
 def test_hyperparameter_derivatives(name, k, dtype):
     """∂L/∂θ and ∂²L/∂x∂θ at ordinary and extreme arguments, componentwise."""
     param = HYPER[name][k]
@@ -313,8 +439,14 @@ def test_hyperparameter_derivatives(name, k, dtype):
     @jax.jit
     def derivatives(x, theta):
         args = with_hyper(name, x, k, theta)
-        f = lambda x, v: call(name, x, [jnp.asarray(a) if HYPER[name][j] == "delta" and j != k else v if j == k else a
-                                      for j, a in enumerate(args)])
+        f = lambda x, v: call(
+            name,
+            x,
+            [
+                jnp.asarray(a) if HYPER[name][j] == "delta" and j != k else v if j == k else a
+                for j, a in enumerate(args)
+            ],
+        )
         mixed = jax.jvp(lambda v: jax.grad(f)(x, v), (theta,), (jnp.ones_like(theta),))[1]
         return jax.grad(f, 1)(x, theta), mixed, jax.grad(lambda x: jax.grad(f, 1)(x, theta))(x)
 
@@ -343,13 +475,17 @@ def test_hyperparameter_derivatives(name, k, dtype):
     assert not bad, f"lagr_{name} {jnp.dtype(dtype)}:\n" + "\n".join(bad)
 
 
-@pytest.mark.parametrize("name, k", [(n, k) for n in NAMES for k in range(len(HYPER[n]))], ids=lambda v: str(v))
+@pytest.mark.parametrize(
+    "name, k", [(n, k) for n in NAMES for k in range(len(HYPER[n]))], ids=lambda v: str(v)
+)
 def test_hyperparameter_gradients_match_finite_differences(name, k):
     """In float64, through the library alone: no reference between."""
     x, param = jnp.asarray([[0.5, -1.25, 2.0], [3.0, 0.25, -0.75]]), HYPER[name][k]
     base = dict(beta=0.7, gamma=2.0, delta=0.3, eps=0.1, n=2.5)
     f = lambda v: call(name, x, [v if j == k else base[h] for j, h in enumerate(HYPER[name])])
-    g = lambda v: jax.grad(lambda x: call(name, x, [v if j == k else base[h] for j, h in enumerate(HYPER[name])]))(x)
+    g = lambda v: jax.grad(
+        lambda x: call(name, x, [v if j == k else base[h] for j, h in enumerate(HYPER[name])])
+    )(x)
     s, v = 1e-6, jnp.asarray(base[param])
     around = jax.jit(jax.vmap(lambda v: (f(v), jax.grad(f)(v), g(v), jax.jacfwd(g)(v))))
     value, first, grad, mixed = around(jnp.asarray([v - s, v, v + s]))
@@ -366,7 +502,8 @@ def test_delta_of_the_shape_of_x_has_the_gradient_x(name):
     np.testing.assert_allclose(grad(jnp.ones(())), x.sum(), rtol=1e-13)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# -------------------
 # (f) defects of earlier implementations (the numbers are those of the project's list of facts)
 
 
@@ -386,15 +523,21 @@ def test_fact_05_a_learnable_temperature_learns(name):
     (up, _), (down, _), (_, got) = (learn(Learnable(jnp.asarray(0.7 + d)), x) for d in (s, -s, 0))
     np.testing.assert_allclose(got.beta, (up - down) / (2 * s), rtol=1e-7)
     if name == "tanh":  # and without jit, where a leaked tracer would be seen
-        np.testing.assert_allclose(eqx.filter_grad(energy)(Learnable(jnp.asarray(0.7)), x).beta, got.beta, rtol=1e-13)
+        np.testing.assert_allclose(
+            eqx.filter_grad(energy)(Learnable(jnp.asarray(0.7)), x).beta, got.beta, rtol=1e-13
+        )
 
 
 def test_fact_06_beta_gradient_of_tanh_and_sigmoid():
     x, beta = jnp.asarray([-2.0, 0.3, 1.5]), jnp.asarray(0.7)
     z = beta * x
     tanh, sigmoid = (jax.grad(f, 1)(x, beta) for f in (lagr.lagr_tanh, lagr.lagr_sigmoid))
-    np.testing.assert_allclose(tanh, jnp.sum(x * jnp.tanh(z) / beta - jnp.log(jnp.cosh(z)) / beta**2), rtol=1e-13)
-    np.testing.assert_allclose(sigmoid, jnp.sum(x * jax.nn.sigmoid(z) / beta - jnp.log1p(jnp.exp(z)) / beta**2), rtol=1e-13)
+    np.testing.assert_allclose(
+        tanh, jnp.sum(x * jnp.tanh(z) / beta - jnp.log(jnp.cosh(z)) / beta**2), rtol=1e-13
+    )
+    np.testing.assert_allclose(
+        sigmoid, jnp.sum(x * jax.nn.sigmoid(z) / beta - jnp.log1p(jnp.exp(z)) / beta**2), rtol=1e-13
+    )
     assert abs(tanh) > 0.1 and abs(sigmoid) > 0.1
 
 
@@ -404,13 +547,21 @@ def test_fact_07_second_derivative_of_sigmoid_at_minus_100(dtype):
     assert second(jnp.asarray(-1e4, dtype)) == 0 and second(jnp.asarray(1e4, dtype)) == 0
     true = math.exp(-100) if float(jnp.finfo(dtype).tiny) < math.exp(-100) else 0
     for x in (-100.0, 100.0):
-        np.testing.assert_allclose(float(second(jnp.asarray(x, dtype))), true, rtol=0.02, atol=4 * float(jnp.finfo(dtype).tiny))
+        np.testing.assert_allclose(
+            float(second(jnp.asarray(x, dtype))),
+            true,
+            rtol=0.02,
+            atol=4 * float(jnp.finfo(dtype).tiny),
+        )
 
 
 def test_fact_09_repu_of_real_degree_is_flat_below_zero():
     hess = jax.jit(jax.hessian(lagr.lagr_repu))(jnp.asarray([-1.0, 0.0, 4.0]), 1.5)
     np.testing.assert_allclose(hess, np.diag([0.0, 0.0, 0.25]), rtol=1e-14)
-    np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(jax.grad(lagr.lagr_repu)(x, 1.5)))(jnp.asarray([-1.0, -1e300])), 0)
+    np.testing.assert_array_equal(
+        jax.grad(lambda x: jnp.sum(jax.grad(lagr.lagr_repu)(x, 1.5)))(jnp.asarray([-1.0, -1e300])),
+        0,
+    )
 
 
 @dtypes
@@ -421,10 +572,13 @@ def test_fact_10_sigmoid_and_tanh_do_not_overflow(dtype):
         np.testing.assert_allclose(float(VG["tanh"](x)[0]), float(x) - math.log(2), rtol=eps)
         np.testing.assert_allclose(float(VG["tanh"](-x)[0]), float(x) - math.log(2), rtol=eps)
         tiny = 4 * float(jnp.finfo(dtype).tiny)
-        np.testing.assert_allclose(float(VG["sigmoid"](-x)[0]), math.exp(-float(x)), rtol=100 * eps, atol=tiny)
+        np.testing.assert_allclose(
+            float(VG["sigmoid"](-x)[0]), math.exp(-float(x)), rtol=100 * eps, atol=tiny
+        )
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32], ids=["float16", "float32"])  # the others reach as far as float32
+# the others reach as far as float32
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32], ids=["float16", "float32"])
 @every(NORMS)
 def test_fact_11_norms_at_extremes(name, dtype):
     scale = 0.25 * float(jnp.finfo(dtype).max) if dtype == jnp.float16 else 1e20
@@ -435,21 +589,33 @@ def test_fact_11_norms_at_extremes(name, dtype):
     @jax.jit
     def found(x, zero):
         at_zero = lambda *hyper: jax.value_and_grad(lambda x: f(x, *hyper, eps=0.0))(zero)
-        return jax.grad(f)(x), f(x / 2), at_zero(), at_zero(2.0, 0.5)[1], jax.hessian(lambda x: f(x, eps=0.0))(zero)
+        return (
+            jax.grad(f)(x),
+            f(x / 2),
+            at_zero(),
+            at_zero(2.0, 0.5)[1],
+            jax.hessian(lambda x: f(x, eps=0.0))(zero),
+        )
 
     far, half, (value, grad), shifted, bend = found(x, jnp.zeros(4, dtype))
     np.testing.assert_allclose(np.float64(far), unit, rtol=eps)
-    np.testing.assert_allclose(float(half), scale / 2 * math.sqrt(2.5 * (4 if name == "layernorm" else 1)), rtol=eps)
-    assert value == 0 and (grad == 0).all() and (shifted == 0.5).all() and (bend == 0).all()  # by convention the direction of nothing is 0, and never NaN
+    np.testing.assert_allclose(
+        float(half), scale / 2 * math.sqrt(2.5 * (4 if name == "layernorm" else 1)), rtol=eps
+    )
+    # by convention the direction of nothing is 0, and never NaN
+    assert value == 0 and (grad == 0).all() and (shifted == 0.5).all() and (bend == 0).all()
 
 
 @every(NORMS)
 def test_facts_12_and_13_a_shift_moves_the_activation_by_itself_and_norms_are_per_token(name):
     x, shift = (jnp.asarray(np.random.default_rng(k).normal(size=(4, 3))) for k in (6, 8))
     g = lambda *delta: jax.grad(L[name])(x, 1.0, *delta)
-    plain, known, *moved = jax.jit(lambda: (g(), jax.vmap(CLOSED[name])(x), g(0.5), g(shift), g(shift[0])))()
+    plain, known, *moved = jax.jit(
+        lambda: (g(), jax.vmap(CLOSED[name])(x), g(0.5), g(shift), g(shift[0]))
+    )()
     np.testing.assert_allclose(plain, known, rtol=1e-12)
-    for got, d in zip(moved, (0.5, shift, shift[0]), strict=True): np.testing.assert_allclose(got - plain, jnp.broadcast_to(d, x.shape), rtol=1e-12)
+    for got, d in zip(moved, (0.5, shift, shift[0]), strict=True):
+        np.testing.assert_allclose(got - plain, jnp.broadcast_to(d, x.shape), rtol=1e-12)
 
 
 @every(NAMES)
@@ -457,14 +623,20 @@ def test_fact_19_one_scalar_for_any_shape(name):
     rng = np.random.default_rng(10)
     f = lambda x: L[name](x, *MINIMAL.get(name, ()))
     xs = [jnp.asarray(rng.normal(size=shape)) for shape in ((2, 3), (2, 1, 3))]
-    both = jax.jit(lambda xs: ([jax.value_and_grad(f)(x) for x in xs], jax.vmap(f)(jnp.concatenate([x.reshape(-1, 3) for x in xs]))))
+    both = jax.jit(
+        lambda xs: (
+            [jax.value_and_grad(f)(x) for x in xs],
+            jax.vmap(f)(jnp.concatenate([x.reshape(-1, 3) for x in xs])),
+        )
+    )
     wholes, rows = both(xs)
     for x, (got, grad), parts in zip(xs, wholes, np.reshape(rows, (2, 2)), strict=True):
         assert got.shape == () and got.dtype == x.dtype and grad.shape == x.shape
         np.testing.assert_allclose(got, parts.sum(), rtol=1e-13)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# -------------------
 # (g) bad input
 
 
@@ -475,10 +647,22 @@ def test_states_must_be_real_floating(name, dtype):
         L[name](jnp.ones(3, dtype), *MINIMAL.get(name, ()))
 
 
-BAD = [(n, dict(beta=b)) for n in WITH_BETA for b in (0.0, -1.0, np.float32(-2), jnp.asarray(0.0), math.nan)]
+BAD = [
+    (n, dict(beta=b))
+    for n in WITH_BETA
+    for b in (0.0, -1.0, np.float32(-2), jnp.asarray(0.0), math.nan)
+]
 BAD += [("repu", dict(n=n)) for n in (0.5, 0, -2, math.nan)]
-BAD += [(n, bad) for n in NORMS
-        for bad in (dict(gamma=-1.0), dict(eps=-1e-5), dict(gamma=jnp.asarray(-2.0)), dict(eps=math.nan))]
+BAD += [
+    (n, bad)
+    for n in NORMS
+    for bad in (
+        dict(gamma=-1.0),
+        dict(eps=-1e-5),
+        dict(gamma=jnp.asarray(-2.0)),
+        dict(eps=math.nan),
+    )
+]
 BAD += [(n, dict(axis=a)) for n in WITH_AXIS for a in (1, -2, (0, 3))]
 
 
@@ -509,24 +693,38 @@ def test_a_delta_that_does_not_fit(name):
             L[name](jnp.ones(3), 1.0, delta)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# -------------------
 # (h) axes, and the Legendre transform
 
 
 @every(WITH_AXIS)
 def test_any_axis(name):
-    x, vg = jnp.asarray(np.random.default_rng(11).normal(size=(2, 3, 4))), jax.value_and_grad(L[name])
+    x, vg = jnp.asarray(np.random.default_rng(11).normal(size=(2, 3, 4))), jax.value_and_grad(
+        L[name]
+    )
     ways = {  # axis: the same numbers with that axis last, and back
         0: (lambda x: jnp.moveaxis(x, 0, -1), lambda g: jnp.moveaxis(g, -1, 0)),
         -2: (lambda x: jnp.moveaxis(x, -2, -1), lambda g: jnp.moveaxis(g, -1, -2)),
-        (-1, 0): (lambda x: jnp.moveaxis(x, 1, 0).reshape(3, 8), lambda g: jnp.moveaxis(g.reshape(3, 2, 4), 0, 1)),
-        None: (lambda x: x.reshape(-1), lambda g: g.reshape(x.shape))}
+        (-1, 0): (
+            lambda x: jnp.moveaxis(x, 1, 0).reshape(3, 8),
+            lambda g: jnp.moveaxis(g.reshape(3, 2, 4), 0, 1),
+        ),
+        None: (lambda x: x.reshape(-1), lambda g: g.reshape(x.shape)),
+    }
 
     @jax.jit
     def pairs(x):
         there = {axis: vg(move(x)) for axis, (move, _) in ways.items()}
-        ghosts = {axis: lagr.ghostmax(x, axis=axis) for axis in (0, (-1, 0))} if name == "ghostmax" else {}
-        return [(vg(x, axis=axis), (there[axis][0], back(there[axis][1])), ghosts.get(axis)) for axis, (_, back) in ways.items()]
+        ghosts = (
+            {axis: lagr.ghostmax(x, axis=axis) for axis in (0, (-1, 0))}
+            if name == "ghostmax"
+            else {}
+        )
+        return [
+            (vg(x, axis=axis), (there[axis][0], back(there[axis][1])), ghosts.get(axis))
+            for axis, (_, back) in ways.items()
+        ]
 
     for (f, g), (f2, g2), ghost in pairs(x):
         np.testing.assert_allclose(f, f2, rtol=1e-13)
@@ -538,20 +736,31 @@ def xlogx(y):
     return jnp.where(y > 0, y * jnp.log(jnp.where(y > 0, y, 1)), 0)
 
 
-B, N, G, E = 0.7, 2.5, 1.5, 0.1  # beta, n, gamma, eps of the conjugates; y is the activation, less delta = 0.3 for the norms
+# beta, n, gamma, eps of the conjugates; y is the activation, less delta = 0.3 for the norms
+B, N, G, E = 0.7, 2.5, 1.5, 0.1
 CONJUGATE = dict(
-    identity=lambda y: jnp.sum(y**2) / 2, repu=lambda y: (1 - 1 / N) * jnp.sum(y ** (N / (N - 1))), relu=lambda y: jnp.sum(y**2) / 2,
-    exp=lambda y: jnp.sum(xlogx(y) - y) / B, rexp=lambda y: jnp.sum(xlogx(1 + y) - (1 + y)) / B,
-    tanh=lambda y: jnp.sum(xlogx(1 + y) + xlogx(1 - y)) / 2 / B, sigmoid=lambda y: jnp.sum(xlogx(y) + xlogx(1 - y)) / B,
-    softmax=lambda y: jnp.sum(xlogx(y)) / B, ghostmax=lambda y: (jnp.sum(xlogx(y)) + jnp.sum(xlogx(1 - jnp.sum(y, -1)))) / B,
-    layernorm=lambda y: -jnp.sum(y.shape[-1] * jnp.sqrt(E) * jnp.sqrt(G**2 - jnp.mean((y - 0.3) ** 2, -1))),
-    spherical_norm=lambda y: -jnp.sum(jnp.sqrt(E) * jnp.sqrt(G**2 - jnp.sum((y - 0.3) ** 2, -1))))
+    identity=lambda y: jnp.sum(y**2) / 2,
+    repu=lambda y: (1 - 1 / N) * jnp.sum(y ** (N / (N - 1))),
+    relu=lambda y: jnp.sum(y**2) / 2,
+    exp=lambda y: jnp.sum(xlogx(y) - y) / B,
+    rexp=lambda y: jnp.sum(xlogx(1 + y) - (1 + y)) / B,
+    tanh=lambda y: jnp.sum(xlogx(1 + y) + xlogx(1 - y)) / 2 / B,
+    sigmoid=lambda y: jnp.sum(xlogx(y) + xlogx(1 - y)) / B,
+    softmax=lambda y: jnp.sum(xlogx(y)) / B,
+    ghostmax=lambda y: (jnp.sum(xlogx(y)) + jnp.sum(xlogx(1 - jnp.sum(y, -1)))) / B,
+    layernorm=lambda y: -jnp.sum(
+        y.shape[-1] * jnp.sqrt(E) * jnp.sqrt(G**2 - jnp.mean((y - 0.3) ** 2, -1))
+    ),
+    spherical_norm=lambda y: -jnp.sum(jnp.sqrt(E) * jnp.sqrt(G**2 - jnp.sum((y - 0.3) ** 2, -1))),
+)
 
 
 @every(NAMES)
 def test_fenchel_young(name):
     x = jnp.asarray(np.random.default_rng(12).normal(size=(3, 4)) * 2)
-    args = {"repu": (N,), "layernorm": (G, 0.3, -1, E), "spherical_norm": (G, 0.3, -1, E)}.get(name, (B,) if HYPER[name] else ())
+    args = {"repu": (N,), "layernorm": (G, 0.3, -1, E), "spherical_norm": (G, 0.3, -1, E)}.get(
+        name, (B,) if HYPER[name] else ()
+    )
     value, y = VG[name](x, *args)
     np.testing.assert_allclose(value + CONJUGATE[name](y), jnp.vdot(x, y), rtol=1e-11)
 
@@ -559,7 +768,11 @@ def test_fenchel_young(name):
 def test_the_sum_over_the_rest_does_not_overflow_before_it_must():
     top = float(jnp.finfo(jnp.float32).max)
     x = jnp.asarray([[top, 0.0], [top, 0.0], [-top, -top], [-top, -top]], jnp.float32)
-    np.testing.assert_allclose(float(lagr.lagr_softmax(x)), 2 * math.log(2), atol=16 * float(jnp.finfo(jnp.float32).eps) * 4 * top)
+    np.testing.assert_allclose(
+        float(lagr.lagr_softmax(x)),
+        2 * math.log(2),
+        atol=16 * float(jnp.finfo(jnp.float32).eps) * 4 * top,
+    )
 
 
 def test_norms_of_a_constant_row_have_no_direction():
@@ -567,5 +780,3 @@ def test_norms_of_a_constant_row_have_no_direction():
     for dtype in DTYPES:
         _, g = VG["layernorm"](jnp.full(7, 0.1, dtype), eps=0.0)
         np.testing.assert_array_equal(np.float64(g), 0)
-
-

@@ -39,20 +39,37 @@ def derivatives(f, Xi, hyper, X):
         return (currents**2).sum() + energies.sum()
     every = (0, 1, 2)
     hessian = jax.jvp(lambda X: over(jax.grad(f, 2))(Xi, hyper, X), (X,), (jnp.cos(X),))[1]
-    return over(f)(Xi, hyper, X), jax.grad(lambda *a: over(f)(*a).sum(), every)(Xi, hyper, X), jax.grad(loss, every)(Xi, hyper, X), hessian
+    return (
+        over(f)(Xi, hyper, X),
+        jax.grad(lambda *a: over(f)(*a).sum(), every)(Xi, hyper, X),
+        jax.grad(loss, every)(Xi, hyper, X),
+        hessian,
+    )
 
 
-@pytest.mark.parametrize("L, hyper, similarity, mask", CASES, ids=lambda v: getattr(v, "__name__", None))
+@pytest.mark.parametrize(
+    "L, hyper, similarity, mask", CASES, ids=lambda v: getattr(v, "__name__", None)
+)
 def test_the_streamed_energy_is_the_plain_one_in_every_derivative(L, hyper, similarity, mask):
     with jax.enable_x64(True):
         X, Xi = jr.normal(jr.key(1), (4, 3), float), jr.normal(jr.key(2), (23, 3), float)
         hyper = {n: jnp.array(v) for n, v in hyper.items()}
-        ours = lambda Xi, hyper, x: MemorySynapse(Xi, Partial(L, **hyper), similarity, mask=mask, block=7)(x)
-        got, wanted = (jax.jit(derivatives, static_argnums=0)(f, Xi, hyper, X) for f in (ours, in_one_piece(L, similarity, mask)))
-        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True): np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-8)
+        ours = lambda Xi, hyper, x: MemorySynapse(
+            Xi, Partial(L, **hyper), similarity, mask=mask, block=7
+        )(x)
+        got, wanted = (
+            jax.jit(derivatives, static_argnums=0)(f, Xi, hyper, X)
+            for f in (ours, in_one_piece(L, similarity, mask))
+        )
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("L", [Partial(hmx.lagr_softmax, beta=jnp.array(0.1)), Partial(hmx.lagr_tanh, beta=jnp.array(0.1))], ids=["softmax", "tanh"])
+@pytest.mark.parametrize(
+    "L",
+    [Partial(hmx.lagr_softmax, beta=jnp.array(0.1)), Partial(hmx.lagr_tanh, beta=jnp.array(0.1))],
+    ids=["softmax", "tanh"],
+)
 def test_no_array_of_batch_times_memories_is_ever_live(L):
     K, d, B = 100_000, 16, 64
     array = 4 * B * K  # bytes
@@ -60,14 +77,21 @@ def test_no_array_of_batch_times_memories_is_ever_live(L):
     X, synapse = jnp.zeros((B, d)), MemorySynapse(jnp.zeros((K, d)), L, "euclidean")
     energy = jax.value_and_grad(lambda s, X: jax.vmap(s)(X).sum(), (0, 1))
     def trained(s, X):  # through a recall of three steps
-        return (jax.lax.scan(lambda X, _: (X - jax.vmap(jax.grad(s))(X), None), X, length=3)[0] ** 2).sum()
+        return (
+            jax.lax.scan(lambda X, _: (X - jax.vmap(jax.grad(s))(X), None), X, length=3)[0] ** 2
+        ).sum()
     for f in (energy, jax.grad(trained)):
         used = jax.jit(f).lower(synapse, X).compile().memory_analysis().temp_size_in_bytes
-        assert used < array / 2 + 3 * rows, f"{used / 1e6} MB of temporaries, against {array / 1e6} for batch × memories"
+        assert (
+            used < array / 2 + 3 * rows
+        ), f"{used / 1e6} MB of temporaries, against {array / 1e6} for batch × memories"
 
 
 def test_batches_of_memories_and_batches_of_batches():
-    X, Xi = (np.random.default_rng(k).normal(size=s).astype("f4") for k, s in enumerate([(2, 5, 3), (2, 23, 3)]))
+    X, Xi = (
+        np.random.default_rng(k).normal(size=s).astype("f4")
+        for k, s in enumerate([(2, 5, 3), (2, 23, 3)])
+    )
     ours = jax.jit(jax.vmap(lambda Xi, X: jax.vmap(jax.grad(MemorySynapse(Xi, block=7)))(X)))(Xi, X)
     e = np.exp(np.einsum("nkd,nbd->nbk", Xi, X))
     p = e / e.sum(-1, keepdims=True)
@@ -75,7 +99,9 @@ def test_batches_of_memories_and_batches_of_batches():
 
 
 def test_half_precision_is_summed_in_single():
-    Xi, x = jr.normal(jr.key(2), (5000, 8)).astype(jnp.float16), jr.normal(jr.key(1), (8,)).astype(jnp.float16)
+    Xi, x = jr.normal(jr.key(2), (5000, 8)).astype(jnp.float16), jr.normal(jr.key(1), (8,)).astype(
+        jnp.float16
+    )
     synapse = MemorySynapse(Xi, hmx.lagr_relu, block=64)
     value, grad = jax.jit(jax.value_and_grad(synapse))(x)
     assert value.dtype == grad.dtype == jnp.float16

@@ -31,7 +31,8 @@ def python(code: str, cwd: Path = ROOT) -> str:
     return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=True).stdout
 
 
-# --- what is generated -----------------------------------------------------------------------------------------------
+# --- what is generated
+# -----------------------------------------------------------------------------------------------
 
 
 def test_settings_in_step(): assert generated.drift(sync_dependencies.build(ROOT)) == ""
@@ -141,7 +142,8 @@ def test_versions_agree():
     assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
-# --- the wheel -------------------------------------------------------------------------------------------------------
+# --- the wheel ------------------------------------------------------------------------------------
+# -------------------
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +151,8 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     shutil.copytree(ROOT / "hamux", source / "hamux", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"): shutil.copy(ROOT / name, source)
-    # the licence of pyproject.toml is written as setuptools 77 reads it; where that is installed nothing is fetched
+    # the licence of pyproject.toml is written as setuptools 77 reads it; where that is installed
+    # nothing is fetched
     here = int(setuptools.__version__.split(".")[0]) >= 77
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", *(["--no-build-isolation"] if here else []), "-w", str(out), str(source)]
     run = subprocess.run(command, capture_output=True, text=True)
@@ -161,7 +164,8 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
 def test_wheel_is_whole(wheel):
     names = wheel.namelist()
     assert {n for n in names if n.startswith("hamux/")} == {f"hamux/{m}.py" for m in MODULES}
-    assert {n.split("/")[0].split("-")[0] for n in names} == {"hamux"}  # no tests, scripts or notebooks beside it
+    # no tests, scripts or notebooks beside it
+    assert {n.split("/")[0].split("-")[0] for n in names} == {"hamux"}
     assert any(n.endswith("licenses/LICENSE") for n in names)
 
 
@@ -181,7 +185,8 @@ def test_console_scripts_resolve(target):
     assert callable(getattr(importlib.import_module(module), name))
 
 
-# --- importing -------------------------------------------------------------------------------------------------------
+# --- importing ------------------------------------------------------------------------------------
+# -------------------
 
 
 def test_import_is_light():
@@ -206,7 +211,8 @@ def test_every_import_is_declared():
         for node in ast.walk(tree):
             if isinstance(node, ast.Import): tops = {n.name.split(".")[0] for n in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level: tops = {node.module.split(".")[0]}
-            else: continue
+            else:
+                continue
             tops = {alias.get(t, t) for t in tops if t not in sys.stdlib_module_names and t != "hamux"}
             allowed = required if node in tree.body else required | optional
             assert tops <= allowed, f"{path.name}, line {node.lineno}: {tops - allowed} is not declared for this"
@@ -226,7 +232,8 @@ def test_public_names():
         if inspect.isfunction(value) or inspect.isclass(value): assert (value.__doc__ or "").strip(), f"{name} has no docstring"
 
 
-# --- the files -------------------------------------------------------------------------------------------------------
+# --- the files ------------------------------------------------------------------------------------
+# -------------------
 
 
 def tracked() -> list[Path]:
@@ -247,8 +254,10 @@ def check_text(text: str) -> list[str]:
 def test_no_machine_in_files():
     found = {}
     for path in tracked():
-        try: problems = check_text(path.read_text(encoding="utf-8"))
-        except UnicodeDecodeError: continue
+        try:
+            problems = check_text(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            continue
         if problems: found[path.relative_to(ROOT).as_posix()] = problems
     assert found == {}
 

@@ -18,7 +18,8 @@ def x64():
 
 
 def corners(key, n, d=100): return jr.bernoulli(key, shape=(n, d)).astype(float) / math.sqrt(d)
-def exact(x, patterns, beta): return -jax.nn.logsumexp(-beta / 2 * ((x - patterns)**2).sum(-1)) / beta
+def exact(x, patterns, beta):
+    return -jax.nn.logsumexp(-beta / 2 * ((x - patterns) ** 2).sum(-1)) / beta
 
 
 @pytest.mark.parametrize("beta", [0.5, 10.0])
@@ -42,12 +43,26 @@ def test_slope_of_the_error():
     @jax.jit
     def errors(freq, stored, asked):
         memory = RandomFeatureMemory(_features(stored, freq).sum(0), freq, beta)
-        return abs(jax.vmap(memory)(asked) - jax.vmap(lambda x: exact(x, stored, beta))(asked)).mean()
+        return abs(
+            jax.vmap(memory)(asked) - jax.vmap(lambda x: exact(x, stored, beta))(asked)
+        ).mean()
 
-    found = np.array([[errors(math.sqrt(beta) * rng.normal(size=(m, 100)), *np.split(corners(jr.key(seed), 80), [50])) for m in sizes] for seed in range(8)])
+    found = np.array(
+        [
+            [
+                errors(
+                    math.sqrt(beta) * rng.normal(size=(m, 100)),
+                    *np.split(corners(jr.key(seed), 80), [50]),
+                )
+                for m in sizes
+            ]
+            for seed in range(8)
+        ]
+    )
     slopes = np.polyfit(np.log(sizes), np.log(found).T, 1)[0]
     assert abs(slopes.mean() + 0.5) < 0.1
-    # first order: |ΔE| ≈ |ΔS| / (β S), so with S near 4 and noise √(K/2m) at most some hundredths at the start
+    # first order: |ΔE| ≈ |ΔS| / (β S), so with S near 4 and noise √(K/2m) at most some hundredths
+    # at the start
     assert found.mean(0)[0] < 2 * math.sqrt(50 / 1000) / (beta * 4)
 
 
@@ -67,8 +82,12 @@ def test_add_and_remove():
     grown = part.add(patterns[300:500]).add(patterns[500:])
     np.testing.assert_allclose(grown.T, whole.T, rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(grown.remove(patterns[300:]).T, part.T, rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(_features(patterns, whole.frequencies).sum(0), whole.T, rtol=1e-9, atol=1e-9)
-    assert [leaf.shape for leaf in jax.tree_util.tree_leaves(grown)] == [leaf.shape for leaf in jax.tree_util.tree_leaves(part)]
+    np.testing.assert_allclose(
+        _features(patterns, whole.frequencies).sum(0), whole.T, rtol=1e-9, atol=1e-9
+    )
+    assert [leaf.shape for leaf in jax.tree_util.tree_leaves(grown)] == [
+        leaf.shape for leaf in jax.tree_util.tree_leaves(part)
+    ]
     assert (grown.beta, grown.floor) == (1.0, 2.0)
     empty = whole.remove(patterns)
     assert jnp.isfinite(empty(patterns[0]))
@@ -78,14 +97,18 @@ def test_gradient_and_floor():
     patterns = jr.normal(jr.key(0), (5, 3))
     memory = RandomFeatureMemory.store(jr.key(1), patterns, 2.0, 500)
     x, v, h = patterns[0] + 0.1, jr.normal(jr.key(2), (3,)), 1e-6
-    np.testing.assert_allclose(jax.grad(memory)(x) @ v, (memory(x + h * v) - memory(x - h * v)) / (2 * h), rtol=1e-6)
+    np.testing.assert_allclose(
+        jax.grad(memory)(x) @ v, (memory(x + h * v) - memory(x - h * v)) / (2 * h), rtol=1e-6
+    )
     far = 1e3 * jr.normal(jr.key(3), (200, 3))
     E, g = jax.vmap(jax.value_and_grad(memory))(far)
     top = -math.log(memory.noise) / 2
     assert (E <= top + 1e-12).all() and jnp.isclose(E, top).mean() > 0.7
     assert (g[jnp.isclose(E, top)] == 0).all()
     higher = RandomFeatureMemory(memory.T, memory.frequencies, 2.0, floor=3.0)
-    np.testing.assert_allclose(jax.vmap(higher)(far).max(), -math.log(3 * memory.noise) / 2, rtol=1e-12)
+    np.testing.assert_allclose(
+        jax.vmap(higher)(far).max(), -math.log(3 * memory.noise) / 2, rtol=1e-12
+    )
     # over all of space the root mean square of the sum is ‖T‖/√2m
     sums = _features(1e4 * jr.uniform(jr.key(4), (20_000, 3)), memory.frequencies) @ memory.T
     np.testing.assert_allclose(jnp.sqrt((sums**2).mean()), memory.noise, rtol=0.03)
@@ -96,7 +119,9 @@ def test_parameters():
     slope = jax.grad(lambda m: m(jnp.zeros(3)))(memory)
     assert (slope.frequencies == 0).all() and (slope.T != 0).any()
     held = RandomFeatureMemory(memory.T, memory.frequencies, 2.0, trainable=False)
-    assert not jax.tree_util.tree_reduce(lambda a, g: a or bool((g != 0).any()), jax.grad(lambda m: m(jnp.zeros(3)))(held), False)
+    assert not jax.tree_util.tree_reduce(
+        lambda a, g: a or bool((g != 0).any()), jax.grad(lambda m: m(jnp.zeros(3)))(held), False
+    )
     for dtype in (jnp.float32, jnp.float64):
         got = RandomFeatureMemory.store(jr.key(1), jnp.ones((2, 3), dtype), 2.0, 5)
         assert got.T.dtype == got.frequencies.dtype == got(jnp.ones(3, dtype)).dtype == dtype
@@ -108,23 +133,54 @@ def test_recall():
     asked = stored.at[:, :5].set(1 / 8 - stored[:, :5])
     memory = RandomFeatureMemory.store(jr.key(1), stored, beta, 20_000)
     layer = {"x": hmx.IdentityLayer(64, leak=False)}
-    ends = [hmx.descend(hmx.HAM(layer, {"m": m}, [(("x",), "m")]).vectorize(), {"x": asked}, solver=hmx.Euler(0.3), max_steps=100, atol=1e-3, trace=False).xs["x"]
-            for m in (memory, lambda x: exact(x, stored, beta))]
+    ends = [
+        hmx.descend(
+            hmx.HAM(layer, {"m": m}, [(("x",), "m")]).vectorize(),
+            {"x": asked},
+            solver=hmx.Euler(0.3),
+            max_steps=100,
+            atol=1e-3,
+            trace=False,
+        ).xs["x"]
+        for m in (memory, lambda x: exact(x, stored, beta))
+    ]
     np.testing.assert_allclose(ends[1], stored, atol=2e-3)
     assert jnp.sqrt(((ends[0] - ends[1])**2).sum(1)).max() < 0.1
     assert ((ends[0] > 1 / 16) == (stored > 1 / 16)).all()
 
 
-@pytest.mark.parametrize("bad, words", [
-    (lambda: RandomFeatureMemory.store(jr.key(0), jnp.ones(3), 1.0, 4), "one per row"),
-    (lambda: RandomFeatureMemory.store(jr.key(0), jnp.ones((0, 3)), 1.0, 4), "one per row"),
-    (lambda: RandomFeatureMemory.store(jr.key(0), jnp.ones((2, 3)) * 1j, 1.0, 4), "are real"),
-    (lambda: RandomFeatureMemory.store(jr.key(0), jnp.ones((2, 3)), jnp.ones(2), 4), "beta is one positive number"),
-    (lambda: RandomFeatureMemory.store(jr.key(0), jnp.ones((2, 3)), float("inf"), 4), "beta is one positive number"),
-    (lambda: RandomFeatureMemory.store(jr.key(0), jnp.ones((2, 3)), 1.0, 4.0), "n_features is a positive int"),
-    (lambda: RandomFeatureMemory.store(jr.key(0), jnp.ones((2, 3)), 1.0, 4, floor=0), "floor is one positive number"),
-    (lambda: RandomFeatureMemory(jnp.ones(8), jnp.ones((3, 4)), 1.0), r"\(8,\) and \(3, 4\)"),
-    (lambda: hmx.HAM([hmx.IdentityLayer(4)], [RandomFeatureMemory.store(jr.key(0), jnp.ones((2, 3)), 1.0, 4)], [((0,), 0)]), r"should have shape \(3,\)"),
-])
+@pytest.mark.parametrize(
+    "bad, words",
+    [
+        (lambda: RandomFeatureMemory.store(jr.key(0), jnp.ones(3), 1.0, 4), "one per row"),
+        (lambda: RandomFeatureMemory.store(jr.key(0), jnp.ones((0, 3)), 1.0, 4), "one per row"),
+        (lambda: RandomFeatureMemory.store(jr.key(0), jnp.ones((2, 3)) * 1j, 1.0, 4), "are real"),
+        (
+            lambda: RandomFeatureMemory.store(jr.key(0), jnp.ones((2, 3)), jnp.ones(2), 4),
+            "beta is one positive number",
+        ),
+        (
+            lambda: RandomFeatureMemory.store(jr.key(0), jnp.ones((2, 3)), float("inf"), 4),
+            "beta is one positive number",
+        ),
+        (
+            lambda: RandomFeatureMemory.store(jr.key(0), jnp.ones((2, 3)), 1.0, 4.0),
+            "n_features is a positive int",
+        ),
+        (
+            lambda: RandomFeatureMemory.store(jr.key(0), jnp.ones((2, 3)), 1.0, 4, floor=0),
+            "floor is one positive number",
+        ),
+        (lambda: RandomFeatureMemory(jnp.ones(8), jnp.ones((3, 4)), 1.0), r"\(8,\) and \(3, 4\)"),
+        (
+            lambda: hmx.HAM(
+                [hmx.IdentityLayer(4)],
+                [RandomFeatureMemory.store(jr.key(0), jnp.ones((2, 3)), 1.0, 4)],
+                [((0,), 0)],
+            ),
+            r"should have shape \(3,\)",
+        ),
+    ],
+)
 def test_bad_input(bad, words):
     with pytest.raises((ValueError, TypeError), match=words): bad()

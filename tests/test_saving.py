@@ -21,14 +21,27 @@ from hamux.storage.saving import load, save
 
 def same(a, b):
     return jtu.tree_structure(a) == jtu.tree_structure(b) and all(
-        (v.dtype, v.shape, np.asarray(v).tobytes()) == (w.dtype, w.shape, np.asarray(w).tobytes()) for v, w in zip(jtu.tree_leaves(a), jtu.tree_leaves(b), strict=True))
+        (v.dtype, v.shape, np.asarray(v).tobytes()) == (w.dtype, w.shape, np.asarray(w).tobytes())
+        for v, w in zip(jtu.tree_leaves(a), jtu.tree_leaves(b), strict=True)
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
 def test_round_trip(dtype, tmp_path):
     with jax.enable_x64(dtype == jnp.float64):
-        make = lambda key: hmx.HAM([hmx.SoftmaxLayer(4, beta=jnp.asarray(1.5, dtype)), hmx.TanhLayer((2, 3), tau=0.5, leak=False)],
-                                   [hmx.DenseSynapse(jnp.asarray(np.random.default_rng(key).normal(size=(4, 2, 3)), dtype)), hmx.BiasSynapse(jnp.ones((2, 3), dtype), trainable=False)], [([0, 1], 0), ([1], 1)])
+        make = lambda key: hmx.HAM(
+            [
+                hmx.SoftmaxLayer(4, beta=jnp.asarray(1.5, dtype)),
+                hmx.TanhLayer((2, 3), tau=0.5, leak=False),
+            ],
+            [
+                hmx.DenseSynapse(
+                    jnp.asarray(np.random.default_rng(key).normal(size=(4, 2, 3)), dtype)
+                ),
+                hmx.BiasSynapse(jnp.ones((2, 3), dtype), trainable=False),
+            ],
+            [([0, 1], 0), ([1], 1)],
+        )
         ham = make(0)
         save(tmp_path / "n", ham.vectorize())
         assert same(load(tmp_path / "n"), ham) and same(load(tmp_path / "n", like=make(1)), ham)
@@ -48,13 +61,24 @@ def test_special_values(tmp_path):
 
 def test_a_synapse_that_stands_in_no_connection(tmp_path):
     with pytest.warns(UserWarning, match="stand in no connection"):
-        ham = hmx.HAM({"a": hmx.TanhLayer(2)}, {"b": hmx.BiasSynapse(jnp.ones(2)), "idle": hmx.LinearSynapse(jnp.ones((3, 5)))}, [(("a",), "b")])
+        ham = hmx.HAM(
+            {"a": hmx.TanhLayer(2)},
+            {"b": hmx.BiasSynapse(jnp.ones(2)), "idle": hmx.LinearSynapse(jnp.ones((3, 5)))},
+            [(("a",), "b")],
+        )
     save(tmp_path / "n", ham)
-    with pytest.warns(UserWarning, match="stand in no connection"): assert same(load(tmp_path / "n"), ham)
-    with pytest.warns(UserWarning, match="stand in no connection"): assert from_config(to_config(ham), key=jr.key(0)).hypersynapses["idle"].W.shape == (3, 5)
+    with pytest.warns(UserWarning, match="stand in no connection"):
+        assert same(load(tmp_path / "n"), ham)
+    with pytest.warns(UserWarning, match="stand in no connection"):
+        assert from_config(to_config(ham), key=jr.key(0)).hypersynapses["idle"].W.shape == (3, 5)
 
 
-def small(key=0, n=3): return hmx.HAM({"a": hmx.TanhLayer(n), "b": hmx.SoftmaxLayer(2)}, {"s": hmx.LinearSynapse(jr.normal(jr.key(key), (n, 2)))}, [(("a", "b"), "s")])
+def small(key=0, n=3):
+    return hmx.HAM(
+        {"a": hmx.TanhLayer(n), "b": hmx.SoftmaxLayer(2)},
+        {"s": hmx.LinearSynapse(jr.normal(jr.key(key), (n, 2)))},
+        [(("a", "b"), "s")],
+    )
 
 
 def test_every_truncation_is_refused(tmp_path):
@@ -76,14 +100,17 @@ def test_a_changed_byte_is_refused_or_harmless(tmp_path):
         changed = bytearray(whole)
         changed[i] ^= 1 << (i % 8)
         path.write_bytes(changed)
-        try: assert same(load(path), ham), i
-        except FileProblem: refused += 1
+        try:
+            assert same(load(path), ham), i
+        except FileProblem:
+            refused += 1
     assert refused > len(places) / 2
 
 
 def rewritten(path, change):
     "The file at `path` with its header changed."
-    with zipfile.ZipFile(path) as archive: members = {n: archive.read(n) for n in archive.namelist()}
+    with zipfile.ZipFile(path) as archive:
+        members = {n: archive.read(n) for n in archive.namelist()}
     header = json.loads(members["hamux.json"])
     change(header)
     members["hamux.json"] = json.dumps(header).encode()
@@ -91,18 +118,29 @@ def rewritten(path, change):
         for n, data in members.items(): archive.writestr(n, data)
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda h: h.update(version=99), "newer hamux"),
-    (lambda h: h.update(format="x"), "not a network saved by hamux"),
-    (lambda h: h.pop("version"), "not a network saved by hamux"),
-    (lambda h: h.pop("network"), "damaged"),
-    (lambda h: h.pop("parameters"), "damaged"),
-    (lambda h: h["network"]["neurons"]["a"].update(shape=[10**6]), "cannot be made here"),
-    (lambda h: h["network"]["hypersynapses"]["s"].update(type="os:system"), "unknown name 'os:system'"),
-    (lambda h: h["network"]["neurons"]["a"].update(lagrangian={"name": "os:system", "command": "true"}), "unknown name 'os:system'"),
-    (lambda h: h["parameters"][0].update(shape=[10**9, 10**9]), "other parameters"),
-    (lambda h: h["parameters"][0].update(dtype="float16"), "other parameters"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda h: h.update(version=99), "newer hamux"),
+        (lambda h: h.update(format="x"), "not a network saved by hamux"),
+        (lambda h: h.pop("version"), "not a network saved by hamux"),
+        (lambda h: h.pop("network"), "damaged"),
+        (lambda h: h.pop("parameters"), "damaged"),
+        (lambda h: h["network"]["neurons"]["a"].update(shape=[10**6]), "cannot be made here"),
+        (
+            lambda h: h["network"]["hypersynapses"]["s"].update(type="os:system"),
+            "unknown name 'os:system'",
+        ),
+        (
+            lambda h: h["network"]["neurons"]["a"].update(
+                lagrangian={"name": "os:system", "command": "true"}
+            ),
+            "unknown name 'os:system'",
+        ),
+        (lambda h: h["parameters"][0].update(shape=[10**9, 10**9]), "other parameters"),
+        (lambda h: h["parameters"][0].update(dtype="float16"), "other parameters"),
+    ],
+)
 def test_a_changed_header(change, message, tmp_path):
     save(tmp_path / "n", small())
     rewritten(tmp_path / "n", change)
@@ -116,13 +154,17 @@ def test_a_pickle_is_not_executed(tmp_path):
     with zipfile.ZipFile(tmp_path / "n") as archive: header = archive.read("hamux.json")
     with zipfile.ZipFile(tmp_path / "n", "w") as archive:
         archive.writestr("hamux.json", header)
-        with archive.open("0.npy", "w") as member: np.save(member, np.array([Bomb()], dtype=object), allow_pickle=True)
+        with archive.open("0.npy", "w") as member:
+            np.save(member, np.array([Bomb()], dtype=object), allow_pickle=True)
     with pytest.raises(FileProblem): load(tmp_path / "n")
 
 
 def test_another_architecture(tmp_path):
     save(tmp_path / "n", small())
-    with pytest.raises(FileProblem, match=r"holds another network: /neurons/a/shape/0 is 3 in the file, and 4 here"): load(tmp_path / "n", like=small(n=4))
+    with pytest.raises(
+        FileProblem, match=r"holds another network: /neurons/a/shape/0 is 3 in the file, and 4 here"
+    ):
+        load(tmp_path / "n", like=small(n=4))
 
 
 WRITER = """
@@ -141,7 +183,9 @@ def test_a_killed_writer_leaves_a_whole_file(tmp_path):
     path, rng, left = tmp_path / "n", np.random.default_rng(0), 0
     for n in range(6):  # until one was killed in the middle of writing, and twice at least
         if n > 1 and left: break
-        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True
+        )
         try:
             assert writer.stdout.readline() == "ready\n"
             time.sleep(rng.uniform(0, 0.3))

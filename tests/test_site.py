@@ -27,7 +27,8 @@ MAX_CELLS, MAX_IMAGE_BYTES = 50, 150_000
 CROSSREF = re.compile(r"(fig|tbl|sec|eq|lst|thm|lem|cor|prp|cnj|def|exm|exr)-")
 
 
-# --- reading pages ---------------------------------------------------------------------------------------------------
+# --- reading pages --------------------------------------------------------------------------------
+# -------------------
 
 
 def prose(text: str) -> str:
@@ -101,7 +102,8 @@ class Page:
     def links(self) -> list[tuple[bool, str, str]]:
         "(is it an image, text, target) of every link outside code"
         text = re.sub(r"^(```+|~~~+).*?^\1|<!--.*?-->", "", self.markdown, flags=re.M | re.S)
-        text = re.sub(r"(`+).+?\1", lambda m: "c" * len(m[0]), text, flags=re.S)  # a code span may be a link's text
+        # a code span may be a link's text
+        text = re.sub(r"(`+).+?\1", lambda m: "c" * len(m[0]), text, flags=re.S)
         return [(bool(i), t, u) for i, t, u in re.findall(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)[^)]*\)(?:\{[^}]*\})?", text)]
 
 
@@ -111,7 +113,8 @@ def page_paths(nbs: Path = NBS) -> list[Path]:
     return sorted(p for p in found if not any(part[0] in "_." for part in p.relative_to(nbs).parts))
 
 
-# --- the checks ------------------------------------------------------------------------------------------------------
+# --- the checks -----------------------------------------------------------------------------------
+# -------------------
 
 
 def hrefs(node) -> list[str]:
@@ -255,7 +258,8 @@ def check_processed(project: Path, run: subprocess.CompletedProcess) -> list[str
     return problems
 
 
-# --- the site passes them --------------------------------------------------------------------------------------------
+# --- the site passes them
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -338,7 +342,8 @@ def test_proc_nbs(tmp_path):
     assert {"_quarto.yml", "references.bib", "styles.css"} <= {p.name for p in (tmp_path / "_proc").iterdir()}
 
 
-# --- and a broken sample does not ------------------------------------------------------------------------------------
+# --- and a broken sample does not
+# ------------------------------------------------------------------------------------
 
 
 def md(*sources: str) -> Page: return Page("p/a.ipynb", [new_markdown_cell(s) for s in sources])

@@ -1,4 +1,5 @@
 "Losses and training beyond the notebooks: closed forms in float64, what is exact to the bit, kills, interrupts, damaged files"
+
 import itertools
 import os
 import signal
@@ -18,34 +19,59 @@ import hamux as hmx
 from hamux import training
 from hamux.storage.files import FileProblem
 from hamux.learning.gradients import Gradient
-from hamux.learning.losses import classification_loss, completion_loss, cross_entropy, denoising_loss, hide_half, hide_pixels, hide_rectangle
+from hamux.learning.losses import (
+    classification_loss,
+    completion_loss,
+    cross_entropy,
+    denoising_loss,
+    hide_half,
+    hide_pixels,
+    hide_rectangle,
+)
 from hamux.learning.training import batches, fit, unit_norm
 
 
 def leaves(*trees): return [np.asarray(v) for v in jtu.tree_leaves(trees)]
-def same_bits(a, b): return all((u.dtype, u.tobytes()) == (v.dtype, v.tobytes()) for u, v in zip(leaves(a), leaves(b), strict=True))
+def same_bits(a, b):
+    return all(
+        (u.dtype, u.tobytes()) == (v.dtype, v.tobytes())
+        for u, v in zip(leaves(a), leaves(b), strict=True)
+    )
 
 
 def two_matrices(dtype=jnp.float32, **kwargs):
     W = jr.normal(jr.key(0), (2, 3), dtype)
-    return hmx.HAM({"a": hmx.IdentityLayer(2), "b": hmx.TanhLayer(3, beta=jnp.asarray(1.5, dtype))}, {"W": hmx.LinearSynapse(W, **kwargs), "V": hmx.LinearSynapse(2 * W)},
-                   [(("a", "b"), "W"), (("a", "b"), "V")])
+    return hmx.HAM(
+        {"a": hmx.IdentityLayer(2), "b": hmx.TanhLayer(3, beta=jnp.asarray(1.5, dtype))},
+        {"W": hmx.LinearSynapse(W, **kwargs), "V": hmx.LinearSynapse(2 * W)},
+        [(("a", "b"), "W"), (("a", "b"), "V")],
+    )
 
 
 def pull(ham, batch, key):
     "No recall: the matrices are drawn to the rows, with noise from the key"
     target = batch.mean() + 0.1 * jr.normal(key, ())
-    return ((ham.hypersynapses["W"].W - target)**2).sum() + (ham.hypersynapses["V"].W**4).sum() + ham.neurons["b"].lagrangian.keywords["beta"]**2
+    return (
+        ((ham.hypersynapses["W"].W - target) ** 2).sum()
+        + (ham.hypersynapses["V"].W ** 4).sum()
+        + ham.neurons["b"].lagrangian.keywords["beta"] ** 2
+    )
 
 
 DATA = np.linspace(-1, 1, 23, dtype=np.float32)
 QUICK = dict(batch_size=4, key=jr.key(7), progress=False)
 
 
-# --- losses against closed forms ------------------------------------------------------------------------------------
+# --- losses against closed forms
+# ------------------------------------------------------------------------------------
 
 
-def quadratic(W, b): return hmx.HAM({"v": hmx.IdentityLayer(len(b)), "h": hmx.IdentityLayer(W.shape[1])}, {"W": hmx.LinearSynapse(W), "b": hmx.BiasSynapse(b)}, [(("v", "h"), "W"), (("v",), "b")])
+def quadratic(W, b):
+    return hmx.HAM(
+        {"v": hmx.IdentityLayer(len(b)), "h": hmx.IdentityLayer(W.shape[1])},
+        {"W": hmx.LinearSynapse(W), "b": hmx.BiasSynapse(b)},
+        [(("v", "h"), "W"), (("v",), "b")],
+    )
 
 
 def agrees(loss, ham, batch, closed, key, plain=False):
@@ -60,13 +86,22 @@ def agrees(loss, ham, batch, closed, key, plain=False):
         np.testing.assert_allclose(mean, value, rtol=1e-8)
 
 
-SETTINGS = dict(solver=hmx.Euler(0.9), rtol=1e-12, atol=1e-12, max_steps=500, method=hmx.ImplicitAdjoint(rtol=1e-12))
+SETTINGS = dict(
+    solver=hmx.Euler(0.9),
+    rtol=1e-12,
+    atol=1e-12,
+    max_steps=500,
+    method=hmx.ImplicitAdjoint(rtol=1e-12),
+)
 
 
 def test_denoising_closed_form():
     "With one attractor the end does not depend on the noise: v* = (1 − WWᵀ)⁻¹ b"
     with jax.enable_x64(True):
-        W, b, y = (s * jr.normal(k, n) for s, k, n in zip((0.2, 1, 1), jr.split(jr.key(0), 3), ((4, 2), (4,), (5, 4))))
+        W, b, y = (
+            s * jr.normal(k, n)
+            for s, k, n in zip((0.2, 1, 1), jr.split(jr.key(0), 3), ((4, 2), (4,), (5, 4)))
+        )
         def closed(W, b): return ((jnp.linalg.solve(jnp.eye(4) - W @ W.T, b) - y)**2).mean()
         agrees(denoising_loss("v", 0.7, **SETTINGS), quadratic(W, b), y, closed, jr.key(1))
 
@@ -74,13 +109,22 @@ def test_denoising_closed_form():
 def test_completion_closed_form():
     "The hidden pixels u given the known k: v_u = (1 − W_u W_uᵀ)⁻¹ (b_u + W_u W_kᵀ v_k)"
     with jax.enable_x64(True):
-        W, b, y = (s * jr.normal(k, n) for s, k, n in zip((0.3, 1, 1), jr.split(jr.key(0), 3), ((4, 2), (4,), (3, 4))))
-        loss, ham, key = completion_loss("v", hide_pixels(0.5), **SETTINGS), quadratic(W, b), jr.key(1)
+        W, b, y = (
+            s * jr.normal(k, n)
+            for s, k, n in zip((0.3, 1, 1), jr.split(jr.key(0), 3), ((4, 2), (4,), (3, 4)))
+        )
+        loss, ham, key = (
+            completion_loss("v", hide_pixels(0.5), **SETTINGS),
+            quadratic(W, b),
+            jr.key(1),
+        )
         hidden = np.asarray(loss.asked(ham, y, key)[1][1])
         def closed(W, b):
             rows = []
             for v, u in zip(y, hidden, strict=True):
-                free = jnp.linalg.solve(jnp.eye(u.sum()) - W[u] @ W[u].T, b[u] + W[u] @ W[~u].T @ v[~u])
+                free = jnp.linalg.solve(
+                    jnp.eye(u.sum()) - W[u] @ W[u].T, b[u] + W[u] @ W[~u].T @ v[~u]
+                )
                 rows.append(((free - v[u])**2).mean())
             return jnp.stack(rows).mean()
         assert (hidden.sum(1) == 2).all() and len({u.tobytes() for u in hidden}) > 1
@@ -91,7 +135,11 @@ def test_classification_closed_form():
     "Image – label in one synapse is logistic regression"
     with jax.enable_x64(True):
         W, b, v = (jr.normal(k, n) for k, n in zip(jr.split(jr.key(0), 3), ((3, 4), (4,), (6, 3))))
-        ham = hmx.HAM({"v": hmx.IdentityLayer(3), "y": hmx.SoftmaxLayer(4)}, {"W": hmx.LinearSynapse(W), "b": hmx.BiasSynapse(b)}, [(("v", "y"), "W"), (("y",), "b")])
+        ham = hmx.HAM(
+            {"v": hmx.IdentityLayer(3), "y": hmx.SoftmaxLayer(4)},
+            {"W": hmx.LinearSynapse(W), "b": hmx.BiasSynapse(b)},
+            [(("v", "y"), "W"), (("y",), "b")],
+        )
         labels = jnp.array([0, 1, 2, 3, 3, 1])
         def closed(W, b): return -jax.nn.log_softmax(v @ W + b)[jnp.arange(6), labels].mean()
         agrees(classification_loss("y", "v", **SETTINGS), ham, (v, labels), closed, jr.key(0))
@@ -108,26 +156,47 @@ def test_cross_entropy_is_finite(dtype):
     assert jnp.isnan(jax.jit(lambda y: cross_entropy("y")({"y": jnp.ones(3) / 3}, y))(3))
 
 
-@pytest.mark.parametrize("hide, shape, counts", [
-    (hide_half((4, 6)), (24,), {12}), (hide_half(), (3, 3), {3}), (hide_half(), (4, 4, 3), {24}), (hide_rectangle(0.5, 0.5), (4, 6), {6}),
-    (hide_pixels(1 / 3), (6, 2), {4}), (hide_pixels(0.5, grid=(6,)), (6, 7), {21}), (hide_pixels(0.25, grid=(2, 2)), (4, 9), {9}),
-])
+@pytest.mark.parametrize(
+    "hide, shape, counts",
+    [
+        (hide_half((4, 6)), (24,), {12}),
+        (hide_half(), (3, 3), {3}),
+        (hide_half(), (4, 4, 3), {24}),
+        (hide_rectangle(0.5, 0.5), (4, 6), {6}),
+        (hide_pixels(1 / 3), (6, 2), {4}),
+        (hide_pixels(0.5, grid=(6,)), (6, 7), {21}),
+        (hide_pixels(0.25, grid=(2, 2)), (4, 9), {9}),
+    ],
+)
 def test_hidden_counts(hide, shape, counts):
     masks = np.asarray(jax.jit(jax.vmap(lambda k: hide(k, shape)))(jr.split(jr.key(0), 60)))
-    assert masks.shape == (60, *shape) and masks.dtype == bool and set(masks.sum(tuple(range(1, masks.ndim))).tolist()) == counts
-    assert masks.any(0).all() if shape != (3, 3) else not masks[:, 1, 1].any() # an odd side: the middle is in neither half
-    if len(shape) == 3: assert (masks.any(-1) == masks.all(-1)).all() # the channels of a pixel together
+    assert (
+        masks.shape == (60, *shape)
+        and masks.dtype == bool
+        and set(masks.sum(tuple(range(1, masks.ndim))).tolist()) == counts
+    )
+    # an odd side: the middle is in neither half
+    assert masks.any(0).all() if shape != (3, 3) else not masks[:, 1, 1].any()
+    # the channels of a pixel together
+    if len(shape) == 3: assert (masks.any(-1) == masks.all(-1)).all()
 
 
 def test_rectangles():
-    masks = np.asarray(jax.jit(jax.vmap(lambda k: hide_rectangle(0.2, 0.6)(k, (10, 10))))(jr.split(jr.key(1), 300)))
+    masks = np.asarray(
+        jax.jit(jax.vmap(lambda k: hide_rectangle(0.2, 0.6)(k, (10, 10))))(jr.split(jr.key(1), 300))
+    )
     high, wide = masks.any(2).sum(1), masks.any(1).sum(1)
-    assert (high * wide == masks.sum((1, 2))).all() and set(high) == set(wide) == {2, 3, 4, 5, 6} and masks.any(0).all()
+    assert (
+        (high * wide == masks.sum((1, 2))).all()
+        and set(high) == set(wide) == {2, 3, 4, 5, 6}
+        and masks.any(0).all()
+    )
     edges = np.diff(np.pad(masks.any(2), [(0, 0), (1, 1)]).astype(int), axis=1)
     assert (abs(edges).sum(1) == 2).all() # in one piece
 
 
-# --- batches --------------------------------------------------------------------------------------------------------
+# --- batches --------------------------------------------------------------------------------------
+# ------------------
 
 
 def test_batches_are_a_function_of_the_step(tmp_path):
@@ -137,16 +206,24 @@ def test_batches_are_a_function_of_the_step(tmp_path):
     for epoch in range(3):
         rows = np.concatenate([b["i"] for b, _ in run[4 * epoch:4 * epoch + 4]])
         assert len(set(rows.tolist())) == 20
-        assert (np.concatenate([b["x"] for b, _ in run[4 * epoch:4 * epoch + 4]]) == DATA[rows]).all()
-    assert len({r["i"].tobytes() for r, _ in run}) == 13 and len({jr.key_data(k).tobytes() for _, k in run}) == 13
+        assert (
+            np.concatenate([b["x"] for b, _ in run[4 * epoch : 4 * epoch + 4]]) == DATA[rows]
+        ).all()
+    assert (
+        len({r["i"].tobytes() for r, _ in run}) == 13
+        and len({jr.key_data(k).tobytes() for _, k in run}) == 13
+    )
     for first in (1, 4, 7, 12):
         batch, key = next(batches(data, 5, key=jr.key(0), first=first))
-        assert (batch["i"] == run[first][0]["i"]).all() and (jr.key_data(key) == jr.key_data(run[first][1])).all()
+        assert (batch["i"] == run[first][0]["i"]).all() and (
+            jr.key_data(key) == jr.key_data(run[first][1])
+        ).all()
     old = next(batches(data, 5, key=jr.PRNGKey(0)))[0]["i"]
     assert (old == run[0][0]["i"]).all()
 
 
-# --- fit ------------------------------------------------------------------------------------------------------------
+# --- fit ------------------------------------------------------------------------------------------
+# ------------------
 
 
 def test_gradient_descent_by_hand():
@@ -166,46 +243,97 @@ def test_gradient_descent_by_hand():
 
 
 def test_dtype_is_kept():
-    out = fit(two_matrices(jnp.bfloat16), lambda ham, batch, key: (ham.hypersynapses["W"].W**2).sum(), DATA, optax.adam(0.1), steps=3, **QUICK)
-    assert {str(v.dtype) for v in leaves(out.ham)} == {"bfloat16"} and out.losses[-1] < out.losses[0]
+    out = fit(
+        two_matrices(jnp.bfloat16),
+        lambda ham, batch, key: (ham.hypersynapses["W"].W ** 2).sum(),
+        DATA,
+        optax.adam(0.1),
+        steps=3,
+        **QUICK,
+    )
+    assert {str(v.dtype) for v in leaves(out.ham)} == {"bfloat16"} and out.losses[-1] < out.losses[
+        0
+    ]
 
 
-@pytest.mark.parametrize("trainable, moved", [
-    (None, {"b.beta", "W.W", "V.W"}), ("W", {"W.W"}), (["b", "V"], {"b.beta", "V.W"}), (lambda leaf: leaf.ndim == 0, {"b.beta"}), (True, {"b.beta", "W.W", "V.W"}),
-    ("tree", {"V.W"}),
-])
+@pytest.mark.parametrize(
+    "trainable, moved",
+    [
+        (None, {"b.beta", "W.W", "V.W"}),
+        ("W", {"W.W"}),
+        (["b", "V"], {"b.beta", "V.W"}),
+        (lambda leaf: leaf.ndim == 0, {"b.beta"}),
+        (True, {"b.beta", "W.W", "V.W"}),
+        ("tree", {"V.W"}),
+    ],
+)
 def test_frozen_to_the_bit(trainable, moved):
     "Also by an optimizer that moves what has no gradient"
     ham = two_matrices()
-    if trainable == "tree": trainable = jtu.tree_unflatten(jtu.tree_structure(ham), [part == "V" for part, *_ in training._places(ham)])
-    out = fit(ham, pull, DATA, optax.adamw(0.1, weight_decay=0.5), steps=4, trainable=trainable, **QUICK)
+    if trainable == "tree":
+        trainable = jtu.tree_unflatten(
+            jtu.tree_structure(ham), [part == "V" for part, *_ in training._places(ham)]
+        )
+    out = fit(
+        ham, pull, DATA, optax.adamw(0.1, weight_decay=0.5), steps=4, trainable=trainable, **QUICK
+    )
     names = [f"{p}.{n}" for p, n, *_ in training._places(ham)]
-    assert {n for n, a, b in zip(names, leaves(ham), leaves(out.ham), strict=True) if not same_bits(a, b)} == moved
+    assert {
+        n
+        for n, a, b in zip(names, leaves(ham), leaves(out.ham), strict=True)
+        if not same_bits(a, b)
+    } == moved
 
 
 def test_weights_that_are_held_do_not_decay():
     ham = two_matrices(trainable=False)
     out = fit(ham, pull, DATA, optax.adamw(0.1, weight_decay=0.5), steps=4, **QUICK)
-    assert same_bits(out.ham.hypersynapses["W"], ham.hypersynapses["W"]) and not same_bits(out.ham.hypersynapses["V"], ham.hypersynapses["V"])
+    assert same_bits(out.ham.hypersynapses["W"], ham.hypersynapses["W"]) and not same_bits(
+        out.ham.hypersynapses["V"], ham.hypersynapses["V"]
+    )
 
 
 def test_projections_hold_after_every_step():
     seen = []
     def loss(ham, batch, key):
-        jax.debug.callback(lambda W, beta: seen.append((np.linalg.norm(W, axis=1), beta)), ham.hypersynapses["V"].W, ham.neurons["b"].lagrangian.keywords["beta"])
+        jax.debug.callback(
+            lambda W, beta: seen.append((np.linalg.norm(W, axis=1), beta)),
+            ham.hypersynapses["V"].W,
+            ham.neurons["b"].lagrangian.keywords["beta"],
+        )
         return pull(ham, batch, key)
     project = {"V": {"W": unit_norm}, "b": {"beta": optax.projections.projection_non_negative}}
     by_name = fit(two_matrices(), loss, DATA, optax.sgd(0.6), steps=5, project=project, **QUICK)
     assert len(seen) == 5 and all(np.allclose(norms, 1) and beta >= 0 for norms, beta in seen)
-    assert by_name.ham.neurons["b"].lagrangian.keywords["beta"] == 0 and np.allclose(np.linalg.norm(by_name.ham.hypersynapses["V"].W, axis=1), 1)
-    def function(ham): return eqx.tree_at(lambda h: [h._hypersynapses[s].W for s in "VW"], ham, replace_fn=unit_norm)
-    frozen = fit(two_matrices(), pull, DATA, optax.sgd(0.1), steps=5, project=function, trainable="V", **QUICK)
-    assert same_bits(frozen.ham.hypersynapses["W"], two_matrices().hypersynapses["W"]) and np.allclose(np.linalg.norm(frozen.ham.hypersynapses["V"].W, axis=1), 1)
+    assert by_name.ham.neurons["b"].lagrangian.keywords["beta"] == 0 and np.allclose(
+        np.linalg.norm(by_name.ham.hypersynapses["V"].W, axis=1), 1
+    )
+
+    def function(ham):
+        return eqx.tree_at(
+            lambda h: [h._hypersynapses[s].W for s in "VW"], ham, replace_fn=unit_norm
+        )
+
+    frozen = fit(
+        two_matrices(),
+        pull,
+        DATA,
+        optax.sgd(0.1),
+        steps=5,
+        project=function,
+        trainable="V",
+        **QUICK,
+    )
+    assert same_bits(
+        frozen.ham.hypersynapses["W"], two_matrices().hypersynapses["W"]
+    ) and np.allclose(np.linalg.norm(frozen.ham.hypersynapses["V"].W, axis=1), 1)
 
 
 def test_unit_norm():
     rows = jnp.array([[1e37, 1e37], [1e-30, 0], [0, 0], [3, -4]])
-    np.testing.assert_allclose(unit_norm(rows), [[0.5**0.5] * 2, [1, 0], [0, 0], [0.6, -0.8]], rtol=1e-6)
+    np.testing.assert_allclose(
+        unit_norm(rows), [[0.5**0.5] * 2, [1, 0], [0, 0], [0.6, -0.8]], rtol=1e-6
+    )
     assert unit_norm(jnp.ones((2, 3), jnp.bfloat16)).dtype == jnp.bfloat16
 
 
@@ -213,15 +341,31 @@ def test_validation_chooses_and_stops(tmp_path):
     "The loss falls to its least at W = 0 and climbs when W goes past it at a constant speed"
     ham = two_matrices()
     ham = eqx.tree_at(lambda h: h._hypersynapses["W"].W, ham, jnp.full((2, 3), 1.05))
-    def loss(ham, batch, key): return jnp.where(batch.mean() > 5, (ham.hypersynapses["W"].W**2).sum(), ham.hypersynapses["W"].W.sum())
+    def loss(ham, batch, key):
+        return jnp.where(
+            batch.mean() > 5, (ham.hypersynapses["W"].W ** 2).sum(), ham.hypersynapses["W"].W.sum()
+        )
+
     settings = QUICK | dict(validation=np.full(9, 10.0), trainable="W")
     out = fit(ham, loss, DATA, optax.sgd(0.1), steps=100, patience=3, validate_every=2, **settings)
     assert out.code == "early" and out.ok and out.steps == 16
     np.testing.assert_allclose(out.ham.hypersynapses["W"].W, 0.05, rtol=1e-4) # after 10 steps
     np.testing.assert_allclose(out.last.hypersynapses["W"].W, 1.05 - 1.6, rtol=1e-4)
     assert out.validation[0].tolist() == list(range(0, 17, 2)) and np.argmin(out.validation[1]) == 5
-    np.testing.assert_allclose(out.validation[1], 6 * (1.05 - 0.1 * out.validation[0])**2, rtol=1e-3)
-    for steps in (12, 16): two = fit(ham, loss, DATA, optax.sgd(0.1), steps=steps, validate_every=2, checkpoint=tmp_path / "run.hamux", **settings)
+    np.testing.assert_allclose(
+        out.validation[1], 6 * (1.05 - 0.1 * out.validation[0]) ** 2, rtol=1e-3
+    )
+    for steps in (12, 16):
+        two = fit(
+            ham,
+            loss,
+            DATA,
+            optax.sgd(0.1),
+            steps=steps,
+            validate_every=2,
+            checkpoint=tmp_path / "run.hamux",
+            **settings,
+        )
     assert same_bits(two.ham, out.ham) and same_bits(two.last, out.last) # the best is in the file
     odd = fit(ham, loss, DATA, optax.sgd(0.1), steps=11, validate_every=4, **settings)
     assert odd.validation[0].tolist() == [0, 4, 8, 11] and odd.code == "done" # the end too
@@ -229,21 +373,48 @@ def test_validation_chooses_and_stops(tmp_path):
 
 def test_the_last_good_state_is_kept():
     "whatever stops being finite: the loss, the gradient or the parameters; with a plain loop to compare with"
+
     start = two_matrices()
     W = lambda ham: ham.hypersynapses["W"].W
     @jax.custom_jvp
-    def kink(x): return x
-    kink.defjvp(lambda primals, tangents: (primals[0], jnp.where(primals[0] < 0, jnp.nan, 1.0) * tangents[0]))
-    cases = {"the loss is nan": lambda ham, batch, key: jnp.log(W(ham)[0, 0] + 0.0) + 0 * batch.sum(), "the gradient of W.W": lambda ham, batch, key: kink(W(ham)[0, 0])}
+    def kink(x):
+        return x
+
+    kink.defjvp(
+        lambda primals, tangents: (
+            primals[0],
+            jnp.where(primals[0] < 0, jnp.nan, 1.0) * tangents[0],
+        )
+    )
+    cases = {
+        "the loss is nan": lambda ham, batch, key: jnp.log(W(ham)[0, 0] + 0.0) + 0 * batch.sum(),
+        "the gradient of W.W": lambda ham, batch, key: kink(W(ham)[0, 0]),
+    }
     ham = eqx.tree_at(lambda h: h._hypersynapses["W"].W, start, jnp.ones((2, 3)))
     for said, loss in cases.items():
         out = fit(ham, loss, DATA, optax.sgd(0.3), steps=50, **QUICK)
-        assert not out.ok and out.code == "not finite" and said in out.result and f"in step {out.steps + 1}" in out.result and 0 < out.steps < 50
-        assert np.isfinite(out.losses).all() and len(out.losses) == out.steps and all(np.isfinite(v).all() for v in leaves(out.ham))
+        assert (
+            not out.ok
+            and out.code == "not finite"
+            and said in out.result
+            and f"in step {out.steps + 1}" in out.result
+            and 0 < out.steps < 50
+        )
+        assert (
+            np.isfinite(out.losses).all()
+            and len(out.losses) == out.steps
+            and all(np.isfinite(v).all() for v in leaves(out.ham))
+        )
         again = fit(ham, loss, DATA, optax.sgd(0.3), steps=out.steps, **QUICK)
         assert again.ok and same_bits(again.ham, out.ham)
-    big = fit(ham, lambda ham, batch, key: 1e30 * W(ham).sum(), DATA, optax.sgd(1e20), steps=5, **QUICK)
-    assert big.steps == 0 and "the new value of W.W is not finite" in big.result and same_bits(big.ham, ham)
+    big = fit(
+        ham, lambda ham, batch, key: 1e30 * W(ham).sum(), DATA, optax.sgd(1e20), steps=5, **QUICK
+    )
+    assert (
+        big.steps == 0
+        and "the new value of W.W is not finite" in big.result
+        and same_bits(big.ham, ham)
+    )
 
 
 def test_an_error_in_a_recall_ends_the_run():
@@ -252,18 +423,32 @@ def test_an_error_in_a_recall_ends_the_run():
         return eqx.error_if(w, w < 0, "The recall went wrong. Do something.")
     ham = eqx.tree_at(lambda h: h._hypersynapses["W"].W, two_matrices(), jnp.full((2, 3), 0.45))
     out = fit(ham, loss, DATA, optax.sgd(0.1), steps=50, **QUICK)
-    assert out.code == "failed" and not out.ok and out.steps == 5 and "The recall went wrong. Do something. The network is that after 5 steps" in out.result
+    assert (
+        out.code == "failed"
+        and not out.ok
+        and out.steps == 5
+        and "The recall went wrong. Do something. The network is that after 5 steps" in out.result
+    )
     np.testing.assert_allclose(out.ham.hypersynapses["W"].W[0, 0], -0.05, atol=1e-6)
 
 
 def test_what_a_loss_may_be():
     class Sprung: # as equilibrium propagation: a gradient that is no derivative of a value
-        def gradient(self, ham, batch, key): return Gradient(jnp.array(1.5), jtu.tree_map(jnp.ones_like, ham), {})
+
+        def gradient(self, ham, batch, key):
+            return Gradient(jnp.array(1.5), jtu.tree_map(jnp.ones_like, ham), {})
+
     out = fit(two_matrices(), Sprung(), DATA, optax.sgd(0.5), steps=2, validation=DATA, **QUICK)
-    for a, b in zip(leaves(two_matrices()), leaves(out.last), strict=True): np.testing.assert_allclose(b, a - 1, rtol=1e-5, atol=1e-6)
+    for a, b in zip(leaves(two_matrices()), leaves(out.last), strict=True):
+        np.testing.assert_allclose(b, a - 1, rtol=1e-5, atol=1e-6)
     assert out.losses.tolist() == [1.5, 1.5] and out.unconverged.tolist() == [-1, -1]
-    both = [fit(h, f, DATA, optax.adam(0.1), steps=3, **QUICK).ham for h, f in (
-        (two_matrices(), pull), (two_matrices().vectorize(), lambda ham, *args: pull(ham.unvectorize(), *args)))]
+    both = [
+        fit(h, f, DATA, optax.adam(0.1), steps=3, **QUICK).ham
+        for h, f in (
+            (two_matrices(), pull),
+            (two_matrices().vectorize(), lambda ham, *args: pull(ham.unvectorize(), *args)),
+        )
+    ]
     assert isinstance(both[1], hmx.VectorizedHAM) and same_bits(*both)
 
 
@@ -275,29 +460,58 @@ def test_optimizers_with_a_value():
     assert int(two.opt_state[1].count) == 6 % optimizer.init(one.ham)[1].avg_value.size or two.ok
     adam = optax.adam(0.1)
     one = fit(two_matrices(), pull, DATA, adam, steps=4, **QUICK)
-    assert int(fit(one.ham, pull, DATA, adam, steps=2, opt_state=one.opt_state, **QUICK).opt_state[0].count) == 6
-    for wrong in (adam.init(two_matrices(jnp.bfloat16)), adam.init(eqx.filter(two_matrices(), training._moving(two_matrices(), "W"))), optax.sgd(0.1).init(two_matrices())):
-        with pytest.raises(ValueError, match="opt_state does not fit"): fit(one.ham, pull, DATA, adam, steps=2, opt_state=wrong, **QUICK)
+    assert (
+        int(
+            fit(one.ham, pull, DATA, adam, steps=2, opt_state=one.opt_state, **QUICK)
+            .opt_state[0]
+            .count
+        )
+        == 6
+    )
+    for wrong in (
+        adam.init(two_matrices(jnp.bfloat16)),
+        adam.init(eqx.filter(two_matrices(), training._moving(two_matrices(), "W"))),
+        optax.sgd(0.1).init(two_matrices()),
+    ):
+        with pytest.raises(ValueError, match="opt_state does not fit"):
+            fit(one.ham, pull, DATA, adam, steps=2, opt_state=wrong, **QUICK)
 
 
 def test_a_recall_that_is_not_finite_has_no_loss():
     "An infinite parameter: the state that comes back is the start, and its distance to the target is no loss"
-    ham = hmx.HAM({"v": hmx.IdentityLayer(2)}, {"b": hmx.BiasSynapse(jnp.array([0, jnp.inf]))}, [(("v",), "b")])
+    ham = hmx.HAM(
+        {"v": hmx.IdentityLayer(2)},
+        {"b": hmx.BiasSynapse(jnp.array([0, jnp.inf]))},
+        [(("v",), "b")],
+    )
     loss = denoising_loss("v", 0.1, solver=hmx.Euler(0.5), method="one-step")
-    value, out = jax.jit(lambda ham: (loss(ham, jnp.eye(2), jr.key(0)), loss.gradient(ham, jnp.eye(2), jr.key(0))))(ham)
-    assert jnp.isnan(value) and jnp.isnan(out.value) and jnp.isfinite(out.equilibria["free"].xhats["v"]).all()
+    value, out = jax.jit(
+        lambda ham: (loss(ham, jnp.eye(2), jr.key(0)), loss.gradient(ham, jnp.eye(2), jr.key(0)))
+    )(ham)
+    assert (
+        jnp.isnan(value)
+        and jnp.isnan(out.value)
+        and jnp.isfinite(out.equilibria["free"].xhats["v"]).all()
+    )
 
 
 def test_unconverged_rows_are_counted():
     "Row i starts further away than row i − 1, and a fixed number of steps is enough for some"
-    ham = hmx.HAM({"v": hmx.IdentityLayer(1)}, {"b": hmx.BiasSynapse(jnp.zeros(1))}, [(("v",), "b")])
-    loss = denoising_loss("v", 0.0, solver=hmx.Euler(0.5), max_steps=4, rtol=0.0, atol=0.1) # |x| = 2⁻⁴ |x₀| at the end
+    ham = hmx.HAM(
+        {"v": hmx.IdentityLayer(1)}, {"b": hmx.BiasSynapse(jnp.zeros(1))}, [(("v",), "b")]
+    )
+    # |x| = 2⁻⁴ |x₀| at the end
+    loss = denoising_loss("v", 0.0, solver=hmx.Euler(0.5), max_steps=4, rtol=0.0, atol=0.1)
     data = np.array([[0.1], [1.0], [1.5], [1.7], [3.0]], np.float32)
     out = fit(ham, loss, data, optax.sgd(0.0), steps=2, **QUICK | dict(batch_size=5))
-    assert out.unconverged.tolist() == [2, 2] and "In 2 of 2 batches some recalls did not converge, 2 rows" in out.result
+    assert (
+        out.unconverged.tolist() == [2, 2]
+        and "In 2 of 2 batches some recalls did not converge, 2 rows" in out.result
+    )
 
 
-# --- the file -------------------------------------------------------------------------------------------------------
+# --- the file -------------------------------------------------------------------------------------
+# ------------------
 
 
 RUN = """
@@ -318,12 +532,21 @@ fit(two_matrices(), pull, DATA, optax.adam(0.05), steps=2000, batch_size=4, key=
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_goes_on_exactly(how, tmp_path):
     path, settings = tmp_path / "run.hamux", dict(validation=DATA, validate_every=7, **QUICK)
-    with subprocess.Popen([sys.executable, "-c", RUN.format(tests=os.path.dirname(__file__), path=str(path))], stdout=subprocess.PIPE) as child:
+    with subprocess.Popen(
+        [sys.executable, "-c", RUN.format(tests=os.path.dirname(__file__), path=str(path))],
+        stdout=subprocess.PIPE,
+    ) as child:
         child.stdout.readline()
         child.send_signal(how)
     steps = len(training._resumed(path, *started()).losses)
-    assert steps >= 3 and (child.returncode == -9 and steps % 3 == 0 if how == signal.SIGKILL else child.returncode == 0)
-    rest = fit(two_matrices(), pull, DATA, optax.adam(0.05), steps=steps + 8, checkpoint=path, **settings)
+    assert steps >= 3 and (
+        child.returncode == -9 and steps % 3 == 0
+        if how == signal.SIGKILL
+        else child.returncode == 0
+    )
+    rest = fit(
+        two_matrices(), pull, DATA, optax.adam(0.05), steps=steps + 8, checkpoint=path, **settings
+    )
     whole = fit(two_matrices(), pull, DATA, optax.adam(0.05), steps=steps + 8, **settings)
     assert same_bits(parts(rest), parts(whole)) and rest.seconds > 0.1
 
@@ -346,7 +569,15 @@ def test_an_interrupt_loses_nothing(tmp_path):
     lines = 0
     def trace(frame, event, arg):
         nonlocal lines
-        if frame.f_code.co_filename != training.__file__ or frame.f_code.co_name not in ("go", "_advance", "check", "waited", "batches", "validate"): return None
+        if frame.f_code.co_filename != training.__file__ or frame.f_code.co_name not in (
+            "go",
+            "_advance",
+            "check",
+            "waited",
+            "batches",
+            "validate",
+        ):
+            return None
         def local(frame, event, arg):
             nonlocal lines
             lines += event == "line"
@@ -356,10 +587,34 @@ def test_an_interrupt_loses_nothing(tmp_path):
     for at in itertools.count(1, 17):
         path, lines = tmp_path / f"{at}.hamux", 0
         sys.settrace(trace)
-        try: cut = fit(two_matrices(), pull, DATA, optimizer, steps=8, checkpoint=path, checkpoint_every=100, **settings)
-        finally: sys.settrace(None)
-        assert cut.code == ("interrupted" if lines >= at else "done") and cut.steps <= 8 and len(cut.losses) == cut.steps
-        rest = fit(two_matrices(), pull, DATA, optimizer, steps=8, checkpoint=path, checkpoint_every=100, **settings)
+        try:
+            cut = fit(
+                two_matrices(),
+                pull,
+                DATA,
+                optimizer,
+                steps=8,
+                checkpoint=path,
+                checkpoint_every=100,
+                **settings,
+            )
+        finally:
+            sys.settrace(None)
+        assert (
+            cut.code == ("interrupted" if lines >= at else "done")
+            and cut.steps <= 8
+            and len(cut.losses) == cut.steps
+        )
+        rest = fit(
+            two_matrices(),
+            pull,
+            DATA,
+            optimizer,
+            steps=8,
+            checkpoint=path,
+            checkpoint_every=100,
+            **settings,
+        )
         assert rest.ok and same_bits(parts(rest), parts(whole)), at
         if cut.code == "done": break
 
@@ -374,28 +629,67 @@ def test_other_exceptions_keep_the_file(tmp_path):
     whole = training._rows
     with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="went away"):
         patch.setattr(training, "_rows", rows)
-        fit(two_matrices(), pull, DATA, optax.adam(0.05), steps=9, checkpoint=path, checkpoint_every=100, **QUICK)
+        fit(
+            two_matrices(),
+            pull,
+            DATA,
+            optax.adam(0.05),
+            steps=9,
+            checkpoint=path,
+            checkpoint_every=100,
+            **QUICK,
+        )
     assert len(training._resumed(path, *started()).losses) == 4
 
 
 def test_files_of_something_else(tmp_path):
     path = tmp_path / "run.hamux"
-    go = lambda ham=None, data=DATA, optimizer=None, **more: fit(ham or two_matrices(), pull, data, optimizer or optax.adam(0.05), **dict(steps=2, checkpoint=path) | QUICK | more)
+    go = lambda ham=None, data=DATA, optimizer=None, **more: fit(
+        ham or two_matrices(),
+        pull,
+        data,
+        optimizer or optax.adam(0.05),
+        **dict(steps=2, checkpoint=path) | QUICK | more,
+    )
     done = go()
-    assert same_bits(go().ham, done.ham) and go(steps=1).steps == 2 and "holds 2 steps already, and 1 were asked for" in go(steps=1).result
-    other = hmx.HAM({"a": hmx.IdentityLayer(2), "b": hmx.TanhLayer(4, beta=jnp.asarray(1.5))}, {s: hmx.LinearSynapse(jnp.ones((2, 4))) for s in "WV"}, [(("a", "b"), "W"), (("a", "b"), "V")])
-    for said, more in {"/neurons/b": dict(ham=other), "/optimizer": dict(optimizer=optax.sgd(0.1)), "/data/0/shape/0 is 23 in the file, and 22 here": dict(data=DATA[:22]),
-                       "/batch_size is 4 in the file, and 5 here": dict(batch_size=5), "/key": dict(key=jr.key(8)), "/neurons/b/lagrangian/beta/dtype": dict(ham=two_matrices(jnp.bfloat16))}.items():
+    assert (
+        same_bits(go().ham, done.ham)
+        and go(steps=1).steps == 2
+        and "holds 2 steps already, and 1 were asked for" in go(steps=1).result
+    )
+    other = hmx.HAM(
+        {"a": hmx.IdentityLayer(2), "b": hmx.TanhLayer(4, beta=jnp.asarray(1.5))},
+        {s: hmx.LinearSynapse(jnp.ones((2, 4))) for s in "WV"},
+        [(("a", "b"), "W"), (("a", "b"), "V")],
+    )
+    for said, more in {
+        "/neurons/b": dict(ham=other),
+        "/optimizer": dict(optimizer=optax.sgd(0.1)),
+        "/data/0/shape/0 is 23 in the file, and 22 here": dict(data=DATA[:22]),
+        "/batch_size is 4 in the file, and 5 here": dict(batch_size=5),
+        "/key": dict(key=jr.key(8)),
+        "/neurons/b/lagrangian/beta/dtype": dict(ham=two_matrices(jnp.bfloat16)),
+    }.items():
         with pytest.raises(FileProblem, match=said): go(**more)
     with pytest.raises(FileProblem, match="/optimizer|/trained"): go(trainable="W")
     hmx.save(path, two_matrices())
     with pytest.raises(FileProblem, match="is not a training run saved by hamux"): go()
-    with pytest.raises(FileProblem, match="its folder does not exist"): go(checkpoint=tmp_path / "none" / "run.hamux")
+    with pytest.raises(FileProblem, match="its folder does not exist"):
+        go(checkpoint=tmp_path / "none" / "run.hamux")
 
 
 def test_damaged_files(tmp_path):
     path = tmp_path / "run.hamux"
-    go = lambda: fit(two_matrices(), pull, DATA, optax.adam(0.05), steps=3, checkpoint=path, validation=DATA, **QUICK)
+    go = lambda: fit(
+        two_matrices(),
+        pull,
+        DATA,
+        optax.adam(0.05),
+        steps=3,
+        checkpoint=path,
+        validation=DATA,
+        **QUICK,
+    )
     go()
     whole = path.read_bytes()
     rng = np.random.default_rng(0)
@@ -405,8 +699,10 @@ def test_damaged_files(tmp_path):
     run, identity = started()
     for at in rng.integers(0, len(whole), 40): # a bit that flips is found, or was one of padding
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1:])
-        try: back = training._resumed(path, run, identity)
-        except FileProblem: continue
+        try:
+            back = training._resumed(path, run, identity)
+        except FileProblem:
+            continue
         path.write_bytes(whole)
         assert same_bits(back.arrays(), training._resumed(path, run, identity).arrays())
 
@@ -418,36 +714,90 @@ def test_random_keys_of_optimizers_are_kept(tmp_path):
         return jtu.tree_map(lambda g: -0.01 * g + 0.01 * jr.normal(now, g.shape), grads), key
     noisy = optax.GradientTransformation(lambda params: jr.key(3), update)
     whole = fit(two_matrices(), pull, DATA, noisy, steps=6, **QUICK)
-    for steps in (2, 6): parts = fit(two_matrices(), pull, DATA, noisy, steps=steps, checkpoint=tmp_path / "run.hamux", **QUICK)
-    assert parts.opt_state.dtype == whole.opt_state.dtype and same_bits((parts.ham, jr.key_data(parts.opt_state)), (whole.ham, jr.key_data(whole.opt_state)))
+    for steps in (2, 6):
+        parts = fit(
+            two_matrices(),
+            pull,
+            DATA,
+            noisy,
+            steps=steps,
+            checkpoint=tmp_path / "run.hamux",
+            **QUICK,
+        )
+    assert parts.opt_state.dtype == whole.opt_state.dtype and same_bits(
+        (parts.ham, jr.key_data(parts.opt_state)), (whole.ham, jr.key_data(whole.opt_state))
+    )
 
 
-# --- mistakes -------------------------------------------------------------------------------------------------------
+# --- mistakes -------------------------------------------------------------------------------------
+# ------------------
 
 
-@pytest.mark.parametrize("error, said, more", [
-    (ValueError, "steps is a positive int", dict(steps=-1)), (ValueError, "epochs is a positive int", dict(steps=None, epochs=0)), (ValueError, "checkpoint_every is a positive int", dict(checkpoint_every=0)),
-    (ValueError, "batch_size is a positive int", dict(batch_size=0)), (TypeError, "fit trains a HAM", dict(ham=3)), (TypeError, "loss is a function", dict(loss=3)),
-    (ValueError, "The validation data should be built as the data", dict(validation=np.ones((3, 2)))), (ValueError, "does not fit", dict(trainable={"W": True})),
-    (ValueError, "no layer or hypersynapse 'U'", dict(trainable="U")), (ValueError, "'b' has no parameter 'tau'; it has 'beta'", dict(project={"b": {"tau": abs}})),
-    (TypeError, "project is a function of the network", dict(project={"b": abs})), (ValueError, "is not trained", dict(trainable="W", project={"b": {"beta": abs}})),
-    (ValueError, "of the same shapes and dtypes", dict(project={"W": {"W": lambda W: W[0]}})), (TypeError, "dtype int32", dict(loss=lambda *_: jnp.array(1))),
-    (TypeError, "key is a PRNG key", dict(key=jr.split(jr.key(0)))), (TypeError, "The data is an array", dict(data=[])), (TypeError, "has dtype|is a PRNG|floating", dict(loss=lambda *_: jnp.array(True))),
-])
+@pytest.mark.parametrize(
+    "error, said, more",
+    [
+        (ValueError, "steps is a positive int", dict(steps=-1)),
+        (ValueError, "epochs is a positive int", dict(steps=None, epochs=0)),
+        (ValueError, "checkpoint_every is a positive int", dict(checkpoint_every=0)),
+        (ValueError, "batch_size is a positive int", dict(batch_size=0)),
+        (TypeError, "fit trains a HAM", dict(ham=3)),
+        (TypeError, "loss is a function", dict(loss=3)),
+        (
+            ValueError,
+            "The validation data should be built as the data",
+            dict(validation=np.ones((3, 2))),
+        ),
+        (ValueError, "does not fit", dict(trainable={"W": True})),
+        (ValueError, "no layer or hypersynapse 'U'", dict(trainable="U")),
+        (
+            ValueError,
+            "'b' has no parameter 'tau'; it has 'beta'",
+            dict(project={"b": {"tau": abs}}),
+        ),
+        (TypeError, "project is a function of the network", dict(project={"b": abs})),
+        (ValueError, "is not trained", dict(trainable="W", project={"b": {"beta": abs}})),
+        (ValueError, "of the same shapes and dtypes", dict(project={"W": {"W": lambda W: W[0]}})),
+        (TypeError, "dtype int32", dict(loss=lambda *_: jnp.array(1))),
+        (TypeError, "key is a PRNG key", dict(key=jr.split(jr.key(0)))),
+        (TypeError, "The data is an array", dict(data=[])),
+        (TypeError, "has dtype|is a PRNG|floating", dict(loss=lambda *_: jnp.array(True))),
+    ],
+)
 def test_mistakes(error, said, more):
-    settings = dict(ham=two_matrices(), loss=pull, data=DATA, optimizer=optax.sgd(0.1), steps=1) | QUICK | more
+    settings = (
+        dict(ham=two_matrices(), loss=pull, data=DATA, optimizer=optax.sgd(0.1), steps=1)
+        | QUICK
+        | more
+    )
     with pytest.raises(error, match=said): fit(**settings)
 
 
-@pytest.mark.parametrize("missing, said", [("tqdm.auto", "progress=False"), ("optax", "fit trains with optax")])
+@pytest.mark.parametrize(
+    "missing, said", [("tqdm.auto", "progress=False"), ("optax", "fit trains with optax")]
+)
 def test_the_extra_is_named(missing, said, monkeypatch):
     optimizer = optax.sgd(0.1)
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ImportError, match=said) as e: fit(two_matrices(), pull, DATA, optimizer, steps=1, **QUICK | dict(progress=True))
+    with pytest.raises(ImportError, match=said) as e:
+        fit(two_matrices(), pull, DATA, optimizer, steps=1, **QUICK | dict(progress=True))
     assert "hamux[train]" in str(e.value)
 
 
 def test_the_bar(capsys):
-    fit(two_matrices(), pull, DATA, optax.sgd(0.1), steps=3, validation=DATA, **QUICK | dict(progress=True))
+    fit(
+        two_matrices(),
+        pull,
+        DATA,
+        optax.sgd(0.1),
+        steps=3,
+        validation=DATA,
+        **QUICK | dict(progress=True),
+    )
     said = capsys.readouterr().err
-    assert "3/3" in said and "loss=" in said and "validation=" in said and "step/s" in said and "unconverged" not in said
+    assert (
+        "3/3" in said
+        and "loss=" in said
+        and "validation=" in said
+        and "step/s" in said
+        and "unconverged" not in said
+    )

@@ -22,7 +22,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
 from ..dynamics.descent import descend
-from ..dynamics.problem import Problem, read_start, rest
+from ..dynamics.problem import Problem, read_start, check_rest
 from ..dynamics.results import in_words
 from ..network.hypergraph import HAM, VectorizedHAM
 from ..network.neurons import check_state
@@ -34,7 +34,9 @@ class Reached(eqx.Module):
     nearest: Int[Array, "*batch"] # the best pattern, good enough or not
     overlap: Float[Array, "*batch"] # cosine of the angle to it
     distance: Float[Array, "*batch"] # Euclidean distance to it
-    margin: Float[Array, "*batch"] # by how much it is better than the next (other) one, in the measure asked for; inf if there is none
+    # by how much it is better than the next (other) one, in the measure asked for; inf if there is
+    # none
+    margin: Float[Array, "*batch"]
 
 # %% ../../nbs/api/analysis/attractors.ipynb #b1b8cc11
 _GOOD = {"overlap": 0.95, "distance": 0.25}
@@ -45,29 +47,49 @@ def which_memory(
     patterns: Float[Array, "K ..."], # what was stored, one pattern per row
     *,
     measure="overlap", # "overlap", the cosine, or "distance", Euclidean
-    threshold=None, # least overlap, or largest distance in units of the gap to the pattern's nearest neighbour; None for .95, .25
-    either_sign=False, # whether the negative of a pattern counts as the pattern (overlap only): the sign is then that of `overlap`
+    # least overlap, or largest distance in units of the gap to the pattern's nearest neighbour;
+    # None for .95, .25
+    threshold=None,
+    # whether the negative of a pattern counts as the pattern (overlap only): the sign is then that
+    # of `overlap`
+    either_sign=False,
 ) -> Reached:
     "The stored pattern that each state is, if any. Raises ValueError or TypeError for shapes or settings that do not fit."
     states, patterns = _as_floats(states, "states"), _as_floats(patterns, "patterns")
     shape = patterns.shape[1:]
-    if patterns.ndim < 1 or not len(patterns): raise ValueError(f"which_memory: the patterns are one per row, and have shape {patterns.shape}.")
+    if patterns.ndim < 1 or not len(patterns):
+        raise ValueError(
+            f"which_memory: the patterns are one per row, and have shape {patterns.shape}."
+        )
     if states.shape != shape and states.shape[1:] != shape:
-        raise ValueError(f"which_memory: a state should have shape {shape}, one pattern's, after a batch axis if there is one, and they have shape {states.shape}.")
-    if measure not in _GOOD: raise ValueError(f"which_memory: measure is 'overlap' or 'distance', and was {measure!r}.")
-    if either_sign and measure == "distance": raise ValueError("which_memory: either_sign goes with measure='overlap'.")
+        raise ValueError(
+            f"which_memory: a state should have shape {shape}, one pattern's, after a batch axis if"
+            f" there is one, and they have shape {states.shape}."
+        )
+    if measure not in _GOOD:
+        raise ValueError(f"which_memory: measure is 'overlap' or 'distance', and was {measure!r}.")
+    if either_sign and measure == "distance":
+        raise ValueError("which_memory: either_sign goes with measure='overlap'.")
     threshold = _GOOD[measure] if threshold is None else threshold
-    if not isinstance(threshold, numbers.Real) or not threshold >= 0: raise ValueError(f"which_memory: threshold is a number ≥ 0, and is {threshold!r}.")
+    if not isinstance(threshold, numbers.Real) or not threshold >= 0:
+        raise ValueError(f"which_memory: threshold is a number ≥ 0, and is {threshold!r}.")
     flat = patterns.reshape(len(patterns), -1)
-    found = _reached(states.reshape(-1, flat.shape[1]), flat, measure, float(threshold), bool(either_sign))
+    found = _reached(
+        states.reshape(-1, flat.shape[1]), flat, measure, float(threshold), bool(either_sign)
+    )
     return found if states.ndim > len(shape) else jax.tree_util.tree_map(lambda v: v[0], found)
 
 
 def _as_floats(x, what):
     "`x` as a real floating array; integers (±1 patterns) are cast."
-    try: x = jnp.asarray(x)
-    except (TypeError, ValueError): raise TypeError(f"which_memory: the {what} are an array, and were given as {type(x).__name__}.") from None
-    if jnp.issubdtype(x.dtype, jnp.complexfloating): raise TypeError(f"which_memory: the {what} are real numbers, and have dtype {x.dtype}.")
+    try:
+        x = jnp.asarray(x)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"which_memory: the {what} are an array, and were given as {type(x).__name__}."
+        ) from None
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise TypeError(f"which_memory: the {what} are real numbers, and have dtype {x.dtype}.")
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 # %% ../../nbs/api/analysis/attractors.ipynb #b88a9213
@@ -84,7 +106,8 @@ def _best(x, patterns, measure, either_sign, banned):
         lengths = jnp.sqrt((patterns**2).sum(1))
         score = patterns @ x / jnp.where(lengths > 0, lengths, 1)
         score = abs(score) if either_sign else score
-    else: score = patterns @ x - 0.5 * (patterns**2).sum(1)
+    else:
+        score = patterns @ x - 0.5 * (patterns**2).sum(1)
     return jnp.argmax(jnp.where(banned, -jnp.inf, score))
 
 
@@ -108,7 +131,9 @@ def _reached(states, patterns, measure, threshold, either_sign):
             neighbour = patterns[_best(xi, patterns, measure, False, copies)]
             gap = jnp.where(alone, distance(xi, 0), distance(xi, neighbour))
             good, margin = d <= threshold * gap, distance(x, rival) - d
-        return Reached(jnp.where(good, nearest, -1), nearest, overlap, d, jnp.where(alone, jnp.inf, margin))
+        return Reached(
+            jnp.where(good, nearest, -1), nearest, overlap, d, jnp.where(alone, jnp.inf, margin)
+        )
     return jax.lax.map(one, states, batch_size=64)
 
 # %% ../../nbs/api/analysis/attractors.ipynb #3a360eeb
@@ -116,14 +141,28 @@ def _products(ham, xs, masks, free):
     "v ↦ Hv on flat vectors of free states, u ↦ ∂²E/∂x̂² u, leak and τ as flat vectors, and the way back from them."
     xhats, pick = ham.activations(xs), lambda tree: {n: tree[n] for n in free}
     _, unravel = ravel_pytree(pick(xs))
-    moving = ravel_pytree({n: jnp.logical_not(masks[n]) if n in masks else jnp.ones(xs[n].shape, bool) for n in free})[0]
-    spread = lambda value: ravel_pytree({n: jnp.broadcast_to(jnp.asarray(value(ham.neurons[n]), xs[n].dtype), xs[n].shape) for n in free})[0]
+    moving = ravel_pytree(
+        {n: jnp.logical_not(masks[n]) if n in masks else jnp.ones(xs[n].shape, bool) for n in free}
+    )[0]
+    spread = lambda value: ravel_pytree(
+        {
+            n: jnp.broadcast_to(jnp.asarray(value(ham.neurons[n]), xs[n].dtype), xs[n].shape)
+            for n in free
+        }
+    )[0]
     whole = lambda v: {**{n: jnp.zeros_like(x) for n, x in xs.items()}, **unravel(v)}
     _, bend = jax.linearize(lambda xhats: ham.dEdact(xhats, xs), xhats)
     _, act = jax.linearize(ham.activations, xs)
     H = lambda v: ravel_pytree(pick(act(whole(jnp.where(moving, v, 0)))))[0]
     S = lambda u: jnp.where(moving, ravel_pytree(pick(bend(whole(u))))[0], 0)
-    return H, S, moving, spread(lambda layer: float(layer.leak)), spread(lambda layer: layer.tau), unravel
+    return (
+        H,
+        S,
+        moving,
+        spread(lambda layer: float(layer.leak)),
+        spread(lambda layer: layer.tau),
+        unravel,
+    )
 
 # %% ../../nbs/api/analysis/attractors.ipynb #778f28c8
 class _Krylov(eqx.Module):
@@ -149,7 +188,9 @@ def _grow(space, H, S, leak, tau):
     w, alpha = w - again @ Q, (h + again)[j]
     u = H(w)
     length = jnp.sqrt(jnp.maximum((w * tau * u).sum(), 0))
-    grown = _Krylov(Q, P, space.diagonal.at[j].set(alpha), space.beside.at[j].set(length), w, u, length, j + 1)
+    grown = _Krylov(
+        Q, P, space.diagonal.at[j].set(alpha), space.beside.at[j].set(length), w, u, length, j + 1
+    )
     keep = lambda new, old: jnp.where(_alive(space), new, old)
     return jax.tree_util.tree_map(keep, grown, space)
 
@@ -157,7 +198,11 @@ def _grow(space, H, S, leak, tau):
 def _alive(space):
     "Whether the next vector is more than rounding (a shorter one is mostly directions that H does not see), and there is room for it."
     scale = jnp.maximum(abs(space.diagonal).max(), jnp.where(space.count > 1, space.beside[0], 0))
-    return (space.length > jnp.finfo(space.v.dtype).eps**0.5 * scale) & jnp.isfinite(space.length) & (space.count < len(space.Q))
+    return (
+        (space.length > jnp.finfo(space.v.dtype).eps ** 0.5 * scale)
+        & jnp.isfinite(space.length)
+        & (space.count < len(space.Q))
+    )
 
 
 def _ritz(space):
@@ -165,17 +210,23 @@ def _ritz(space):
     k = jnp.arange(len(space.Q))
     used, top = k < space.count, 4 * (abs(space.diagonal).max() + space.beside.max()) + 1
     off = jnp.where(k + 1 < space.count, space.beside, 0)[:-1]
-    theta, s = jnp.linalg.eigh(jnp.diag(jnp.where(used, space.diagonal, top)) + jnp.diag(off, 1) + jnp.diag(off, -1))
+    theta, s = jnp.linalg.eigh(
+        jnp.diag(jnp.where(used, space.diagonal, top)) + jnp.diag(off, 1) + jnp.diag(off, -1)
+    )
     return theta[0], s[:, 0], space.length * abs(s[space.count - 1, 0])
 
 # %% ../../nbs/api/analysis/attractors.ipynb #8814150a
 class Stability(eqx.Module):
     "The softest mode of a fixed point. With a vectorised HAM every field has a leading batch axis."
-    curvature: Float[Array, "*batch"] # smallest decay rate, in 1/time: positive at a minimum, negative at a saddle
-    mode: dict # the displacement of the states that decays (or grows) at this rate, of unit length, by free layer
+    # smallest decay rate, in 1/time: positive at a minimum, negative at a saddle
+    curvature: Float[Array, "*batch"]
+    # the displacement of the states that decays (or grows) at this rate, of unit length, by free
+    # layer
+    mode: dict
     error: Float[Array, "*batch"] # some eigenvalue is within this of `curvature`
     residual: Float[Array, "*batch"] # how far from rest it is, as for `descend`
-    at_rest: Bool[Array, "*batch"] # whether that is small: stability is a question about fixed points
+    # whether that is small: stability is a question about fixed points
+    at_rest: Bool[Array, "*batch"]
     products: Int[Array, "*batch"] # products with the linearised dynamics that this took
 
     @property
@@ -187,15 +238,24 @@ class Stability(eqx.Module):
     def result(self):
         "What it is, in words: a string, or a list of them for a batch. Not available under jit."
         return in_words(
-            _verdict, curvature=self.curvature, error=self.error, residual=self.residual, at_rest=self.at_rest)
+            _verdict,
+            curvature=self.curvature,
+            error=self.error,
+            residual=self.residual,
+            at_rest=self.at_rest,
+        )
 
 
 def _verdict(curvature, error, residual, at_rest):
     "One sentence on what the fixed point is."
     if not at_rest: return f"Not at rest: the residual is {residual:.2g}. Descend further first."
     if curvature > error: return f"A minimum: the softest mode decays at the rate {curvature:.3g}."
-    if curvature < -error: return f"A saddle or a maximum: a mode grows at the rate {-curvature:.3g}."
-    return f"Undecided: the smallest rate is {curvature:.2g}, with an error of {error:.1g}. It may be flat (a line of fixed points); more steps or float64 can tell."
+    if curvature < -error:
+        return f"A saddle or a maximum: a mode grows at the rate {-curvature:.3g}."
+    return (
+        f"Undecided: the smallest rate is {curvature:.2g}, with an error of {error:.1g}. It may be"
+        " flat (a line of fixed points); more steps or float64 can tell."
+    )
 
 # %% ../../nbs/api/analysis/attractors.ipynb #fda559df
 def stability(
@@ -209,12 +269,21 @@ def stability(
 ) -> Stability:
     "The smallest curvature of the energy at a fixed point, and its mode, from products alone. Raises ValueError or TypeError for states, clamps and settings that do not fit."
     if clamps:
-        warnings.warn("stability: write clamp=… by name, as in descend and flow.", DeprecationWarning, stacklevel=2)
+        warnings.warn(
+            "stability: write clamp=… by name, as in descend and flow.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
         clamp, = clamps
     start = read_start("stability", ham, xs, clamp)
-    if not isinstance(steps, numbers.Integral) or steps < 1: raise ValueError(f"stability: steps must be a positive int, got {steps!r}.")
+    if not isinstance(steps, numbers.Integral) or steps < 1:
+        raise ValueError(f"stability: steps must be a positive int, got {steps!r}.")
     if not start.free: raise ValueError("stability: every layer is clamped, so nothing moves.")
-    tol = float(jnp.finfo(jnp.result_type(jnp.float32, *start.xs.values())).eps) ** 0.5 if tol is None else tol
+    tol = (
+        float(jnp.finfo(jnp.result_type(jnp.float32, *start.xs.values())).eps) ** 0.5
+        if tol is None
+        else tol
+    )
     if not tol > 0: raise ValueError(f"stability: tol is positive, and is {tol}.")
     return _stability(start, int(steps), tol, jr.key(0) if key is None else key)
 
@@ -234,32 +303,49 @@ def _softest(ham, xs, masks, free, steps, tol, key):
     m, norm = min(steps, n), lambda v: jnp.sqrt(jnp.maximum((v * tau * H(v)).sum(), 0))
     v = jnp.where(moving, jr.normal(key, (n,), dtype), 0)
     blank = jnp.zeros((m, n), dtype)
-    space = _Krylov(blank, blank, blank[:, 0], blank[:, 0], v, H(v), norm(v), jnp.array(0, jnp.int32))
+    space = _Krylov(
+        blank, blank, blank[:, 0], blank[:, 0], v, H(v), norm(v), jnp.array(0, jnp.int32)
+    )
 
     def unsure(space):
         theta, _, bound = _ritz(space)
-        return _alive(space) & ((space.count == 0) | ~(bound <= tol * jnp.maximum(abs(theta), tol * abs(space.diagonal).max())))
-    space = jax.lax.while_loop(unsure, lambda space: jax.lax.fori_loop(0, 8, lambda _, s: _grow(s, H, S, leak, tau), space), space)
+        return _alive(space) & (
+            (space.count == 0)
+            | ~(bound <= tol * jnp.maximum(abs(theta), tol * abs(space.diagonal).max()))
+        )
+    space = jax.lax.while_loop(
+        unsure,
+        lambda space: jax.lax.fori_loop(0, 8, lambda _, s: _grow(s, H, S, leak, tau), space),
+        space,
+    )
 
     theta, s, _ = _ritz(space)
     v, u = s @ space.Q, s @ space.P / tau
-    own = leak - theta * tau # Tλv = Dv + Su: what the energy does not see of v follows from what it sees
-    v = jnp.where(abs(own) > 0.05 * (leak + abs(theta) * tau), -S(u) / jnp.where(own == 0, 1, own), v)
+    # Tλv = Dv + Su: what the energy does not see of v follows from what it sees
+    own = leak - theta * tau
+    v = jnp.where(
+        abs(own) > 0.05 * (leak + abs(theta) * tau), -S(u) / jnp.where(own == 0, 1, own), v
+    )
     v = jnp.where(moving, v, 0)
-    error = norm((leak * v + S(H(v))) / tau - theta * v) / jnp.maximum(norm(v), jnp.finfo(dtype).tiny)
+    error = norm((leak * v + S(H(v))) / tau - theta * v) / jnp.maximum(
+        norm(v), jnp.finfo(dtype).tiny
+    )
     blind = space.count == 0 # H = 0: the energy sees nothing that moves
     theta = jnp.where(blind, jnp.where(moving, leak / tau, jnp.inf).min(), theta)
     v = jnp.where(blind, 0, v / jnp.maximum(jnp.sqrt((v * v).sum()), jnp.finfo(dtype).tiny))
     problem = Problem(ham, xs, masks, free)
-    loose = jnp.finfo(dtype).eps**0.5 # a residual that a descent to its own tolerance stays well below
-    residual, _, at_rest = rest(problem, problem.evaluate({n: xs[n] for n in free}), loose, loose)
+    # a residual that a descent to its own tolerance stays well below
+    loose = jnp.finfo(dtype).eps**0.5
+    residual, _, at_rest = check_rest(problem, problem.evaluate({n: xs[n] for n in free}), loose, loose)
     return Stability(theta, unravel(v), jnp.where(blind, 0, error), residual, at_rest, space.count)
 
 # %% ../../nbs/api/analysis/attractors.ipynb #1e45c9df
 def flip_signs(
     key, # a PRNG key
     x: Float[Array, "..."], # a pattern
-    level, # share of the entries to flip, 0 to 1; the overlap of a ±1 pattern with the result is 1 − 2 × level
+    # share of the entries to flip, 0 to 1; the overlap of a ±1 pattern with the result is 1 − 2 ×
+    # level
+    level,
 ) -> Float[Array, "..."]: # the pattern with round(level × size) of its signs flipped
     "Flip the sign of a random share of the entries."
     return jnp.where(_chosen(key, x, level), -x, x)
@@ -289,7 +375,9 @@ def cover(
     level, # share of the entries to cover, 0 to 1
 ) -> Float[Array, "..."]:
     "Set the last share of the entries to 0: the lower part of an image."
-    return jnp.where(jnp.arange(x.size).reshape(x.shape) >= x.size - jnp.round(level * x.size), 0, x)
+    return jnp.where(
+        jnp.arange(x.size).reshape(x.shape) >= x.size - jnp.round(level * x.size), 0, x
+    )
 
 
 def _chosen(key, x, level):
@@ -305,7 +393,9 @@ def wilson(
     "Wilson's confidence interval for a share."
     k, n = np.asarray(k), np.asarray(n)
     centre, half = k + z * z / 2, z * np.sqrt(k * (n - k) / n + z * z / 4)
-    return np.where(k == 0, 0.0, (centre - half) / (n + z * z)), np.where(k == n, 1.0, (centre + half) / (n + z * z))
+    return np.where(k == 0, 0.0, (centre - half) / (n + z * z)), np.where(
+        k == n, 1.0, (centre + half) / (n + z * z)
+    )
 
 # %% ../../nbs/api/analysis/attractors.ipynb #b290b1c1
 class BasinSize(eqx.Module):
@@ -327,7 +417,9 @@ class BasinSize(eqx.Module):
         below = np.flatnonzero(s < share)
         if not len(below) or below[0] == 0: return float("nan")
         i = below[0]
-        return float(levels[i - 1] + (s[i - 1] - share) / (s[i - 1] - s[i]) * (levels[i] - levels[i - 1]))
+        return float(
+            levels[i - 1] + (s[i - 1] - share) / (s[i - 1] - s[i]) * (levels[i] - levels[i - 1])
+        )
 
 # %% ../../nbs/api/analysis/attractors.ipynb #807cf9ba
 def basin_size(
@@ -345,32 +437,80 @@ def basin_size(
     **settings, # solver, max_steps, tolerances: passed on to `descend`
 ) -> BasinSize:
     "The share of corrupted starts that return to their pattern. Raises ValueError or TypeError for shapes and settings that do not fit."
-    if not isinstance(ham, HAM | VectorizedHAM): raise TypeError(f"basin_size needs a HAM or a VectorizedHAM, and was given {ham!r}.")
+    if not isinstance(ham, HAM | VectorizedHAM):
+        raise TypeError(f"basin_size needs a HAM or a VectorizedHAM, and was given {ham!r}.")
     layer = next(iter(ham.neurons)) if layer is None else layer
-    if layer not in ham.neurons: raise ValueError(f"basin_size: unknown layer {layer!r}. Known are: {', '.join(map(repr, ham.neurons))}.")
+    if layer not in ham.neurons:
+        raise ValueError(
+            f"basin_size: unknown layer {layer!r}. Known are: {', '.join(map(repr, ham.neurons))}."
+        )
     shape, patterns = ham.neurons[layer].shape, jnp.asarray(patterns)
     if patterns.shape[1:] != shape or not len(patterns):
-        raise ValueError(f"basin_size: the patterns are states of the layer {layer!r} of shape {shape}, one per row, and have shape {patterns.shape}.")
-    if not isinstance(n, numbers.Integral) or n < 1: raise ValueError(f"basin_size: n is a positive int, and is {n!r}.")
+        raise ValueError(
+            f"basin_size: the patterns are states of the layer {layer!r} of shape {shape}, one per"
+            f" row, and have shape {patterns.shape}."
+        )
+    if not isinstance(n, numbers.Integral) or n < 1:
+        raise ValueError(f"basin_size: n is a positive int, and is {n!r}.")
     levels = jnp.asarray(levels, jnp.result_type(float))
-    if levels.ndim != 1 or not len(levels): raise ValueError(f"basin_size: the levels are a sequence of numbers, and have shape {levels.shape}.")
-    if "clamp" in settings: raise ValueError("basin_size: every layer is free in the end, so there is no clamp.")
-    patterns = patterns.astype(jnp.promote_types(patterns.dtype, ham.dtype) if jnp.issubdtype(patterns.dtype, jnp.floating) else ham.dtype)
-    which, many = dict(measure=measure, threshold=threshold, either_sign=either_sign), ham.vectorize()
+    if levels.ndim != 1 or not len(levels):
+        raise ValueError(
+            f"basin_size: the levels are a sequence of numbers, and have shape {levels.shape}."
+        )
+    if "clamp" in settings:
+        raise ValueError("basin_size: every layer is free in the end, so there is no clamp.")
+    patterns = patterns.astype(
+        jnp.promote_types(patterns.dtype, ham.dtype)
+        if jnp.issubdtype(patterns.dtype, jnp.floating)
+        else ham.dtype
+    )
+    which, many = (
+        dict(measure=measure, threshold=threshold, either_sign=either_sign),
+        ham.vectorize(),
+    )
     k_pick, k_noise = jr.split(key)
-    target = jr.permutation(k_pick, len(patterns))[:n] if n <= len(patterns) else jr.randint(k_pick, (n,), 0, len(patterns))
+    target = (
+        jr.permutation(k_pick, len(patterns))[:n]
+        if n <= len(patterns)
+        else jr.randint(k_pick, (n,), 0, len(patterns))
+    )
     keys, act = jr.split(k_noise, n), jax.vmap(ham.neurons[layer].activations)
     aim, rows = act(patterns), []
     for level in levels:
-        begin = jax.vmap(lambda k, x, level: check_state(corrupt(k, x, level), shape, "The corrupted state of the layer", layer), (0, 0, None))(keys, patterns[target], level)
+        begin = jax.vmap(
+            lambda k, x, level: check_state(
+                corrupt(k, x, level), shape, "The corrupted state of the layer", layer
+            ),
+            (0, 0, None),
+        )(keys, patterns[target], level)
         out = _settle(many, layer, begin.astype(patterns.dtype), {"trace": False, **settings})
         found = which_memory(out.xhats[layer], aim, **which)
         cosine = lambda x: jax.vmap(_cosine)(x.reshape(n, -1), aim[target].reshape(n, -1)).mean()
         same = found.index == target
-        rows.append((same.sum() / n, ((found.index >= 0) & ~same).sum() / n, cosine(act(begin)), cosine(out.xhats[layer]), out.converged.sum() / n, found.index))
+        rows.append(
+            (
+                same.sum() / n,
+                ((found.index >= 0) & ~same).sum() / n,
+                cosine(act(begin)),
+                cosine(out.xhats[layer]),
+                out.converged.sum() / n,
+                found.index,
+            )
+        )
     share, elsewhere, before, after, converged, reached = map(jnp.stack, zip(*rows))
     low, high = wilson(np.round(np.asarray(share) * n), n)
-    return BasinSize(levels, share, jnp.asarray(low), jnp.asarray(high), elsewhere, before, after, converged, target, reached)
+    return BasinSize(
+        levels,
+        share,
+        jnp.asarray(low),
+        jnp.asarray(high),
+        elsewhere,
+        before,
+        after,
+        converged,
+        target,
+        reached,
+    )
 
 
 def _settle(many, layer, begin, settings):

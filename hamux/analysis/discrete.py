@@ -32,19 +32,25 @@ class AbstractDiscreteMemory(eqx.Module):
     def size(self) -> int: "The number of neurons."
 
     @abc.abstractmethod
-    def fields(self, s: Int[Array, "B N"]) -> PyTree: "What visits and flips need to know of the states, from scratch."
+    def fields(self, s: Int[Array, "B N"]) -> PyTree:
+        "What visits and flips need to know of the states, from scratch."
 
     @abc.abstractmethod
-    def visit(self, fields: PyTree, si: Int[Array, " B"], i: Int[Array, ""]) -> Bool[Array, " B"]: "Whether to flip the neuron `i`, whose values are `si`, lowers the energy."
+    def visit(self, fields: PyTree, si: Int[Array, " B"], i: Int[Array, ""]) -> Bool[Array, " B"]:
+        "Whether to flip the neuron `i`, whose values are `si`, lowers the energy."
 
     @abc.abstractmethod
-    def flipped(self, fields: PyTree, si: Int[Array, " B"], i: Int[Array, ""]) -> PyTree: "The fields after the neuron `i` has flipped from `si`; 0 where it stays."
+    def flipped(self, fields: PyTree, si: Int[Array, " B"], i: Int[Array, ""]) -> PyTree:
+        "The fields after the neuron `i` has flipped from `si`; 0 where it stays."
 
     @abc.abstractmethod
-    def total(self, s: Int[Array, "B N"], fields: PyTree) -> Float[Array, " B"]: "The energy."
+    def total(self, s: Int[Array, "B N"], fields: PyTree) -> Float[Array, " B"]:
+        "The energy."
 
     @abc.abstractmethod
-    def costs(self, s: Int[Array, "B N"], fields: PyTree) -> tuple[Float[Array, "B N"], Bool[Array, "B N"]]:
+    def costs(
+        self, s: Int[Array, "B N"], fields: PyTree
+    ) -> tuple[Float[Array, "B N"], Bool[Array, "B N"]]:
         "What each flip alone would add to the energy, and whether that is less than nothing beyond rounding."
 
     def energy(self, states: Int[Array, "... N"]) -> Float[Array, "..."]:
@@ -65,25 +71,48 @@ def _known(x): return None if isinstance(x, jax.core.Tracer) else np.asarray(x)
 
 def _signs(x, what, least, most=None):
     "`x` as an int8 array of ±1, with `least` (to `most`) axes, the last of them neurons."
-    try: x = jnp.asarray(x)
-    except (TypeError, ValueError): raise TypeError(f"{what} should be an array of +1 and -1, and was given {x!r}.") from None
-    if x.dtype == bool: raise TypeError(f"{what} should hold +1 and -1, and has dtype bool. Write jnp.where(bits, 1, -1).")
+    try:
+        x = jnp.asarray(x)
+    except (TypeError, ValueError):
+        raise TypeError(f"{what} should be an array of +1 and -1, and was given {x!r}.") from None
+    if x.dtype == bool:
+        raise TypeError(
+            f"{what} should hold +1 and -1, and has dtype bool. Write jnp.where(bits, 1, -1)."
+        )
     if not (jnp.issubdtype(x.dtype, jnp.integer) or jnp.issubdtype(x.dtype, jnp.floating)):
         raise TypeError(f"{what} should hold +1 and -1, and has dtype {x.dtype}.")
     axes = f"{least} axes" if most is None else f"{least} to {most} axes"
-    if not least <= x.ndim <= (most or least) or 0 in x.shape[-1:] or (most is None and 0 in x.shape):
-        raise ValueError(f"{what} should have {axes}, the last of them the neurons, none of size 0, and has shape {x.shape}.")
+    if (
+        not least <= x.ndim <= (most or least)
+        or 0 in x.shape[-1:]
+        or (most is None and 0 in x.shape)
+    ):
+        raise ValueError(
+            f"{what} should have {axes}, the last of them the neurons, none of size 0, and has"
+            f" shape {x.shape}."
+        )
     known = _known(x)
     if known is not None and not (abs(known) == 1).all():
-        raise ValueError(f"{what} should hold only +1 and -1, and holds {known[abs(known) != 1][0]}. For bits 0 and 1 write 2 * bits - 1.")
+        raise ValueError(
+            f"{what} should hold only +1 and -1, and holds {known[abs(known) != 1][0]}. For bits 0"
+            " and 1 write 2 * bits - 1."
+        )
     return x.astype(jnp.int8)
 
 
 def _states(memory, states, most=2):
     "`states` as int8, checked against the memory's size."
-    if not isinstance(memory, AbstractDiscreteMemory): raise TypeError(f"A discrete memory is needed, such as DiscreteMemory(patterns, 3), and was given {memory!r}.")
+    if not isinstance(memory, AbstractDiscreteMemory):
+        raise TypeError(
+            "A discrete memory is needed, such as DiscreteMemory(patterns, 3), and was given"
+            f" {memory!r}."
+        )
     s = _signs(states, "The states", 1, most)
-    if s.shape[-1] != memory.size: raise ValueError(f"The states should have {memory.size} neurons each, one state per row, and have shape {s.shape}.")
+    if s.shape[-1] != memory.size:
+        raise ValueError(
+            f"The states should have {memory.size} neurons each, one state per row, and have shape"
+            f" {s.shape}."
+        )
     return s
 
 
@@ -106,7 +135,8 @@ class DiscreteHopfield(AbstractDiscreteMemory):
     b: Array
 
     def __init__(self,
-                 W: Float[Array, "N N"], # symmetric weights of zero diagonal; integers for exact arithmetic
+                 # symmetric weights of zero diagonal; integers for exact arithmetic
+                 W: Float[Array, "N N"],
                  b=None): # a field on each neuron (N,); None for none
         self.W, self.b = _couplings(W, b)
 
@@ -137,36 +167,71 @@ class DiscreteHopfield(AbstractDiscreteMemory):
 # %% ../../nbs/api/analysis/discrete.ipynb #f0d9f4ae
 def _real(x, what):
     "`x` as an array of real numbers."
-    try: x = x if isinstance(x, jax.Array) else np.asarray(x)
-    except (TypeError, ValueError): x = np.asarray(None)
+    try:
+        x = x if isinstance(x, jax.Array) else np.asarray(x)
+    except (TypeError, ValueError):
+        x = np.asarray(None)
     if not (jnp.issubdtype(x.dtype, jnp.integer) or jnp.issubdtype(x.dtype, jnp.floating)):
-        raise TypeError(f"DiscreteHopfield: {what} should be an array of real numbers, and has dtype {x.dtype}.")
+        raise TypeError(
+            f"DiscreteHopfield: {what} should be an array of real numbers, and has dtype {x.dtype}."
+        )
     known = _known(x)
-    if known is not None and not np.isfinite(known.astype(float)).all(): raise ValueError(f"DiscreteHopfield: {what} holds NaN or inf.")
+    if known is not None and not np.isfinite(known.astype(float)).all():
+        raise ValueError(f"DiscreteHopfield: {what} holds NaN or inf.")
     return x, None if known is None else known.astype(float)
 
 
 def _couplings(W, b):
     "Checked weights and fields: int32 where they are integers and no sum of theirs can overflow, else floating."
     W, known = _real(W, "W")
-    if W.ndim != 2 or W.shape[0] != W.shape[1] or not W.size: raise ValueError(f"DiscreteHopfield: W should be square, one row per neuron, and has shape {W.shape}.")
+    if W.ndim != 2 or W.shape[0] != W.shape[1] or not W.size:
+        raise ValueError(
+            f"DiscreteHopfield: W should be square, one row per neuron, and has shape {W.shape}."
+        )
     b, field = _real(np.zeros(len(W), int) if b is None else b, "b")
-    if b.shape != W.shape[:1]: raise ValueError(f"DiscreteHopfield: b should have shape {W.shape[:1]}, one number per neuron, and has {b.shape}.")
+    if b.shape != W.shape[:1]:
+        raise ValueError(
+            f"DiscreteHopfield: b should have shape {W.shape[:1]}, one number per neuron, and has"
+            f" {b.shape}."
+        )
     if known is not None:
         gap, most = abs(known - known.T).max(), abs(known).max()
-        if gap > 1e-5 * most: raise ValueError(f"DiscreteHopfield: W should be symmetric, and differs from its transpose by up to {gap:.3g}. Without symmetry there is no energy.")
+        if gap > 1e-5 * most:
+            raise ValueError(
+                "DiscreteHopfield: W should be symmetric, and differs from its transpose by up to"
+                f" {gap:.3g}. Without symmetry there is no energy."
+            )
         if np.diag(known).any():
-            raise ValueError(f"DiscreteHopfield: W should have a zero diagonal, and holds {abs(np.diag(known)).max():.3g} there, which is a constant of the energy. "
-                             "Write W - np.diag(np.diag(W)).")
+            raise ValueError(
+                "DiscreteHopfield: W should have a zero diagonal, and holds"
+                f" {abs(np.diag(known)).max():.3g} there, which is a constant of the energy. Write"
+                " W - np.diag(np.diag(W))."
+            )
     dtype = jnp.result_type(W, b)
     if jnp.issubdtype(dtype, jnp.integer):
-        small = known is not None and field is not None and abs(known).sum() + 2 * abs(field).sum() < 2**30
+        small = (
+            known is not None
+            and field is not None
+            and abs(known).sum() + 2 * abs(field).sum() < 2**30
+        )
         dtype = jnp.int32 if small else jnp.result_type(float)
     return jnp.asarray(W, dtype), jnp.asarray(b, dtype)
 
 
-def _wide(x): return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if jnp.issubdtype(x.dtype, jnp.floating) else x
-def _real_dtype(dtype): return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(float)
+def _wide(x):
+    return (
+        x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if jnp.issubdtype(x.dtype, jnp.floating)
+        else x
+    )
+
+
+def _real_dtype(dtype):
+    return (
+        jnp.promote_types(dtype, jnp.float32)
+        if jnp.issubdtype(dtype, jnp.floating)
+        else jnp.result_type(float)
+    )
 
 # %% ../../nbs/api/analysis/discrete.ipynb #5eb9123d
 def hebbian(
@@ -203,21 +268,32 @@ class DiscreteMemory(AbstractDiscreteMemory):
 
     def __init__(self,
                  patterns: Int[Array, "K N"], # ±1, one pattern per row
-                 F: int | str | Callable = 2, # a power n for xⁿ, "exp", or a function of an array of overlaps ξ·s
+                 # a power n for xⁿ, "exp", or a function of an array of overlaps ξ·s
+                 F: int | str | Callable = 2,
                  beta=None): # inverse temperature of "exp"; None for 1
         self.rows = _signs(patterns, "The patterns", 2).T
         is_exp = isinstance(F, str) and F == "exp"
-        if beta is not None and not is_exp: raise ValueError(f"DiscreteMemory: beta belongs to F='exp', and was given as {beta!r} with F={F!r}.")
-        self.values, self.up, self.down, self.unit = (None,) * 4 if is_exp else _table(F, *self.rows.shape)
+        if beta is not None and not is_exp:
+            raise ValueError(
+                f"DiscreteMemory: beta belongs to F='exp', and was given as {beta!r} with F={F!r}."
+            )
+        self.values, self.up, self.down, self.unit = (
+            (None,) * 4 if is_exp else _table(F, *self.rows.shape)
+        )
         self.beta = _as_beta(1.0 if beta is None else beta, self.rows.shape[1]) if is_exp else None
 
     @property
-    def size(self): return len(self.rows)
+    def size(self):
+        return len(self.rows)
+
     @property
-    def patterns(self): return self.rows.T
+    def patterns(self):
+        return self.rows.T
 
     def fields(self, s):
-        m = jnp.matmul(s.astype(jnp.float32), self.rows.astype(jnp.float32), precision="highest").astype(jnp.int32)
+        m = jnp.matmul(
+            s.astype(jnp.float32), self.rows.astype(jnp.float32), precision="highest"
+        ).astype(jnp.int32)
         return m, *_steps(self, m)
 
     def visit(self, fields, si, i):
@@ -238,7 +314,10 @@ def _as_beta(beta, K):
     most = (math.log(jnp.finfo(dtype).max) - math.log(K) - 1) / 2
     known = _known(beta)
     if known is not None and not (known.shape == () and 0 < known <= most):
-        raise ValueError(f"DiscreteMemory: beta should be one number between 0 and {most:.1f} (at which only the nearest patterns count), and is {beta!r}.")
+        raise ValueError(
+            f"DiscreteMemory: beta should be one number between 0 and {most:.1f} (at which only the"
+            f" nearest patterns count), and is {beta!r}."
+        )
     return jnp.asarray(beta, dtype)
 
 
@@ -247,20 +326,39 @@ def _table(F, N, K):
     x, dtype = np.arange(-N, N + 1, 2, dtype=float), jnp.result_type(float)
     if isinstance(F, numbers.Integral) and not isinstance(F, bool) and F > 0:
         with np.errstate(over="ignore"): y = x ** int(F)
-    elif not callable(F): raise ValueError(f"DiscreteMemory: F should be a power n > 0, 'exp', or a function, and is {F!r}.")
+    elif not callable(F):
+        raise ValueError(
+            f"DiscreteMemory: F should be a power n > 0, 'exp', or a function, and is {F!r}."
+        )
     else:
         with np.errstate(all="ignore"): y = np.asarray(F(x), dtype=float)
-    if y.shape != x.shape: raise ValueError(f"DiscreteMemory: F should be elementwise, and made shape {y.shape} of overlaps of shape {x.shape}.")
-    if np.isnan(y).any() or (callable(F) and np.isinf(y).any()): raise ValueError(f"DiscreteMemory: F is not finite at the overlap {x[~np.isfinite(y)][0]:g}.")
+    if y.shape != x.shape:
+        raise ValueError(
+            f"DiscreteMemory: F should be elementwise, and made shape {y.shape} of overlaps of"
+            f" shape {x.shape}."
+        )
+    if np.isnan(y).any() or (callable(F) and np.isinf(y).any()):
+        raise ValueError(
+            f"DiscreteMemory: F is not finite at the overlap {x[~np.isfinite(y)][0]:g}."
+        )
     if not (K * abs(y) < float(jnp.finfo(dtype).max)).all():
-        raise ValueError(f"DiscreteMemory: F reaches {abs(y).max():.3g} at overlaps of up to {N}, which does not fit in {dtype}. Scale it, "
-                         "such as lambda x: (x / N) ** n; the flips are the same.")
+        raise ValueError(
+            f"DiscreteMemory: F reaches {abs(y).max():.3g} at overlaps of up to {N}, which does not"
+            f" fit in {dtype}. Scale it, such as lambda x: (x / N) ** n; the flips are the same."
+        )
     steps, small = np.diff(y), lambda v: K * abs(v).max() < 2**31
     whole = (y == y.round()).all() and abs(y).max() < 2**53
     unit = float(np.gcd.reduce(steps.astype(np.int64)) if whole else abs(steps).max()) or 1.0
     kind = jnp.int32 if whole and small(steps / unit) else dtype
-    up, down = (jnp.asarray(np.pad(v / unit, pad), kind) for v, pad in ((steps, (0, 1)), (-steps, (1, 0))))
-    return jnp.asarray(y, jnp.int32 if whole and small(y) else dtype), up, down, jnp.asarray(unit, dtype)
+    up, down = (
+        jnp.asarray(np.pad(v / unit, pad), kind) for v, pad in ((steps, (0, 1)), (-steps, (1, 0)))
+    )
+    return (
+        jnp.asarray(y, jnp.int32 if whole and small(y) else dtype),
+        up,
+        down,
+        jnp.asarray(unit, dtype),
+    )
 
 # %% ../../nbs/api/analysis/discrete.ipynb #e036233a
 def _at(table, k): return table.at[k].get(mode="promise_in_bounds")
@@ -268,7 +366,8 @@ def _at(table, k): return table.at[k].get(mode="promise_in_bounds")
 
 def _steps(memory, m):
     "What F gains for each overlap if it goes up and if it goes down."
-    if memory.beta is None: return [_at(t, (m + memory.size) // 2) for t in (memory.up, memory.down)]
+    if memory.beta is None:
+        return [_at(t, (m + memory.size) // 2) for t in (memory.up, memory.down)]
     gap = memory.beta * (m - m.max(-1, keepdims=True))
     return jnp.exp(gap + 2 * memory.beta), -jnp.exp(gap)
 
@@ -290,12 +389,18 @@ def _dense_costs(memory, s, fields):
     kind = fields[1].dtype
     ones, others = (memory.rows == 1).astype(kind).T, (memory.rows == -1).astype(kind).T
     def split(v, agree):
-        a, b = (jnp.matmul(v, M, precision="highest") for M in ((ones, others) if agree else (others, ones)))
+        a, b = (
+            jnp.matmul(v, M, precision="highest")
+            for M in ((ones, others) if agree else (others, ones))
+        )
         return jnp.where(s > 0, a, b)
     gain, loss = split(fields[1], False), split(fields[2], True)
-    lower = _gains(memory, gain + loss, lambda: split(abs(fields[1]), False) + split(abs(fields[2]), True))
+    lower = _gains(
+        memory, gain + loss, lambda: split(abs(fields[1]), False) + split(abs(fields[2]), True)
+    )
     if memory.beta is None: return (-(gain + loss)).astype(memory.unit.dtype) * memory.unit, lower
-    a, b, beta = jnp.log(-loss), jnp.log(gain), memory.beta # of those that agree, and of those that do not
+    # of those that agree, and of those that do not
+    a, b, beta = jnp.log(-loss), jnp.log(gain), memory.beta
     return (jnp.logaddexp(a, b - 2 * beta) - jnp.logaddexp(a - 2 * beta, b)) / beta, lower
 
 # %% ../../nbs/api/analysis/discrete.ipynb #cca95c34
@@ -303,7 +408,8 @@ class BitRecall(eqx.Module):
     "What a discrete recall reached, how, and why it stopped. For a batch of states every field has a leading batch axis."
     states: Array # ±1, in the dtype that was given
     energy: Float[Array, "*batch"] # energy at the end
-    energies: Float[Array, "*batch sweeps"] | None # energy at the start and after each sweep; NaN past the end
+    # energy at the start and after each sweep; NaN past the end
+    energies: Float[Array, "*batch sweeps"] | None
     sweeps: Int[Array, "*batch"] # sweeps made, the one that found nothing to flip included
     flips: Int[Array, "*batch"] # flips made
     code: Int[Array, "*batch"] # why it stopped: 1 converged, 2 out of sweeps, 3 not finite
@@ -329,9 +435,13 @@ def _sweep(memory, s, fields, order, held):
         i = order[t]
         si = s[:, i]
         flip = memory.visit(fields, si, i) & ~held[:, i]
-        fields = jax.lax.cond(flip.any(), lambda f: memory.flipped(f, jnp.where(flip, si, 0), i), lambda f: f, fields)
+        fields = jax.lax.cond(
+            flip.any(), lambda f: memory.flipped(f, jnp.where(flip, si, 0), i), lambda f: f, fields
+        )
         return s.at[:, i].set(jnp.where(flip, -si, si)), fields, flips + flip
-    s, _, flips = jax.lax.fori_loop(0, memory.size, visit, (s, fields, jnp.zeros(len(s), jnp.int32)))
+    s, _, flips = jax.lax.fori_loop(
+        0, memory.size, visit, (s, fields, jnp.zeros(len(s), jnp.int32))
+    )
     return s, flips
 
 
@@ -340,10 +450,16 @@ def _recall(memory, s, held, key, max_sweeps, trace):
     fields = memory.fields(s)
     E = memory.total(s, fields)
     zero = jnp.zeros(len(s), jnp.int32)
-    energies = jnp.full((len(s), max_sweeps + 1), jnp.nan, E.dtype).at[:, 0].set(E) if trace else None
+    energies = (
+        jnp.full((len(s), max_sweeps + 1), jnp.nan, E.dtype).at[:, 0].set(E) if trace else None
+    )
     def sweep(carry):
         n, s, fields, E, code, sweeps, flips, energies = carry
-        order = jnp.arange(memory.size) if key is None else jax.random.permutation(jax.random.fold_in(key, n), memory.size)
+        order = (
+            jnp.arange(memory.size)
+            if key is None
+            else jax.random.permutation(jax.random.fold_in(key, n), memory.size)
+        )
         live = code == RUNNING
         s, new = _sweep(memory, s, fields, order, held | ~live[:, None])
         fields = memory.fields(s)
@@ -354,14 +470,18 @@ def _recall(memory, s, held, key, max_sweeps, trace):
         return n + 1, s, fields, E, jnp.where(live, why, code), sweeps + live, flips + new, energies
     code = jnp.where(jnp.isfinite(E), RUNNING, NONFINITE).astype(jnp.int32)
     start = (jnp.array(0, jnp.int32), s, fields, E, code, zero, zero, energies)
-    _, s, _, E, code, sweeps, flips, energies = jax.lax.while_loop(lambda c: (c[4] == RUNNING).any(), sweep, start)
+    _, s, _, E, code, sweeps, flips, energies = jax.lax.while_loop(
+        lambda c: (c[4] == RUNNING).any(), sweep, start
+    )
     return BitRecall(s, E, energies, sweeps, flips, code)
 
 # %% ../../nbs/api/analysis/discrete.ipynb #7b70d91f
 def _clamp_mask(clamp, shape):
     "The clamp as a boolean array of the shape of the states."
     if clamp is None: return jnp.zeros(shape, bool)
-    return jnp.broadcast_to(jnp.asarray(as_mask(clamp, "recall_bits", "clamp", shape[-1:], shape)), shape)
+    return jnp.broadcast_to(
+        jnp.asarray(as_mask(clamp, "recall_bits", "clamp", shape[-1:], shape)), shape
+    )
 
 
 def recall_bits(
@@ -377,10 +497,20 @@ def recall_bits(
     "Flip one neuron after another, downhill, until no flip lowers the energy. Raises ValueError or TypeError for what does not fit."
     s = _states(memory, states)
     held = _clamp_mask(clamp, s.shape)
-    if not isinstance(max_sweeps, numbers.Integral) or isinstance(max_sweeps, bool) or max_sweeps < 1: raise ValueError(f"max_sweeps is a positive int, and is {max_sweeps!r}.")
-    if order not in ("cyclic", "random"): raise ValueError(f"order is 'cyclic' or 'random', and is {order!r}.")
+    if (
+        not isinstance(max_sweeps, numbers.Integral)
+        or isinstance(max_sweeps, bool)
+        or max_sweeps < 1
+    ):
+        raise ValueError(f"max_sweeps is a positive int, and is {max_sweeps!r}.")
+    if order not in ("cyclic", "random"):
+        raise ValueError(f"order is 'cyclic' or 'random', and is {order!r}.")
     if (order == "random") != (key is not None):
-        raise ValueError("The random order needs a key, such as key=jax.random.key(0)." if key is None else "A key was given, and the cyclic order has no use for it. Write order='random'.")
+        raise ValueError(
+            "The random order needs a key, such as key=jax.random.key(0)."
+            if key is None
+            else "A key was given, and the cyclic order has no use for it. Write order='random'."
+        )
     rows = (s, held) if s.ndim == 2 else (s[None], held[None])
     out = _recall(memory, *rows, key, int(max_sweeps), bool(trace))
     if s.ndim == 1: out = jax.tree_util.tree_map(lambda v: v[0], out)

@@ -29,7 +29,11 @@ def _extent(text, points, weight="normal"):
     "Width and height of a line of text, in inches."
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import TextPath
-    box = TextPath((0, 0), text, points, prop=FontProperties(weight=weight)).get_extents() if text.strip() else None
+    box = (
+        TextPath((0, 0), text, points, prop=FontProperties(weight=weight)).get_extents()
+        if text.strip()
+        else None
+    )
     return np.array([box.x1 / 72 if box else 0.0, 1.25 * points / 72])
 
 
@@ -48,20 +52,34 @@ def _captions(net):
     names = [str(n) if isinstance(n, str) else f"layer {n}" for n in net.neurons]
     shapes = ["×".join(map(str, layer.shape)) for layer in net.neurons.values()]
     kinds = [kind_of(layer.lagrangian).split("(")[0] for layer in net.neurons.values()]
-    return [tuple(_escape(shorten(t, 20)) for t in lines if t) for lines in zip(names, shapes, kinds)]
+    return [
+        tuple(_escape(shorten(t, 20)) for t in lines if t) for lines in zip(names, shapes, kinds)
+    ]
 
 
 def _wires(net, energies):
     "The connections: one label and one dash pattern per shared synapse, with energies a label each."
     order, uses = list(net.neurons), Counter(s for _, s in net.connections)
-    dashes = dict(zip((s for s in uses if uses[s] > 1), itertools.cycle([(5, 2), (1, 1.5), (6, 2, 1, 2), (10, 3), (4, 1.5, 1, 1.5, 1, 1.5)])))
+    dashes = dict(
+        zip(
+            (s for s in uses if uses[s] > 1),
+            itertools.cycle([(5, 2), (1, 1.5), (6, 2, 1, 2), (10, 3), (4, 1.5, 1, 1.5, 1, 1.5)]),
+        )
+    )
     wires, seen = [], set()
     for i, (names, s) in enumerate(net.connections):
-        name = s if isinstance(s, str) else f"{kind_of(net.hypersynapses[s]).split('(')[0].removesuffix('Synapse')} {s}"
+        name = (
+            s
+            if isinstance(s, str)
+            else f"{kind_of(net.hypersynapses[s]).split('(')[0].removesuffix('Synapse')} {s}"
+        )
         label = "" if s in seen else shorten(name, 24)
-        if energies is not None: label = shorten(name, 16) + f" {float(energies[i]) + 0.0:.2g}".replace("-", "−")
+        if energies is not None:
+            label = shorten(name, 16) + f" {float(energies[i]) + 0.0:.2g}".replace("-", "−")
         seen.add(s)
-        wires.append(_Wire(dict(Counter(order.index(n) for n in names)), _escape(label), dashes.get(s, "-")))
+        wires.append(
+            _Wire(dict(Counter(order.index(n) for n in names)), _escape(label), dashes.get(s, "-"))
+        )
     return wires
 
 # %% ../../nbs/api/display/drawing.ipynb #6ffe0854
@@ -89,7 +107,8 @@ def _spring(D, steps=300):
     n = len(D)
     if n < 3: return np.array([(0.0, 0.0), (D[0, -1], 0.0)])[:n]
     i, j = np.indices(D.shape)
-    D = D * (1 + 1e-6 * np.cos(1.0 + i + j) * np.cos(i - j)) # no two eigenvalues are the same, so that the axes are determined
+    # no two eigenvalues are the same, so that the axes are determined
+    D = D * (1 + 1e-6 * np.cos(1.0 + i + j) * np.cos(i - j))
     J = np.eye(n) - 1 / n
     values, vectors = np.linalg.eigh(-0.5 * J @ D**2 @ J)
     P = (vectors * np.sqrt(np.maximum(values, 0)))[:, :-3:-1]
@@ -100,7 +119,8 @@ def _spring(D, steps=300):
         B = -w * D / np.where(R > 1e-9, R, np.inf)
         P = V @ (B - np.diag(B.sum(1))) @ P
     P = (P - P.mean(0)) @ np.linalg.svd(P - P.mean(0))[2].T
-    lead = [P[np.argmax(abs(P[:, a]) > 1e-3 * np.ptp(P)), a] for a in (0, 1)] # the first point off the axis
+    # the first point off the axis
+    lead = [P[np.argmax(abs(P[:, a]) > 1e-3 * np.ptp(P)), a] for a in (0, 1)]
     return P * [-1 if lead[0] > 0 else 1, -1 if lead[1] < 0 else 1]
 
 # %% ../../nbs/api/display/drawing.ipynb #63fea610
@@ -115,12 +135,15 @@ def _pushed(P, half, free, gap, rounds=300):
     P, order = np.array(P, dtype=float), np.arange(len(P))
     for _ in range(rounds):
         d = P[:, None] - P
-        need = np.where(np.eye(len(P), dtype=bool)[..., None], 0, half[:, None] + half + gap - abs(d))
+        need = np.where(
+            np.eye(len(P), dtype=bool)[..., None], 0, half[:, None] + half + gap - abs(d)
+        )
         touching = (need > 1e-6).all(-1)
         if not touching[free].any(): break
         axis = need.argmin(-1)
         along = np.take_along_axis(d, axis[..., None], -1)[..., 0]
-        side = np.where(along != 0, np.sign(along), np.sign(np.subtract.outer(order, order))) # on top of each other: the later one goes up or right
+        # on top of each other: the later one goes up or right
+        side = np.where(along != 0, np.sign(along), np.sign(np.subtract.outer(order, order)))
         push = np.where(touching, side * need.min(-1) / 2, 0)
         P += free[:, None] * np.stack([np.where(axis == a, push, 0).sum(1) for a in (0, 1)], 1)
     return P
@@ -157,9 +180,18 @@ def _routes(legs, boxes):
     for _, i, j in legs:
         others, used = np.delete(boxes, [i, j], 0), taken.setdefault((i, j), [])
         first = 0.0 if doubles[i, j] % 2 else 0.17
-        shifts = sorted({sign * (first + 0.34 * k) for k in range(6 + doubles[i, j]) for sign in (1, -1)}, key=abs)
-        options = [(s, _curve(boxes[i, :2], boxes[j, :2], s)) for s in shifts if all(abs(s - u) > 0.3 for u in used)]
-        shift, curve = min(options, key=lambda o, others=others: abs(o[0]) + 10 * _inside(o[1], others, _GAP))
+        shifts = sorted(
+            {sign * (first + 0.34 * k) for k in range(6 + doubles[i, j]) for sign in (1, -1)},
+            key=abs,
+        )
+        options = [
+            (s, _curve(boxes[i, :2], boxes[j, :2], s))
+            for s in shifts
+            if all(abs(s - u) > 0.3 for u in used)
+        ]
+        shift, curve = min(
+            options, key=lambda o, others=others: abs(o[0]) + 10 * _inside(o[1], others, _GAP)
+        )
         used.append(shift); curves.append(curve)
     return curves
 
@@ -167,23 +199,45 @@ def _routes(legs, boxes):
 def _loop(anchor, u, turns):
     "`turns` nested loops on the side of a box that faces `u`."
     t, v = np.linspace(0, 1, 31)[:, None], u[::-1]
-    turn = lambda r: anchor - 0.05 * u + (1 - 2 * t) * (0.07 + 0.07 * r + 4 * t * (1 - t) * 0.1 * r) * v + 4 * t * (1 - t) * (0.12 + 0.2 * r) * u
+    turn = (
+        lambda r: anchor
+        - 0.05 * u
+        + (1 - 2 * t) * (0.07 + 0.07 * r + 4 * t * (1 - t) * 0.1 * r) * v
+        + 4 * t * (1 - t) * (0.12 + 0.2 * r) * u
+    )
     return [turn(1 - 0.55 * k / turns) for k in range(turns)]
 
 
 def _attached(box, turns, size, others, rects, lines):
     "Cost, lines, place of the label and surrounding rectangle of a loop or a stub, on the emptiest side of the box."
     found = []
-    for u, along in itertools.product(np.array([(0.0, 1.0), (0.0, -1.0), (-1.0, 0.0), (1.0, 0.0)]), (0, -0.6, 0.6)):
+    for u, along in itertools.product(
+        np.array([(0.0, 1.0), (0.0, -1.0), (-1.0, 0.0), (1.0, 0.0)]), (0, -0.6, 0.6)
+    ):
         anchor = box[:2] + u * box[2:] + along * abs(u[::-1]) * box[2:]
-        drawn = _loop(anchor, u, turns) if turns else [anchor + u * np.linspace(-0.05, 0.26, 11)[:, None]]
+        drawn = (
+            _loop(anchor, u, turns)
+            if turns
+            else [anchor + u * np.linspace(-0.05, 0.26, 11)[:, None]]
+        )
         reach = (np.concatenate(drawn) @ u).max() - anchor @ u
         centre = anchor + u * (reach + abs(u) @ size / 2 + _GAP)
-        corners = np.concatenate([*(d[(d - anchor) @ u >= 0] for d in drawn), [centre - size / 2, centre + size / 2]])
-        rect = np.array([*(corners.max(0) + corners.min(0)) / 2, *(corners.max(0) - corners.min(0)) / 2])
+        corners = np.concatenate(
+            [*(d[(d - anchor) @ u >= 0] for d in drawn), [centre - size / 2, centre + size / 2]]
+        )
+        rect = np.array(
+            [*(corners.max(0) + corners.min(0)) / 2, *(corners.max(0) - corners.min(0)) / 2]
+        )
         blocked = _overlaps(rect[:2], rect[2:], [*others, *rects]).sum()
         crossed = sum(_inside(line, rect, 0.03) for line in lines)
-        found.append((10 * blocked + crossed + 0.3 * (abs(u[0]) + abs(along)) + 0.1 * (u[1] < 0), drawn, centre, rect))
+        found.append(
+            (
+                10 * blocked + crossed + 0.3 * (abs(u[0]) + abs(along)) + 0.1 * (u[1] < 0),
+                drawn,
+                centre,
+                rect,
+            )
+        )
     return min(found, key=lambda f: f[0])
 
 # %% ../../nbs/api/display/drawing.ipynb #07779f7e
@@ -191,7 +245,11 @@ def _labelled(candidates, size, rects, lines):
     "The place for a label of `size`: (cost, centre)."
     def cost(pair):
         dislike, c = pair
-        return dislike + 10 * _overlaps(c, size / 2, rects, 0.02).sum() + 0.7 * sum(_inside(line, [*c, *(size / 2)]) for line in lines)
+        return (
+            dislike
+            + 10 * _overlaps(c, size / 2, rects, 0.02).sum()
+            + 0.7 * sum(_inside(line, [*c, *(size / 2)]) for line in lines)
+        )
     best = min(candidates, key=cost)
     return cost(best), best[1]
 
@@ -213,7 +271,11 @@ def _left(curve, rects):
 def _around(centre, size):
     "Places around a square, near ones first."
     ring = [(math.cos(a), math.sin(a)) for a in np.arange(16) * math.pi / 8]
-    return [(5 * r, centre + np.array(u) * (size / 2 + 0.09 + r)) for r in (0.0, 0.1, 0.25) for u in ring]
+    return [
+        (5 * r, centre + np.array(u) * (size / 2 + 0.09 + r))
+        for r in (0.0, 0.1, 0.25)
+        for u in ring
+    ]
 
 
 class _Scene(NamedTuple):
@@ -236,7 +298,9 @@ def _scene(P, half, n, wires, sizes):
     for k, w in enumerate(wires):
         if len(w.ends) > 1: continue
         i, = w.ends
-        cost, drawn, centre, rect = _attached(boxes[i], w.ends[i] - 1, sizes[k], np.delete(boxes, i, 0), rects, routes)
+        cost, drawn, centre, rect = _attached(
+            boxes[i], w.ends[i] - 1, sizes[k], np.delete(boxes, i, 0), rects, routes
+        )
         curves += [(k, d) for d in drawn]
         rects.append(rect)
         labels += [(k, centre)] * bool(w.label)
@@ -249,7 +313,9 @@ def _scene(P, half, n, wires, sizes):
         places = _around(boxes[hub, :2], sizes[k]) if _has_hub(w) else _along(mine, boxes)
         others = [c for c in routes if c is not mine or _has_hub(w)]
         cost, centre = _labelled(places, sizes[k], [*boxes, *rects], others)
-        rects.append(np.array([*centre, *sizes[k] / 2])); labels.append((k, centre)); conflicts += cost >= 10
+        rects.append(np.array([*centre, *sizes[k] / 2]))
+        labels.append((k, centre))
+        conflicts += cost >= 10
         conflicts += not _has_hub(w) and _left(mine, [*boxes, rects[-1]]) < 0.24
     return _Scene(boxes, curves, labels, conflicts)
 
@@ -257,7 +323,8 @@ def _scene(P, half, n, wires, sizes):
 def _points(layout, names, wires):
     "Where layers and squares are, in no particular unit, and which of them may be pushed."
     n, hubs = len(names), [w for w in wires if _has_hub(w)]
-    if isinstance(layout, str) and layout == "spring": return _spring(_graph_distances(n, wires)), np.ones(n + len(hubs), bool)
+    if isinstance(layout, str) and layout == "spring":
+        return _spring(_graph_distances(n, wires)), np.ones(n + len(hubs), bool)
     if isinstance(layout, str) and layout == "circle":
         turn = math.pi - 2 * math.pi * np.arange(n) / n
         P = np.stack([np.cos(turn), np.sin(turn)], 1) / max(2 * math.sin(math.pi / max(n, 2)), 1e-9)
@@ -269,14 +336,32 @@ def _points(layout, names, wires):
 
 def _given(layout, names):
     "The positions that the caller wants, checked, with the nearest two layers one unit apart."
-    if not isinstance(layout, Mapping): raise ValueError(f"layout is 'spring', 'circle' or a dictionary from layer names to (x, y), and was {layout!r}.")
+    if not isinstance(layout, Mapping):
+        raise ValueError(
+            "layout is 'spring', 'circle' or a dictionary from layer names to (x, y), and was"
+            f" {layout!r}."
+        )
     if set(layout) != set(names):
-        raise ValueError(f"The layout does not have the names of the layers: missing {[n for n in names if n not in layout]}, unknown {[n for n in layout if n not in names]}.")
-    P = np.array([np.asarray(layout[n], dtype=float) if np.shape(layout[n]) == (2,) else (np.nan, np.nan) for n in names])
+        raise ValueError(
+            "The layout does not have the names of the layers: missing"
+            f" {[n for n in names if n not in layout]}, unknown"
+            f" {[n for n in layout if n not in names]}."
+        )
+    P = np.array(
+        [
+            np.asarray(layout[n], dtype=float) if np.shape(layout[n]) == (2,) else (np.nan, np.nan)
+            for n in names
+        ]
+    )
     for n, p in zip(names, P):
-        if not np.isfinite(p).all(): raise ValueError(f"The layout should give the layer {n!r} two finite numbers (x, y), and gives {layout[n]!r}.")
+        if not np.isfinite(p).all():
+            raise ValueError(
+                f"The layout should give the layer {n!r} two finite numbers (x, y), and gives"
+                f" {layout[n]!r}."
+            )
     gaps = np.linalg.norm(P[:, None] - P, axis=-1)[~np.eye(len(P), dtype=bool)]
-    if len(gaps) and gaps.min() <= 1e-6 * gaps.max(): raise ValueError("The layout puts two layers in the same place.")
+    if len(gaps) and gaps.min() <= 1e-6 * gaps.max():
+        raise ValueError("The layout puts two layers in the same place.")
     return P / (gaps.min() if len(gaps) else 1)
 
 
@@ -286,9 +371,15 @@ def _arranged(net, layout, wires, half, sizes):
     P, free = _points(layout, list(net.neurons), wires)
     half = np.concatenate([half, np.full((len(P) - n, 2), 0.06)])
     widest = max([s[0] for s, w in zip(sizes, wires) if len(w.ends) > 1], default=0)
-    unit = np.array([2 * half[:n, 0].mean() + max(0.4, widest) + 4 * _GAP, 2 * half[:n, 1].mean() + 0.5])
+    unit = np.array(
+        [2 * half[:n, 0].mean() + max(0.4, widest) + 4 * _GAP, 2 * half[:n, 1].mean() + 0.5]
+    )
     pinned = not free[:n].all()
-    if not pinned and np.ptp(P[:, 0]) * unit[0] > 7.5 and np.ptp(P[:, 0]) * unit[1] > np.ptp(P[:, 1]) * unit[0]:
+    if (
+        not pinned
+        and np.ptp(P[:, 0]) * unit[0] > 7.5
+        and np.ptp(P[:, 0]) * unit[1] > np.ptp(P[:, 1]) * unit[0]
+    ):
         P = np.stack([P[:, 1], -P[:, 0]], 1) # too wide for a page: the long axis goes down
     if pinned: unit = np.full(2, unit.mean())
     best = None
@@ -302,12 +393,24 @@ def _arranged(net, layout, wires, half, sizes):
 def _widths(net, energies):
     "A line width per connection: as the sizes of the energies, or all the same."
     if energies is None: return [1.3] * net.n_connections
-    if any(isinstance(e, jax.core.Tracer) for e in jtu.tree_leaves(energies)): raise TypeError("A picture needs the numbers, and these energies are traced: call draw outside of jit.")
-    try: values = np.array([float(e) for e in energies])
+    if any(isinstance(e, jax.core.Tracer) for e in jtu.tree_leaves(energies)):
+        raise TypeError(
+            "A picture needs the numbers, and these energies are traced: call draw outside of jit."
+        )
+    try:
+        values = np.array([float(e) for e in energies])
     except (TypeError, ValueError) as e:
-        raise TypeError(f"The energies are one number per connection, as ham.connection_energies(xhats) gives for one state: {e}.") from e
-    if len(values) != net.n_connections: raise ValueError(f"There {'is' if net.n_connections == 1 else 'are'} {plural(net.n_connections, 'connection')}, and {len(values)} energies were given.")
-    if not np.isfinite(values).all(): raise ValueError(f"The energies should be finite, and are {values.tolist()}.")
+        raise TypeError(
+            "The energies are one number per connection, as ham.connection_energies(xhats) gives"
+            f" for one state: {e}."
+        ) from e
+    if len(values) != net.n_connections:
+        raise ValueError(
+            f"There {'is' if net.n_connections == 1 else 'are'}"
+            f" {plural(net.n_connections, 'connection')}, and {len(values)} energies were given."
+        )
+    if not np.isfinite(values).all():
+        raise ValueError(f"The energies should be finite, and are {values.tolist()}.")
     return 0.6 + 2.9 * abs(values) / max(abs(values).max(initial=0), 1e-30)
 
 
@@ -316,13 +419,18 @@ def _axes_for(ax, extent):
     size = extent[2:] - extent[:2]
     if ax is not None:
         ax.set_axis_off()
-        if ax.figure.figure.get_layout_engine(): ax.figure.figure.draw_without_rendering() # so that the axes have their size
+        # so that the axes have their size
+        if ax.figure.figure.get_layout_engine(): ax.figure.figure.draw_without_rendering()
     else:
         import matplotlib.pyplot as plt
         ax = plt.figure(figsize=size * min(1, 7.5 / size.max())).add_axes((0, 0, 1, 1))
     scale = min(np.array([ax.bbox.width, ax.bbox.height]) / ax.figure.dpi / size)
     middle, half = (extent[:2] + extent[2:]) / 2, size / 2 * max(1, scale / 1.25)
-    ax.set(xlim=(middle[0] - half[0], middle[0] + half[0]), ylim=(middle[1] - half[1], middle[1] + half[1]), aspect="equal")
+    ax.set(
+        xlim=(middle[0] - half[0], middle[0] + half[0]),
+        ylim=(middle[1] - half[1], middle[1] + half[1]),
+        aspect="equal",
+    )
     ax.set_axis_off()
     return ax, min(scale, 1.25)
 
@@ -335,20 +443,78 @@ def _paint(ax, scale, scene, net, wires, widths, texts):
     ink, paper = mpl.rcParams["text.color"], mpl.rcParams["axes.facecolor"]
     for k, points in scene.curves:
         stub = sum(wires[k].ends.values()) == 1
-        style = wires[k].style if wires[k].style == "-" else (0, tuple(1.3 * d / widths[k] for d in wires[k].style)) # dashes are as long on wide lines
-        ax.add_line(Line2D(*points.T, color=ink, lw=widths[k] * scale, ls=style, zorder=1, gid=f"connection {k}",
-                           marker="o" if stub else "", ms=4 * scale, markevery=[-1]))
-    for k, (x, y, w, h) in zip((k for k, wire in enumerate(wires) if _has_hub(wire)), scene.boxes[net.n_neurons:]):
-        ax.add_patch(Rectangle((x - w, y - h), 2 * w, 2 * h, color=ink, lw=0, zorder=2, gid=f"connection {k}"))
+        # dashes are as long on wide lines
+        style = (
+            wires[k].style
+            if wires[k].style == "-"
+            else (0, tuple(1.3 * d / widths[k] for d in wires[k].style))
+        )
+        ax.add_line(
+            Line2D(
+                *points.T,
+                color=ink,
+                lw=widths[k] * scale,
+                ls=style,
+                zorder=1,
+                gid=f"connection {k}",
+                marker="o" if stub else "",
+                ms=4 * scale,
+                markevery=[-1],
+            )
+        )
+    for k, (x, y, w, h) in zip(
+        (k for k, wire in enumerate(wires) if _has_hub(wire)), scene.boxes[net.n_neurons :]
+    ):
+        ax.add_patch(
+            Rectangle(
+                (x - w, y - h), 2 * w, 2 * h, color=ink, lw=0, zorder=2, gid=f"connection {k}"
+            )
+        )
     for (name, layer), (x, y, w, h), lines in zip(net.neurons.items(), scene.boxes, texts):
-        ax.add_patch(FancyBboxPatch((x - w, y - h), 2 * w, 2 * h, "round,pad=0,rounding_size=0.07", fc=paper, ec=ink, lw=1.2 * scale,
-                                    ls="-" if layer.leak else "--", zorder=3, gid=f"layer {name}"))
+        ax.add_patch(
+            FancyBboxPatch(
+                (x - w, y - h),
+                2 * w,
+                2 * h,
+                "round,pad=0,rounding_size=0.07",
+                fc=paper,
+                ec=ink,
+                lw=1.2 * scale,
+                ls="-" if layer.leak else "--",
+                zorder=3,
+                gid=f"layer {name}",
+            )
+        )
         heights = np.array([_extent(*t)[1] for t in lines])
-        for (text, points, weight), dy in zip(lines, heights.sum() / 2 - heights.cumsum() + heights / 2):
-            ax.text(x, y + dy, text, size=points * scale, weight=weight, color=ink, ha="center", va="center", zorder=4, gid=f"text {name}")
+        for (text, points, weight), dy in zip(
+            lines, heights.sum() / 2 - heights.cumsum() + heights / 2
+        ):
+            ax.text(
+                x,
+                y + dy,
+                text,
+                size=points * scale,
+                weight=weight,
+                color=ink,
+                ha="center",
+                va="center",
+                zorder=4,
+                gid=f"text {name}",
+            )
     for k, (x, y) in scene.labels:
-        ax.text(x, y, wires[k].label, size=_POINTS["label"] * scale, style="italic", color=ink, ha="center", va="center", zorder=2.5, gid=f"label {k}",
-                bbox=dict(fc=paper, ec="none", pad=0.8 * scale))
+        ax.text(
+            x,
+            y,
+            wires[k].label,
+            size=_POINTS["label"] * scale,
+            style="italic",
+            color=ink,
+            ha="center",
+            va="center",
+            zorder=2.5,
+            gid=f"label {k}",
+            bbox=dict(fc=paper, ec="none", pad=0.8 * scale),
+        )
 
 
 def draw(
@@ -356,19 +522,33 @@ def draw(
     ax=None, # matplotlib axes; None for a new figure of fitting size
     *,
     layout="spring", # "spring", "circle", or a dictionary from layer names to (x, y)
-    energies=None, # one number per connection, as `ham.connection_energies(xhats)` gives for one state: written, and shown as line widths
+    # one number per connection, as `ham.connection_energies(xhats)` gives for one state: written,
+    # and shown as line widths
+    energies=None,
 ): # the axes
     "Draw the hypergraph: boxes for layers; lines, squares, loops and stubs for connections. Raises TypeError or ValueError for what it cannot draw."
     net = as_network(ham, "draw")
-    if ax is not None and not hasattr(ax, "add_patch"): raise TypeError(f"ax should be matplotlib axes, and is {type(ax).__name__}.")
-    if not (isinstance(layout, str) and layout in ("spring", "circle")): _given(layout, list(net.neurons))
+    if ax is not None and not hasattr(ax, "add_patch"):
+        raise TypeError(f"ax should be matplotlib axes, and is {type(ax).__name__}.")
+    if not (isinstance(layout, str) and layout in ("spring", "circle")):
+        _given(layout, list(net.neurons))
     widths, wires = _widths(net, energies), _wires(net, energies)
-    texts = [[(t, _POINTS["detail" if k else "name"], "normal" if k else "bold") for k, t in enumerate(lines)] for lines in _captions(net)]
+    texts = [
+        [
+            (t, _POINTS["detail" if k else "name"], "normal" if k else "bold")
+            for k, t in enumerate(lines)
+        ]
+        for lines in _captions(net)
+    ]
     inner = [np.array([_extent(*t) for t in lines]) for lines in texts]
     half = np.array([(e[:, 0].max() / 2 + 0.09, e[:, 1].sum() / 2 + 0.05) for e in inner])
     sizes = [_extent(w.label, _POINTS["label"]) + [0.06, 0.02] for w in wires]
     scene = _arranged(net, layout, wires, half, sizes)
-    rects = [*scene.boxes, *((*c, *sizes[k] / 2) for k, c in scene.labels), *((*p, 0, 0) for _, c in scene.curves for p in c)]
+    rects = [
+        *scene.boxes,
+        *((*c, *sizes[k] / 2) for k, c in scene.labels),
+        *((*p, 0, 0) for _, c in scene.curves for p in c),
+    ]
     x, y, w, h = np.array(rects).T
     extent = np.array([min(x - w) - 0.1, min(y - h) - 0.1, max(x + w) + 0.1, max(y + h) + 0.1])
     ax, scale = _axes_for(ax, extent)

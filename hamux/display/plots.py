@@ -19,7 +19,8 @@ def plot_energy(
 ):
     "Draw the energy against the step, one curve per row; a dot marks where a row stopped. Raises ValueError without a trace. Returns the axes."
     energies = getattr(energies, "energies", energies)
-    if energies is None: raise ValueError("There is no trace to draw: this descent was made with trace=False.")
+    if energies is None:
+        raise ValueError("There is no trace to draw: this descent was made with trace=False.")
     if ax is None:
         import matplotlib.pyplot as plt
         _, ax = plt.subplots(figsize=(4.5, 2.6), layout="constrained")
@@ -29,13 +30,18 @@ def plot_energy(
         seen = row[~np.isnan(row)]
         line, = ax.plot(seen, label=label if i == 0 else None, **faint)
         faint["color"] = line.get_color()
-        if len(seen): ax.plot(len(seen) - 1, seen[-1], ".", ms=4, color=line.get_color(), alpha=faint["alpha"])
+        if len(seen):
+            ax.plot(
+                len(seen) - 1, seen[-1], ".", ms=4, color=line.get_color(), alpha=faint["alpha"]
+            )
     ax.set(xlabel="step", ylabel="energy")
     return ax
 
 # %% ../../nbs/api/display/plots.ipynb #d64009c6
 def plot_recall(
-    *rows, # arrays (columns, pixels) or (columns, height, width): for instance originals, corrupted, recalled
+    # arrays (columns, pixels) or (columns, height, width): for instance originals, corrupted,
+    # recalled
+    *rows,
     labels=None, # a name for each row
     titles=None, # a title for each column
     shape=None, # (height, width) of an image; None for a square, or for what the rows have
@@ -46,11 +52,19 @@ def plot_recall(
     "Draw rows of images under each other; NaN is hatched as unknown. Raises ValueError for rows that do not fit. Returns the axes."
     rows = [np.asarray(r, dtype=float) for r in rows]
     if len({r.shape[:1] for r in rows}) != 1:
-        raise ValueError(f"Every row should hold the same number of images, and they have shapes {[r.shape for r in rows]}.")
+        raise ValueError(
+            "Every row should hold the same number of images, and they have shapes"
+            f" {[r.shape for r in rows]}."
+        )
     rows = [r.reshape(len(r), *(shape or _image_shape(r))) for r in rows]
     if axes is None:
         import matplotlib.pyplot as plt
-        _, axes = plt.subplots(len(rows), len(rows[0]), figsize=(0.75 * len(rows[0]) + 0.9, 0.8 * len(rows)), squeeze=False)
+        _, axes = plt.subplots(
+            len(rows),
+            len(rows[0]),
+            figsize=(0.75 * len(rows[0]) + 0.9, 0.8 * len(rows)),
+            squeeze=False,
+        )
     low, high = limits or (np.nanmin(rows[0]), np.nanmax(rows[0]))
     for r, (row, name) in enumerate(zip(rows, labels or [""] * len(rows), strict=True)):
         for ax, image in zip(axes[r], row, strict=True): _draw_image(ax, image, cmap, low, high)
@@ -64,7 +78,9 @@ def _image_shape(row):
     if row.ndim == 3: return row.shape[1:]
     side = int(round(row.shape[1] ** 0.5)) if row.ndim == 2 else 0
     if side * side != np.prod(row.shape[1:]):
-        raise ValueError(f"Images of {row.shape[1:]} values are not square: give shape=(height, width).")
+        raise ValueError(
+            f"Images of {row.shape[1:]} values are not square: give shape=(height, width)."
+        )
     return side, side
 
 
@@ -72,7 +88,14 @@ def _draw_image(ax, image, cmap, low, high):
     "One image, its unknown pixels hatched."
     ax.imshow(image, cmap=cmap, vmin=low, vmax=high)
     for y, x in np.argwhere(np.isnan(image)):
-        ax.fill([x - .5, x + .5, x + .5, x - .5], [y - .5, y - .5, y + .5, y + .5], facecolor="#e8eefc", edgecolor="#7088c0", hatch="////", lw=0)
+        ax.fill(
+            [x - 0.5, x + 0.5, x + 0.5, x - 0.5],
+            [y - 0.5, y - 0.5, y + 0.5, y + 0.5],
+            facecolor="#e8eefc",
+            edgecolor="#7088c0",
+            hatch="////",
+            lw=0,
+        )
     ax.set_xticks([]); ax.set_yticks([])
 
 # %% ../../nbs/api/display/plots.ipynb #7ed123c6
@@ -81,12 +104,14 @@ def plot_lagrangian(
     x, # numbers along the line that is drawn
     name="", # a label for the first panel
     energy_label="energy $x\\hat x - L$", # the title of the last panel
-    slice_of=None, # function from a number to a state, whose first entry is shown; None for states of one neuron
+    # function from a number to a state, whose first entry is shown; None for states of one neuron
+    slice_of=None,
 ):
     "Draw a Lagrangian, its activation and its energy along a line. Returns the axes."
     import jax
     import matplotlib.pyplot as plt
-    with jax.enable_x64(True): # or the energies of the norms, about 1e-5, would be drawn as rounding noise
+    # or the energies of the norms, about 1e-5, would be drawn as rounding noise
+    with jax.enable_x64(True):
         x = np.asarray(x, dtype=float)
         states = jax.vmap(slice_of or (lambda t: t[None]))(x)
         values = np.asarray(jax.vmap(lagrangian)(states))
@@ -94,7 +119,9 @@ def plot_lagrangian(
     energies = (activations * np.asarray(states)).sum(-1) - values
     titles = "Lagrangian $L(x)$", "activation $\\hat x=\\nabla L$", energy_label
     _, axes = plt.subplots(1, 3, figsize=(7.5, 1.9), layout="constrained")
-    for ax, title, y, style in zip(axes, titles, (values, activations[:, 0], energies), ("-", "--", "-.")):
+    for ax, title, y, style in zip(
+        axes, titles, (values, activations[:, 0], energies), ("-", "--", "-.")
+    ):
         ax.plot(x, y, style, lw=2, color="C0")
         ax.set(title=title, xlabel="$x$" if slice_of is None else "$x_1$")
         ax.axhline(0, lw=0.5, color="0.6")

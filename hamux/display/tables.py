@@ -46,7 +46,12 @@ def _weights(tree):
     "The parameter arrays of a module, a partial or an array."
     found = []
     for path, leaf in jtu.tree_leaves_with_path(tree):
-        if not (is_parameter(leaf) or isinstance(leaf, jax.ShapeDtypeStruct) and jnp.issubdtype(leaf.dtype, jnp.floating)): continue
+        if not (
+            is_parameter(leaf)
+            or isinstance(leaf, jax.ShapeDtypeStruct)
+            and jnp.issubdtype(leaf.dtype, jnp.floating)
+        ):
+            continue
         node, names, frozen = tree, [], False
         for key in path:
             frozen |= getattr(node, "trainable", True) is False
@@ -66,34 +71,59 @@ def shorten(text, most=40):
 def _setting(name, value):
     "`name=value` for a constant, with `learned` for a parameter."
     if isinstance(value, float): return f"{name}={value:g}"
-    if not isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct): return f"{name}={kind_of(value) if callable(value) else value!r}"
+    if not isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+        return f"{name}={kind_of(value) if callable(value) else value!r}"
     if value.shape: return f"{name} learned {tuple(value.shape)}"
-    try: return f"{name}={float(value):.4g} learned"
-    except (TypeError, ValueError, RuntimeError): return f"{name} learned" # traced, a mere shape, or its memory given away
+    try:
+        return f"{name}={float(value):.4g} learned"
+    # traced, a mere shape, or its memory given away
+    except (TypeError, ValueError, RuntimeError):
+        return f"{name} learned"
 
 
 def kind_of(f):
     "What a Lagrangian or a function is, in a few words: `softmax(beta=8)`."
     f = unseal(f)
     if isinstance(f, eqx.Partial):
-        given = ", ".join([*(_setting("", v).lstrip("= ") for v in f.args), *(_setting(k, v) for k, v in _chosen(f))])
+        given = ", ".join(
+            [
+                *(_setting("", v).lstrip("= ") for v in f.args),
+                *(_setting(k, v) for k, v in _chosen(f)),
+            ]
+        )
         return kind_of(f.func) + f"({given})" * bool(given)
     settings = _settings(f)
-    return getattr(f, "__name__", type(f).__name__).removeprefix("lagr_") + f"({settings})" * bool(settings)
+    return getattr(f, "__name__", type(f).__name__).removeprefix("lagr_") + f"({settings})" * bool(
+        settings
+    )
 
 
 def _chosen(partial):
     "The keywords of a partial in the order of its function, without the constants that are the default anyway."
-    try: defaults = {k: p.default for k, p in inspect.signature(partial.func).parameters.items()}
-    except (TypeError, ValueError): defaults = {}
-    order = [*(k for k in defaults if k in partial.keywords), *(k for k in partial.keywords if k not in defaults)]
-    return [(k, v) for k in order if not isinstance(v := partial.keywords[k], numbers.Real | str) or v != defaults.get(k)]
+    try:
+        defaults = {k: p.default for k, p in inspect.signature(partial.func).parameters.items()}
+    except (TypeError, ValueError):
+        defaults = {}
+    order = [
+        *(k for k in defaults if k in partial.keywords),
+        *(k for k in partial.keywords if k not in defaults),
+    ]
+    return [
+        (k, v)
+        for k in order
+        if not isinstance(v := partial.keywords[k], numbers.Real | str) or v != defaults.get(k)
+    ]
 
 
 def _settings(module):
     "The constants of a module that are worth a word: numbers, strings, and the functions inside."
     if not isinstance(module, eqx.Module): return ""
-    plain = lambda v: isinstance(v, str | numbers.Real) or isinstance(v, tuple) and all(map(plain, v)) or callable(v)
+    plain = (
+        lambda v: isinstance(v, str | numbers.Real)
+        or isinstance(v, tuple)
+        and all(map(plain, v))
+        or callable(v)
+    )
     values = {k.lstrip("_"): unseal(v) for k, v in vars(module).items() if k != "trainable"}
     return ", ".join(_setting(k, v) for k, v in values.items() if plain(v))
 
@@ -111,17 +141,26 @@ def _table(header, rows, right):
     "Lines of text: columns as wide as their widest cell, those in `right` flush right, empty ones left out."
     keep = [i for i in range(len(header)) if any(row[i] for row in rows)]
     widths = {i: max(len(row[i]) for row in [header, *rows]) for i in keep}
-    line = lambda row: "  ".join(row[i].rjust(widths[i]) if i in right else row[i].ljust(widths[i]) for i in keep).rstrip()
+    line = lambda row: "  ".join(
+        row[i].rjust(widths[i]) if i in right else row[i].ljust(widths[i]) for i in keep
+    ).rstrip()
     return [line(header), "  ".join("─" * widths[i] for i in keep), *map(line, rows)]
 
 # %% ../../nbs/api/display/tables.ipynb #4d4f3c96
 def _layer_row(name, layer, joined):
     "The cells of one layer."
     notes = [] if layer.leak else ["no leak"]
-    if not isinstance(layer.tau, numbers.Real) or layer.tau != 1: notes.append(_setting("tau", layer.tau))
+    if not isinstance(layer.tau, numbers.Real) or layer.tau != 1:
+        notes.append(_setting("tau", layer.tau))
     if name not in joined: notes.append("isolated")
-    return (shorten(name, 28), str(layer.shape), f"{math.prod(layer.shape):,}", shorten(kind_of(layer.lagrangian), 44),
-            f"{sum(w.size for w in _weights(layer)):,}", ", ".join(notes))
+    return (
+        shorten(name, 28),
+        str(layer.shape),
+        f"{math.prod(layer.shape):,}",
+        shorten(kind_of(layer.lagrangian), 44),
+        f"{sum(w.size for w in _weights(layer)):,}",
+        ", ".join(notes),
+    )
 
 
 def _joins(names):
@@ -135,7 +174,16 @@ def _synapse_rows(name, synapse, connections):
     weights = _weights(synapse)
     arrays = ", ".join(f"{w.name} {w.shape}".strip() for w in weights) or "none"
     (first,), *rest = _folded([[(_joins(names),)] for names in connections] or [[("nothing",)]], 8)
-    return [(shorten(name, 28), shorten(kind_of(synapse), 52), shorten(arrays, 44), _parameters(weights), first), *(("", "", "", "", j) for j, in rest)]
+    return [
+        (
+            shorten(name, 28),
+            shorten(kind_of(synapse), 52),
+            shorten(arrays, 44),
+            _parameters(weights),
+            first,
+        ),
+        *(("", "", "", "", j) for j, in rest),
+    ]
 
 
 def _parameters(weights):
@@ -152,7 +200,10 @@ def _memory(weights):
     size, unit = sum(w.size * w.dtype.itemsize for w in weights), 0
     while size >= 1000 and unit < 4: size, unit = size / 1000, unit + 1
     dtypes = sorted({str(w.dtype) for w in weights})
-    return f"{f'{size:.1f}' if unit else size} {['bytes', 'kB', 'MB', 'GB', 'TB'][unit]} of {' and '.join(dtypes)}"
+    return (
+        f"{f'{size:.1f}' if unit else size} {['bytes', 'kB', 'MB', 'GB', 'TB'][unit]} of"
+        f" {' and '.join(dtypes)}"
+    )
 
 
 def describe(
@@ -162,18 +213,51 @@ def describe(
     net, weights = as_network(ham, "describe"), _weights(ham)
     joined = {n for names, _ in net.connections for n in names}
     layers = [[_layer_row(n, layer, joined)] for n, layer in net.neurons.items()]
-    synapses = [_synapse_rows(s, v, [names for names, t in net.connections if t == s]) for s, v in net.hypersynapses.items()]
+    synapses = [
+        _synapse_rows(s, v, [names for names, t in net.connections if t == s])
+        for s, v in net.hypersynapses.items()
+    ]
     neurons = sum(math.prod(layer.shape) for layer in net.neurons.values())
-    lines = [f"{type(ham).__name__}{'' if ham is net else ', over a leading batch axis'}: {plural(net.n_neurons, 'layer')} ({plural(neurons, 'neuron')}), "
-             f"{plural(net.n_hypersynapses, 'hypersynapse')}, {plural(net.n_connections, 'connection')}",
-             "", *_table(("layer", "shape", "neurons", "Lagrangian", "parameters", "notes"), _folded(layers, 24), {2, 4}), ""]
-    if synapses: lines += [*_table(("synapse", "type", "weights", "parameters", "joins"), _folded(synapses, 24), {3}), ""]
-    return "\n".join([*lines, f"parameters in all: {_parameters(weights)}; {_memory(weights)}" if weights else f"no parameters; computes in {net.dtype}"])
+    lines = [
+        (
+            f"{type(ham).__name__}{'' if ham is net else ', over a leading batch axis'}:"
+            f" {plural(net.n_neurons, 'layer')} ({plural(neurons, 'neuron')}),"
+            f" {plural(net.n_hypersynapses, 'hypersynapse')},"
+            f" {plural(net.n_connections, 'connection')}"
+        ),
+        "",
+        *_table(
+            ("layer", "shape", "neurons", "Lagrangian", "parameters", "notes"),
+            _folded(layers, 24),
+            {2, 4},
+        ),
+        "",
+    ]
+    if synapses:
+        lines += [
+            *_table(
+                ("synapse", "type", "weights", "parameters", "joins"), _folded(synapses, 24), {3}
+            ),
+            "",
+        ]
+    return "\n".join(
+        [
+            *lines,
+            (
+                f"parameters in all: {_parameters(weights)}; {_memory(weights)}"
+                if weights
+                else f"no parameters; computes in {net.dtype}"
+            ),
+        ]
+    )
 
 
 def as_network(ham, who):
     "`ham` without its batch axis, if it is a network."
-    if not isinstance(ham, HAM | VectorizedHAM): raise TypeError(f"{who} takes a HAM or a VectorizedHAM, and was given {type(ham).__name__}.")
+    if not isinstance(ham, HAM | VectorizedHAM):
+        raise TypeError(
+            f"{who} takes a HAM or a VectorizedHAM, and was given {type(ham).__name__}."
+        )
     return ham.unvectorize()
 
 # %% ../../nbs/api/display/tables.ipynb #6ba776d6

@@ -30,13 +30,17 @@ def _unflat(v, like):
     "The pieces of a vector, in the shapes and dtypes of `like`."
     leaves, tree = jtu.tree_flatten(like)
     parts = jnp.split(v, list(itertools.accumulate(x.size for x in leaves))[:-1])
-    return jtu.tree_unflatten(tree, [p.reshape(x.shape).astype(x.dtype) for p, x in zip(parts, leaves, strict=True)])
+    return jtu.tree_unflatten(
+        tree, [p.reshape(x.shape).astype(x.dtype) for p, x in zip(parts, leaves, strict=True)]
+    )
 
 
 def _travel(rate, time):
     "∫₀ᵗ e^(−λs) ds: how far what decays at the rate λ goes in a time, per unit of speed at the start."
     small = abs(rate * time) < 1e-3
-    return jnp.where(small, time * (1 - rate * time / 2), -jnp.expm1(-rate * time) / jnp.where(small, 1, rate))
+    return jnp.where(
+        small, time * (1 - rate * time / 2), -jnp.expm1(-rate * time) / jnp.where(small, 1, rate)
+    )
 
 # %% ../../nbs/api/dynamics/adaptive.ipynb #d1c523db
 def _root(v): return jnp.where(v > 0, jax.lax.rsqrt(jnp.where(v > 0, v, 1)), 0)
@@ -51,7 +55,9 @@ def _modes(dx, da, dg, tau, leak):
     w, U = jnp.linalg.eigh((M + M.T) / 2)
     sound = w > jnp.maximum(3 * skew**2, jnp.finfo(M.dtype).eps ** 0.5) * w.max()
     B = jnp.where(sound, U * _root(w), 0)
-    rates, Q = jnp.linalg.eigh(B.T @ (K + K.T) @ B / 2 + jnp.diag(jnp.where(sound, 0, 1.0).astype(M.dtype)))
+    rates, Q = jnp.linalg.eigh(
+        B.T @ (K + K.T) @ B / 2 + jnp.diag(jnp.where(sound, 0, 1.0).astype(M.dtype))
+    )
     return rates, (B @ Q).T @ (leak * dx - dg), (B @ Q).T @ da
 
 
@@ -66,9 +72,11 @@ class _Path(eqx.Module):
     "What the solver carries from trial to trial."
     held: Point # the last accepted point
     lowest: jax.Array # the lowest energy so far
-    dx: jax.Array; da: jax.Array; dg: jax.Array # (m, N): the last differences of states, activations and gradients
+    # (m, N): the last differences of states, activations and gradients
+    dx: jax.Array; da: jax.Array; dg: jax.Array
     time: jax.Array; last: jax.Array # length of the trial under way, and of the last accepted step
-    model: jax.Array; expected: jax.Array # ∂E/∂x̂/τ expected at the trial, without and with the bend
+    # ∂E/∂x̂/τ expected at the trial, without and with the bend
+    model: jax.Array; expected: jax.Array
     bend: jax.Array # second divided difference of what the model missed
     count: jax.Array # points accepted
 
@@ -78,7 +86,11 @@ def _fell(old, new, lowest, work, size):
     eps = jnp.finfo(new.energy.dtype).eps
     rise = new.energy - old.energy
     whole = jnp.stack([jnp.isfinite(v).all() for v in jtu.tree_leaves(new)]).all()
-    return whole & (new.energy <= lowest + rounding(new)) & jnp.where(abs(rise) > 8 * eps * (new.size + old.size), rise < 0, work <= 4 * eps * size)
+    return (
+        whole
+        & (new.energy <= lowest + rounding(new))
+        & jnp.where(abs(rise) > 8 * eps * (new.size + old.size), rise < 0, work <= 4 * eps * size)
+    )
 
 # %% ../../nbs/api/dynamics/adaptive.ipynb #5e65f784
 class Adaptive(AbstractSolver):
@@ -90,28 +102,68 @@ class Adaptive(AbstractSolver):
     exact_steps: ClassVar[bool] = False
 
     def __check_init__(self):
-        if not (isinstance(self.tol, float) and 0 < self.tol < 1 and isinstance(self.first, float) and 0 < self.first < float("inf")):
-            raise ValueError(f"Adaptive: tol is a number between 0 and 1 and first a positive number, and they are {self.tol!r} and {self.first!r}.")
-        if not isinstance(self.m, int) or self.m < 1: raise ValueError(f"Adaptive: m is a positive int, and is {self.m!r}.")
+        if not (
+            isinstance(self.tol, float)
+            and 0 < self.tol < 1
+            and isinstance(self.first, float)
+            and 0 < self.first < float("inf")
+        ):
+            raise ValueError(
+                "Adaptive: tol is a number between 0 and 1 and first a positive number, and they"
+                f" are {self.tol!r} and {self.first!r}."
+            )
+        if not isinstance(self.m, int) or self.m < 1:
+            raise ValueError(f"Adaptive: m is a positive int, and is {self.m!r}.")
 
     def init(self, problem, xs):
         dtype = jnp.result_type(jnp.float32, *xs.values())
         size = sum(x.size for x in xs.values())
-        zero, one, rows = jnp.zeros(size, dtype), jnp.zeros((), dtype), jnp.zeros((self.m, size), dtype)
-        held = jtu.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(problem.evaluate, xs))
-        return _Path(held, jnp.full_like(held.energy, jnp.inf), rows, rows, rows, one + self.first * jnp.stack([jnp.asarray(problem.taus[n], dtype) for n in xs]).min(), one, zero, zero, zero, jnp.array(0, jnp.int32))
+        zero, one, rows = (
+            jnp.zeros(size, dtype),
+            jnp.zeros((), dtype),
+            jnp.zeros((self.m, size), dtype),
+        )
+        held = jtu.tree_map(
+            lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(problem.evaluate, xs)
+        )
+        return _Path(
+            held,
+            jnp.full_like(held.energy, jnp.inf),
+            rows,
+            rows,
+            rows,
+            one + self.first * jnp.stack([jnp.asarray(problem.taus[n], dtype) for n in xs]).min(),
+            one,
+            zero,
+            zero,
+            zero,
+            jnp.array(0, jnp.int32),
+        )
 
     def step(self, problem, now, path, step, key):
         h, last, begun, dtype = path.time, path.last, path.count > 0, path.time.dtype
-        taus = {n: jnp.broadcast_to(jnp.asarray(problem.taus[n], dtype), x.shape) for n, x in now.xs.items()}
-        leaks = {n: jnp.full(x.shape, problem.ham.neurons[n].leak and n not in problem.cut, dtype) for n, x in now.xs.items()}
+        taus = {
+            n: jnp.broadcast_to(jnp.asarray(problem.taus[n], dtype), x.shape)
+            for n, x in now.xs.items()
+        }
+        leaks = {
+            n: jnp.full(x.shape, problem.ham.neurons[n].leak and n not in problem.cut, dtype)
+            for n, x in now.xs.items()
+        }
         tau, leak, *new = (_flat(t, dtype) for t in (taus, leaks, now.xs, now.duals, now.grads))
         old = [_flat(t, dtype) for t in (path.held.xs, path.held.duals, path.held.grads)]
-        (x, a, g), (x0, _, g0), (dx, da, dg) = new, old, [u - v for u, v in zip(new, old, strict=True)]
+        (x, a, g), (x0, _, g0), (dx, da, dg) = (
+            new,
+            old,
+            [u - v for u, v in zip(new, old, strict=True)],
+        )
 
         # is the trial accepted?
         still = jax.lax.stop_gradient # no derivative goes through the choice of lengths and modes
-        error = self.error(problem, *still((now, _unflat(_travel(leak / tau, h) / 2 * (g / tau - path.expected), now.xs))))
+        error = self.error(
+            problem,
+            *still((now, _unflat(_travel(leak / tau, h) / 2 * (g / tau - path.expected), now.xs))),
+        )
         fell = _fell(path.held, now, path.lowest, (g + g0) @ da / 2, (abs(g) + abs(g0)) @ abs(a))
         ok = ~begun | (fell & (error <= 4 * self.tol))
         goes = begun & ok
@@ -119,35 +171,65 @@ class Adaptive(AbstractSolver):
         x, r = jnp.where(ok, x, x0), jnp.where(ok, g, g0) / tau
 
         # what it teaches
-        rows = [jnp.where(goes, jnp.concatenate([d[None], old[:-1]]), old) for d, old in zip((dx, da, dg), (path.dx, path.da, path.dg), strict=True)]
+        rows = [
+            jnp.where(goes, jnp.concatenate([d[None], old[:-1]]), old)
+            for d, old in zip((dx, da, dg), (path.dx, path.da, path.dg), strict=True)
+        ]
         bend = jnp.where(goes, (g / tau - path.model) / (h * (h + last)), path.bend)
 
         # how long the next step is
         factor = jnp.clip(0.9 * jnp.sqrt(self.tol / error), 0.2, 3)
-        reach = jnp.linalg.norm(still(dx)) / jnp.linalg.norm(still(g0 / tau)) # the time in which the flow would have gone as far
+        # the time in which the flow would have gone as far
+        reach = jnp.linalg.norm(still(dx)) / jnp.linalg.norm(still(g0 / tau))
         shorter = jnp.where(fell, jnp.minimum(factor, 0.5) * h, jnp.fmin(h, reach) / 4)
         last, h = jnp.where(goes, h, last), jnp.where(goes, factor * h, jnp.where(ok, h, shorter))
         rates, currents, duals = _modes(*still(rows), still(tau), leak)
-        most = jnp.where(leak.all(), 1e3 * tau.max(), float(jnp.finfo(dtype).max)**0.4) # without leak a state may grow for ever, and time with it
-        h = jnp.clip(jnp.minimum(h, 2 / jnp.maximum(-rates[0], 1e-30)), jnp.finfo(dtype).eps ** 2, most)
+        # without leak a state may grow for ever, and time with it
+        most = jnp.where(leak.all(), 1e3 * tau.max(), float(jnp.finfo(dtype).max)**0.4)
+        h = jnp.clip(
+            jnp.minimum(h, 2 / jnp.maximum(-rates[0], 1e-30)), jnp.finfo(dtype).eps ** 2, most
+        )
 
         # the flow of the linear model over that time, and its bend
         c, short = duals @ (r * tau), jnp.minimum(h, 30 * tau.max())
         fade = jnp.exp(-((short * jnp.maximum(1 / tau, rates[-1])) ** 2)) * (path.count >= 2)
-        alone, stays = _travel(leak / tau, h), jnp.exp(-h * leak / tau) # what each neuron would do by itself
+        # what each neuron would do by itself
+        alone, stays = _travel(leak / tau, h), jnp.exp(-h * leak / tau)
         same = jnp.where(leak > 0, alone - h * stays, h * h / (2 * tau))
-        move = alone * r + _together(c, rates, tau, leak, _travel(rates, h), alone, same, currents) + fade * bend * (short**3 / 3 + jnp.minimum(last, short) * short**2 / 2)
-        model = stays * r + _together(c, rates, tau, leak, jnp.exp(-rates * h), stays, h / tau * stays, currents)
+        move = (
+            alone * r
+            + _together(c, rates, tau, leak, _travel(rates, h), alone, same, currents)
+            + fade * bend * (short**3 / 3 + jnp.minimum(last, short) * short**2 / 2)
+        )
+        model = stays * r + _together(
+            c, rates, tau, leak, jnp.exp(-rates * h), stays, h / tau * stays, currents
+        )
         expected = model + fade * bend * short * (short + jnp.minimum(last, short))
         ahead = _unflat(x - move, now.xs)
-        return Move(held, ahead, _Path(held, jnp.minimum(path.lowest, held.energy), *rows, h, last, model, expected, bend, path.count + ok), same_states(ahead, held.xs))
+        return Move(
+            held,
+            ahead,
+            _Path(
+                held,
+                jnp.minimum(path.lowest, held.energy),
+                *rows,
+                h,
+                last,
+                model,
+                expected,
+                bend,
+                path.count + ok,
+            ),
+            same_states(ahead, held.xs),
+        )
 
     def error(self, problem, now, dxs):
         "The relative error that `dxs` is, in the activations, or a tenth of that in the states, of the layer where it is largest. Not a number counts as infinite."
         size = lambda v: jnp.linalg.norm(v.astype(jnp.promote_types(v.dtype, jnp.float32)).ravel())
         wrong = jax.jvp(problem.duals, (now.xs,), (dxs,))[1]
         seen = [size(d) / (size(now.duals[n]) + 1e-6) for n, d in wrong.items()]
-        unseen = [0.1 * size(d) / (size(now.xs[n]) + 1e-6) for n, d in dxs.items()] # states that no activation shows, as in a saturated layer
+        # states that no activation shows, as in a saturated layer
+        unseen = [0.1 * size(d) / (size(now.xs[n]) + 1e-6) for n, d in dxs.items()]
         worst = jnp.stack(seen + unseen).max()
         return jnp.maximum(jnp.where(jnp.isfinite(worst), worst, jnp.inf), 1e-12)
 

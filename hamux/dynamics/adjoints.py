@@ -54,13 +54,19 @@ def _retraceable(setup):
     "Raise where the derivative of the steps is no use."
     loose = [n for n in setup.free if not setup.ham.neurons[n].leak]
     if loose and not setup.solver.exact_steps:
-        raise ValueError(f"The derivative through the steps of {type(setup.solver).__name__} is no use for layers without leak ({', '.join(map(repr, loose))}): their states grow with the length of the "
-                         "steps, which it holds constant. Choose adjoint='implicit', or solver=Euler(…).")
+        raise ValueError(
+            f"The derivative through the steps of {type(setup.solver).__name__} is no use for"
+            f" layers without leak ({', '.join(map(repr, loose))}): their states grow with the"
+            " length of the steps, which it holds constant. Choose adjoint='implicit', or"
+            " solver=Euler(…)."
+        )
 
 
 def _held(setup, steps, state):
     "Where the rows stand after their last step."
-    one = lambda problem, key, ahead, solver, step: setup.solver.step(problem, problem.evaluate(ahead), solver, step, key).held.xs
+    one = lambda problem, key, ahead, solver, step: setup.solver.step(
+        problem, problem.evaluate(ahead), solver, step, key
+    ).held.xs
     return setup.over(one, setup.max_steps, *state[1:], steps)
 
 # %% ../../nbs/api/dynamics/adjoints.ipynb #93111498
@@ -71,7 +77,11 @@ def _unrolled(setup, ends, steps):
 @_unrolled.def_jvp
 def _(primals, tangents):
     def again(setup):
-        state, _ = jax.lax.scan(lambda state, _: (_again(setup, steps, state), None), _begun(setup), length=setup.max_steps)
+        state, _ = jax.lax.scan(
+            lambda state, _: (_again(setup, steps, state), None),
+            _begun(setup),
+            length=setup.max_steps,
+        )
         return _held(setup, steps, state)
     setup, _, steps = primals
     _retraceable(setup)
@@ -80,7 +90,8 @@ def _(primals, tangents):
 
 class UnrolledAdjoint(AbstractAdjoint):
     "Through every step, all of them stored."
-    def ends(self, setup, last): return _unrolled(setup, jax.lax.stop_gradient(last.ahead), last.steps)
+    def ends(self, setup, last):
+        return _unrolled(setup, jax.lax.stop_gradient(last.ahead), last.steps)
 
 # %% ../../nbs/api/dynamics/adjoints.ipynb #d95ab75d
 class _Steps(optx.AbstractFixedPointSolver):
@@ -91,8 +102,11 @@ class _Steps(optx.AbstractFixedPointSolver):
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags): return _begun(args[0])
     def step(self, fn, y, args, options, state, tags): return y, _again(*args, state), None
-    def terminate(self, fn, y, args, options, state, tags): return state[0] >= args[1].max(), optx.RESULTS.successful
-    def postprocess(self, fn, y, aux, args, options, state, tags, result): return _held(*args, state), aux, {}
+    def terminate(self, fn, y, args, options, state, tags):
+        return state[0] >= args[1].max(), optx.RESULTS.successful
+
+    def postprocess(self, fn, y, aux, args, options, state, tags, result):
+        return _held(*args, state), aux, {}
 
 
 @eqx.filter_custom_vjp
@@ -105,7 +119,15 @@ def _(perturbed, setup, ends, steps, adjoint):
     moving, still = eqx.partition(setup, eqx.is_inexact_array)
     def again(moving):
         setup = eqx.combine(moving, still)
-        return optx.fixed_point(lambda y, args: y, _Steps(), jnp.zeros(()), (setup, steps), max_steps=setup.max_steps, adjoint=adjoint, throw=False).value
+        return optx.fixed_point(
+            lambda y, args: y,
+            _Steps(),
+            jnp.zeros(()),
+            (setup, steps),
+            max_steps=setup.max_steps,
+            adjoint=adjoint,
+            throw=False,
+        ).value
     return jax.vjp(again, moving)
 
 @_checkpointed.def_bwd
@@ -116,13 +138,25 @@ def _(pull, grads, perturbed, setup, ends, steps, adjoint):
 
 class CheckpointedAdjoint(AbstractAdjoint):
     "Through every step, some of them stored and the others computed again."
-    checkpoints: int | None = eqx.field(static=True, default=None) # states stored; None for about √(2 max_steps)
+    # states stored; None for about √(2 max_steps)
+    checkpoints: int | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
-        if self.checkpoints is not None and (not isinstance(self.checkpoints, numbers.Integral) or self.checkpoints < 1):
-            raise ValueError(f"CheckpointedAdjoint: checkpoints is a positive int or None, and is {self.checkpoints!r}.")
+        if self.checkpoints is not None and (
+            not isinstance(self.checkpoints, numbers.Integral) or self.checkpoints < 1
+        ):
+            raise ValueError(
+                "CheckpointedAdjoint: checkpoints is a positive int or None, and is"
+                f" {self.checkpoints!r}."
+            )
 
-    def ends(self, setup, last): return _checkpointed(setup, jax.lax.stop_gradient(last.ahead), last.steps, optx.RecursiveCheckpointAdjoint(self.checkpoints))
+    def ends(self, setup, last):
+        return _checkpointed(
+            setup,
+            jax.lax.stop_gradient(last.ahead),
+            last.steps,
+            optx.RecursiveCheckpointAdjoint(self.checkpoints),
+        )
 
 # %% ../../nbs/api/dynamics/adjoints.ipynb #a9244380
 _POLICIES = "raise", "drop", "nan", "accept"
@@ -131,30 +165,65 @@ _POLICIES = "raise", "drop", "nan", "accept"
 def _judged(u, usable, solved, policy):
     "The solution, or what the policy puts in its place."
     if policy == "raise":
-        u = eqx.error_if(u, ~usable, "An implicit gradient was asked for at a state that has not converged, where it has no meaning. Look at `.result` of the descent; allow more "
-                         "steps or a larger tolerance, or choose ImplicitAdjoint(unconverged='drop') or adjoint='checkpointed'.")
-        return eqx.error_if(u, ~solved, "The linear solve of an implicit gradient did not converge: the fixed point is degenerate (a valley with a flat floor) or nearly so. "
-                            "Choose adjoint='checkpointed', a larger ImplicitAdjoint(rtol=…), another linear_solver, or ImplicitAdjoint(unconverged='drop').")
+        u = eqx.error_if(
+            u,
+            ~usable,
+            "An implicit gradient was asked for at a state that has not converged, where it has no"
+            " meaning. Look at `.result` of the descent; allow more steps or a larger tolerance, or"
+            " choose ImplicitAdjoint(unconverged='drop') or adjoint='checkpointed'.",
+        )
+        return eqx.error_if(
+            u,
+            ~solved,
+            "The linear solve of an implicit gradient did not converge: the fixed point is"
+            " degenerate (a valley with a flat floor) or nearly so. Choose adjoint='checkpointed',"
+            " a larger ImplicitAdjoint(rtol=…), another linear_solver, or"
+            " ImplicitAdjoint(unconverged='drop').",
+        )
     if policy == "accept": return jnp.where(usable & jnp.isfinite(u).all(), u, 0)
     return jnp.where(usable & solved, u, jnp.nan if policy == "nan" else 0)
 
 # %% ../../nbs/api/dynamics/adjoints.ipynb #58483064
 class ImplicitAdjoint(AbstractAdjoint):
     "Through the fixed point: one linear solve, no matrix, no steps."
-    linear_solver: lx.AbstractLinearSolver | None = None # one of Lineax that needs products only; None for GMRES, at most 400 products
-    rtol: float | None = eqx.field(static=True, default=None) # residual of the linear solve, relative to its right side; None for ε^⅔
-    unconverged: str = eqx.field(static=True, default="raise") # what to do where there is no fixed point: "raise", "drop", "nan", "accept"
+    # one of Lineax that needs products only; None for GMRES, at most 400 products
+    linear_solver: lx.AbstractLinearSolver | None = None
+    # residual of the linear solve, relative to its right side; None for ε^⅔
+    rtol: float | None = eqx.field(static=True, default=None)
+    # what to do where there is no fixed point: "raise", "drop", "nan", "accept"
+    unconverged: str = eqx.field(static=True, default="raise")
 
     def __check_init__(self):
-        if self.unconverged not in _POLICIES: raise ValueError(f"ImplicitAdjoint: unconverged is one of {', '.join(map(repr, _POLICIES))}, and is {self.unconverged!r}.")
-        if not (self.linear_solver is None or isinstance(self.linear_solver, lx.AbstractLinearSolver)):
-            raise TypeError(f"ImplicitAdjoint: linear_solver is one of Lineax, such as lineax.GMRES(1e-5, 1e-5), and is {self.linear_solver!r}.")
-        if self.rtol is not None and not (isinstance(self.rtol, numbers.Real) and 0 < self.rtol < 1): raise ValueError(f"ImplicitAdjoint: rtol is between 0 and 1, and is {self.rtol!r}.")
+        if self.unconverged not in _POLICIES:
+            raise ValueError(
+                f"ImplicitAdjoint: unconverged is one of {', '.join(map(repr, _POLICIES))}, and is"
+                f" {self.unconverged!r}."
+            )
+        if not (
+            self.linear_solver is None or isinstance(self.linear_solver, lx.AbstractLinearSolver)
+        ):
+            raise TypeError(
+                "ImplicitAdjoint: linear_solver is one of Lineax, such as lineax.GMRES(1e-5,"
+                f" 1e-5), and is {self.linear_solver!r}."
+            )
+        if self.rtol is not None and not (
+            isinstance(self.rtol, numbers.Real) and 0 < self.rtol < 1
+        ):
+            raise ValueError(f"ImplicitAdjoint: rtol is between 0 and 1, and is {self.rtol!r}.")
 
     def ends(self, setup, last):
-        usable = (last.code != NONFINITE) & (last.code != UNBOUNDED) if self.unconverged == "accept" else last.code == CONVERGED
+        usable = (
+            (last.code != NONFINITE) & (last.code != UNBOUNDED)
+            if self.unconverged == "accept"
+            else last.code == CONVERGED
+        )
         near = jnp.maximum(*setup.tols) # how near to the fixed point they are
-        return setup.over(lambda problem, _, xs, usable: _rest(problem, xs, (usable, near), self), setup.max_steps, jax.lax.stop_gradient(last.ahead), usable)
+        return setup.over(
+            lambda problem, _, xs, usable: _rest(problem, xs, (usable, near), self),
+            setup.max_steps,
+            jax.lax.stop_gradient(last.ahead),
+            usable,
+        )
 
     def solve(self,
               product, # the linear map
@@ -166,12 +235,21 @@ class ImplicitAdjoint(AbstractAdjoint):
         size = abs(b).max()
         asked = size > 0
         b = jnp.where(asked & usable, b / jnp.where(asked, size, 1), 0)
-        sound = lambda u: jnp.where(usable, product(u), u) # a NaN in one row must not stop the others
+        # a NaN in one row must not stop the others
+        sound = lambda u: jnp.where(usable, product(u), u)
         rtol = float(jnp.finfo(b.dtype).eps) ** (2 / 3) if self.rtol is None else self.rtol
-        solver = lx.GMRES(rtol, rtol, max_steps=40, restart=10) if self.linear_solver is None else self.linear_solver
-        u = lx.linear_solve(lx.FunctionLinearOperator(sound, jax.eval_shape(lambda: b)), b, solver, throw=False).value
+        solver = (
+            lx.GMRES(rtol, rtol, max_steps=40, restart=10)
+            if self.linear_solver is None
+            else self.linear_solver
+        )
+        u = lx.linear_solve(
+            lx.FunctionLinearOperator(sound, jax.eval_shape(lambda: b)), b, solver, throw=False
+        ).value
         error = abs(sound(u) - b).max()
-        return _judged(u * size, ~asked | usable, error <= 100 * jnp.maximum(rtol, near), self.unconverged)
+        return _judged(
+            u * size, ~asked | usable, error <= 100 * jnp.maximum(rtol, near), self.unconverged
+        )
 
 # %% ../../nbs/api/dynamics/adjoints.ipynb #fd57e2c1
 def _seen(problem, xs):
@@ -198,11 +276,15 @@ def _(primals, tangents):
     xs = _rest(problem, xs, known, adjoint) # so that it can be differentiated again
     seen = _seen(problem, xs)
     _, pushed = eqx.filter_jvp(lambda problem: stationary(problem, xs), (problem,), tangents[:1])
-    pushed = {n: jnp.zeros_like(x) if pushed[n] is None else -pushed[n] for n, x in xs.items()} # None where nothing moves
+    # None where nothing moves
+    pushed = {n: jnp.zeros_like(x) if pushed[n] is None else -pushed[n] for n, x in xs.items()}
     _, product = jax.linearize(lambda xs: stationary(problem, xs), xs)
     solve = lambda product, b: adjoint.solve(product, b, *known)
-    b, back = ravel_pytree(seen(pushed)) # one vector: the layers that nothing moves are linear in the tangents too
-    u = jax.lax.custom_linear_solve(lambda v: ravel_pytree(seen(product(seen(back(v)))))[0], b, solve, solve)
+    # one vector: the layers that nothing moves are linear in the tangents too
+    b, back = ravel_pytree(seen(pushed))
+    u = jax.lax.custom_linear_solve(
+        lambda v: ravel_pytree(seen(product(seen(back(v)))))[0], b, solve, solve
+    )
     return xs, seen(back(u))
 
 # %% ../../nbs/api/dynamics/adjoints.ipynb #f2404607
@@ -212,8 +294,10 @@ class OneStepAdjoint(AbstractAdjoint):
     dt: float = eqx.field(static=True, default=1.0) # their length, in (0, 1]
 
     def __check_init__(self):
-        if not isinstance(self.steps, numbers.Integral) or self.steps < 1: raise ValueError(f"OneStepAdjoint: steps is a positive int, and is {self.steps!r}.")
-        if not (isinstance(self.dt, numbers.Real) and 0 < self.dt <= 1): raise ValueError(f"OneStepAdjoint: dt is in (0, 1], and is {self.dt!r}.")
+        if not isinstance(self.steps, numbers.Integral) or self.steps < 1:
+            raise ValueError(f"OneStepAdjoint: steps is a positive int, and is {self.steps!r}.")
+        if not (isinstance(self.dt, numbers.Real) and 0 < self.dt <= 1):
+            raise ValueError(f"OneStepAdjoint: dt is in (0, 1], and is {self.dt!r}.")
 
     def ends(self, setup, last):
         ends = jax.lax.stop_gradient(last.ahead)
@@ -224,10 +308,18 @@ class OneStepAdjoint(AbstractAdjoint):
             return {n: (x + self.dt * (there[n] - x)).astype(x.dtype) for n, x in xs.items()}
         xs = step(0, xs) if self.steps == 1 else jax.lax.fori_loop(0, self.steps, step, xs)
         still = jax.lax.stop_gradient
-        return {n: end + jnp.where(jnp.isfinite(xs[n]), xs[n] - still(xs[n]), 0) for n, end in ends.items()}
+        return {
+            n: end + jnp.where(jnp.isfinite(xs[n]), xs[n] - still(xs[n]), 0)
+            for n, end in ends.items()
+        }
 
 # %% ../../nbs/api/dynamics/adjoints.ipynb #24f62e7d
-ADJOINTS = {"unrolled": UnrolledAdjoint(), "checkpointed": CheckpointedAdjoint(), "implicit": ImplicitAdjoint(), "one-step": OneStepAdjoint()}
+ADJOINTS = {
+    "unrolled": UnrolledAdjoint(),
+    "checkpointed": CheckpointedAdjoint(),
+    "implicit": ImplicitAdjoint(),
+    "one-step": OneStepAdjoint(),
+}
 
 
 def as_adjoint(
@@ -238,9 +330,18 @@ def as_adjoint(
     if isinstance(adjoint, str):
         if adjoint in ADJOINTS: return ADJOINTS[adjoint]
         raise ValueError(f"adjoint is one of {', '.join(map(repr, ADJOINTS))}, and is {adjoint!r}.")
-    if isinstance(adjoint, optx.RecursiveCheckpointAdjoint): return CheckpointedAdjoint(adjoint.checkpoints)
-    if isinstance(adjoint, optx.ImplicitAdjoint): return ImplicitAdjoint(None if isinstance(adjoint.linear_solver, lx.AutoLinearSolver) else adjoint.linear_solver)
-    raise TypeError(f"adjoint is 'unrolled', 'checkpointed', 'implicit', 'one-step' or an object such as ImplicitAdjoint(), and is {adjoint!r}.")
+    if isinstance(adjoint, optx.RecursiveCheckpointAdjoint):
+        return CheckpointedAdjoint(adjoint.checkpoints)
+    if isinstance(adjoint, optx.ImplicitAdjoint):
+        return ImplicitAdjoint(
+            None
+            if isinstance(adjoint.linear_solver, lx.AutoLinearSolver)
+            else adjoint.linear_solver
+        )
+    raise TypeError(
+        "adjoint is 'unrolled', 'checkpointed', 'implicit', 'one-step' or an object such as"
+        f" ImplicitAdjoint(), and is {adjoint!r}."
+    )
 
 # %% ../../nbs/api/dynamics/adjoints.ipynb #dc2fd46c
 @eqx.filter_custom_jvp
@@ -250,7 +351,12 @@ def energy_at(setup, xs, energy):
 
 @energy_at.def_jvp
 def _(primals, tangents):
-    def again(setup, xs): return setup.over(lambda p, _, xs: p.ham.energy(p.ham.activations(xs), xs), setup.max_steps, xs)
+
+    def again(setup, xs):
+        return setup.over(
+            lambda p, _, xs: p.ham.energy(p.ham.activations(xs), xs), setup.max_steps, xs
+        )
+
     setup, xs, energy = primals
     _, slope = eqx.filter_jvp(again, (setup, xs), tangents[:2])
     return energy, slope

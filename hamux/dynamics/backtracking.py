@@ -18,7 +18,15 @@ from jaxtyping import Array, Float
 
 from ..network.hypergraph import HAM
 from .problem import Point, Problem
-from .solver import AbstractSolver, Move, check_setting, choose, lowers, plain_step, same_states
+from hamux.dynamics.solver import (
+    AbstractSolver,
+    Move,
+    check_setting,
+    choose,
+    lowers,
+    plain_step,
+    same_states,
+)
 
 # %% ../../nbs/api/dynamics/backtracking.ipynb #c4a6e2d7
 class _Guarded(eqx.Module):
@@ -38,9 +46,13 @@ class Backtracking(AbstractSolver):
     exact_steps: ClassVar[bool] = False
 
     def __check_init__(self):
-        if callable(check_setting(self.dt, "Backtracking", "dt")): raise TypeError("Backtracking finds its step by itself: dt is the first one, a number.")
+        if callable(check_setting(self.dt, "Backtracking", "dt")):
+            raise TypeError("Backtracking finds its step by itself: dt is the first one, a number.")
         if not (self.grow >= 1 and 0 < self.shrink < 1 and 0 < self.share < 1):
-            raise ValueError(f"Backtracking: grow ≥ 1, 0 < shrink < 1 and 0 < share < 1 are needed, and were {self.grow}, {self.shrink}, {self.share}.")
+            raise ValueError(
+                "Backtracking: grow ≥ 1, 0 < shrink < 1 and 0 < share < 1 are needed, and were"
+                f" {self.grow}, {self.shrink}, {self.share}."
+            )
 
     def init(self, problem, xs):
         now = jax.eval_shape(problem.evaluate, xs)
@@ -51,12 +63,19 @@ class Backtracking(AbstractSolver):
     def step(self, problem, now, state, step, key):
         fine = (step == 0) | lowers(now, state.held, state.lowest, self.share)
         held = choose(fine, now, state.held)
-        length = state.length * jnp.where(step == 0, 1, jnp.where(fine, self.grow, self.shrink)).astype(state.length.dtype)
+        length = state.length * jnp.where(
+            step == 0, 1, jnp.where(fine, self.grow, self.shrink)
+        ).astype(state.length.dtype)
         slowest = jnp.stack([jnp.asarray(t, length.dtype) for t in problem.taus.values()]).max()
         leaks = all(problem.ham.neurons[n].leak for n in problem.free)
         length = jnp.minimum(length, slowest if leaks else jnp.finfo(length.dtype).max / 8)
         ahead = plain_step(problem, held, length, 1)
-        return Move(held, ahead, _Guarded(held, jnp.minimum(state.lowest, held.energy), length), same_states(ahead, held.xs))
+        return Move(
+            held,
+            ahead,
+            _Guarded(held, jnp.minimum(state.lowest, held.energy), length),
+            same_states(ahead, held.xs),
+        )
 
     def descends(self, step): return True
     def cost(self, problem): return 1.0

@@ -19,8 +19,16 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from .problem import Problem, read_start, rest
-from .results import CONVERGED, FAILED, MAX_STEPS, MOVING, NONFINITE, in_words, sentence
+from .problem import Problem, read_start, check_rest
+from hamux.dynamics.results import (
+    CONVERGED,
+    FAILED,
+    MAX_STEPS,
+    MOVING,
+    NONFINITE,
+    in_words,
+    sentence,
+)
 from ..network.hypergraph import HAM, VectorizedHAM
 
 # %% ../../nbs/api/dynamics/continuous.ipynb #49d605a7
@@ -29,28 +37,34 @@ def _velocity(problem, y):
     now = problem.evaluate(y)
     moves = {n: (-g / problem.taus[n]).astype(g.dtype) for n, g in now.grads.items()}
     masks, start = problem.masks, problem.start
-    return {n: jnp.where(masks[n], start[n] - y[n], v) if n in masks else v for n, v in moves.items()}
+    return {
+        n: jnp.where(masks[n], start[n] - y[n], v) if n in masks else v for n, v in moves.items()
+    }
 
 
 def _rest_of(problem, y, rtol, atol):
     "Energy, residual, and whether the states are at rest."
     now = problem.evaluate(y)
-    residual, _, at_rest = rest(problem, now, rtol, atol)
+    residual, _, at_rest = check_rest(problem, now, rtol, atol)
     return now.energy, residual.astype(now.energy.dtype), at_rest
 
 # %% ../../nbs/api/dynamics/continuous.ipynb #20fa7ec8
 class Flow(eqx.Module):
     "A trajectory: what was saved on the way, where it ended, and why. With a vectorised HAM every field has a leading batch axis."
     ts: Float[Array, "*batch times"] # the times saved; NaN past the end
-    xs: Any # states by layer at those times, a time axis after the batch axis (or what `SaveAt(fn=…)` made of them)
+    # states by layer at those times, a time axis after the batch axis (or what `SaveAt(fn=…)` made
+    # of them)
+    xs: Any
     energies: Float[Array, "*batch times"] # total energy at those times
     t1: Float[Array, "*batch"] # the time at the end
     x1: dict # states by layer at the end
     energy: Float[Array, "*batch"] # total energy at the end
     residual: Float[Array, "*batch"] # how far from rest the end is, as for `descend`
     steps: Int[Array, "*batch"] # steps of the integration, rejected ones included
-    code: Int[Array, "*batch"] # why it ended: 1 at rest, 2 out of steps, 3 not finite, 7 at t1 and moving, 8 failed
-    solution: Any # diffrax's own: stats, interpolation (of the free states, with `SaveAt(dense=True)`), result
+    # why it ended: 1 at rest, 2 out of steps, 3 not finite, 7 at t1 and moving, 8 failed
+    code: Int[Array, "*batch"]
+    # diffrax's own: stats, interpolation (of the free states, with `SaveAt(dense=True)`), result
+    solution: Any
 
     @property
     def converged(self) -> Bool[Array, "*batch"]:
@@ -60,23 +74,35 @@ class Flow(eqx.Module):
     @property
     def result(self):
         "Why it ended, in words: a string, or a list of them for a batch. Not available under jit; use `code` there."
-        return in_words(_sentence, code=self.code, t=self.t1, steps=self.steps, residual=self.residual)
+        return in_words(
+            _sentence, code=self.code, t=self.t1, steps=self.steps, residual=self.residual
+        )
 
 
 def _sentence(code, **numbers): return sentence("flow", code, **numbers)
 
 # %% ../../nbs/api/dynamics/continuous.ipynb #396a646f
 def _diffrax():
-    try: import diffrax
-    except ImportError as e: raise ImportError("flow integrates with diffrax, which is not installed. Install it with: pip install 'hamux[ode]'") from e
+    try:
+        import diffrax
+    except ImportError as e:
+        raise ImportError(
+            "flow integrates with diffrax, which is not installed. Install it with: pip install"
+            " 'hamux[ode]'"
+        ) from e
     return diffrax
 
 
 def _as_time(name, t, dtype):
     "One time as an array, checked where its value is known."
-    if not isinstance(t, (numbers.Real, np.ndarray, jax.Array)) or isinstance(t, bool) or jnp.shape(t) != ():
+    if (
+        not isinstance(t, (numbers.Real, np.ndarray, jax.Array))
+        or isinstance(t, bool)
+        or jnp.shape(t) != ()
+    ):
         raise TypeError(f"flow: {name} is one number, and is {t!r}.")
-    if not isinstance(t, jax.core.Tracer) and math.isnan(float(t)): raise ValueError(f"flow: {name} is NaN.")
+    if not isinstance(t, jax.core.Tracer) and math.isnan(float(t)):
+        raise ValueError(f"flow: {name} is NaN.")
     return jnp.asarray(t, dtype)
 
 
@@ -85,12 +111,20 @@ def _as_saveat(saveat, dtype):
     diffrax = _diffrax()
     if saveat is None: return diffrax.SaveAt(t1=True)
     if not isinstance(saveat, diffrax.SaveAt):
-        try: ts = jnp.asarray(saveat, dtype)
-        except (TypeError, ValueError): ts = None
-        if ts is None or ts.ndim != 1 or not len(ts): raise TypeError(f"flow: saveat is a sequence of times or a diffrax.SaveAt, and is {saveat!r}.")
+        try:
+            ts = jnp.asarray(saveat, dtype)
+        except (TypeError, ValueError):
+            ts = None
+        if ts is None or ts.ndim != 1 or not len(ts):
+            raise TypeError(
+                f"flow: saveat is a sequence of times or a diffrax.SaveAt, and is {saveat!r}."
+            )
         return diffrax.SaveAt(ts=ts)
     if saveat.subs is None or not isinstance(saveat.subs, diffrax.SubSaveAt):
-        raise ValueError("flow: saveat needs one of t0, t1, ts or steps (dense=True may be added), and takes no several `subs`.")
+        raise ValueError(
+            "flow: saveat needs one of t0, t1, ts or steps (dense=True may be added), and takes no"
+            " several `subs`."
+        )
     return saveat
 
 
@@ -98,10 +132,18 @@ def _check_times(t0, t1, ts, steady):
     "Raise unless time goes forward and the saved times lie in between. What is traced is left to diffrax."
     if any(isinstance(t, jax.core.Tracer) for t in (t0, t1)): return
     if not math.isfinite(t0): raise ValueError(f"flow: t0 is a finite time, and is {t0}.")
-    if not t1 > t0: raise ValueError(f"flow: t1 should be later than t0 (backwards the energy climbs), and they are t0={t0}, t1={t1}.")
-    if math.isinf(t1) and not steady: raise ValueError("flow: t1 is infinite. That needs steady=True, to stop at rest.")
+    if not t1 > t0:
+        raise ValueError(
+            f"flow: t1 should be later than t0 (backwards the energy climbs), and they are t0={t0},"
+            f" t1={t1}."
+        )
+    if math.isinf(t1) and not steady:
+        raise ValueError("flow: t1 is infinite. That needs steady=True, to stop at rest.")
     if ts is None or isinstance(ts, jax.core.Tracer): return
-    if not ((np.diff(ts) >= 0).all() and ts[0] >= t0 and ts[-1] <= t1): raise ValueError(f"flow: the times to save should increase, from t0={t0} to t1={t1}, and are {ts}.")
+    if not ((np.diff(ts) >= 0).all() and ts[0] >= t0 and ts[-1] <= t1):
+        raise ValueError(
+            f"flow: the times to save should increase, from t0={t0} to t1={t1}, and are {ts}."
+        )
 
 # %% ../../nbs/api/dynamics/continuous.ipynb #546cd75f
 def flow(
@@ -112,7 +154,9 @@ def flow(
     t0=0.0, # the time of the start
     clamp=None, # what stays put: a layer name, several, or a dictionary name → True or boolean mask
     solver=None, # a diffrax solver; None for diffrax.Tsit5()
-    stepsize_controller=None, # a diffrax step-size controller; None for diffrax.PIDController with a quarter of the tolerances of rest
+    # a diffrax step-size controller; None for diffrax.PIDController with a quarter of the
+    # tolerances of rest
+    stepsize_controller=None,
     saveat=None, # times to save, or a diffrax.SaveAt; None for the end alone
     dt0=None, # the first step (the only one with diffrax.ConstantStepSize()); None to choose
     steady=False, # whether to stop as soon as the state is at rest
@@ -125,19 +169,35 @@ def flow(
     "Integrate τ dx/dt = −∂E/∂x̂ from `xs`. Raises ValueError or TypeError for states, clamps and settings that do not fit, ImportError without diffrax."
     diffrax = _diffrax()
     start = read_start("flow", ham, xs, clamp)
-    if not isinstance(max_steps, numbers.Integral) or max_steps < 1: raise ValueError(f"flow: max_steps must be a positive int, got {max_steps!r}.")
+    if not isinstance(max_steps, numbers.Integral) or max_steps < 1:
+        raise ValueError(f"flow: max_steps must be a positive int, got {max_steps!r}.")
     if not start.free: raise ValueError("flow: every layer is clamped, so nothing moves.")
     dtype, eps = jnp.result_type(jnp.float32, *start.xs.values()), start.epsilon ** (2 / 3)
     rtol, atol = (eps if t is None else t for t in (rtol, atol))
-    if not (rtol >= 0 and atol >= 0): raise ValueError(f"flow: the tolerances must not be negative, got rtol={rtol}, atol={atol}.")
+    if not (rtol >= 0 and atol >= 0):
+        raise ValueError(
+            f"flow: the tolerances must not be negative, got rtol={rtol}, atol={atol}."
+        )
     t0, t1 = _as_time("t0", t0, dtype), _as_time("t1", t1, dtype)
     saveat = _as_saveat(saveat, dtype)
     _check_times(t0, t1, saveat.subs.ts, steady)
     tol = max(min(eps, max(rtol, atol)) / 4, float(jnp.finfo(dtype).eps))
-    tools = dict(solver=diffrax.Tsit5() if solver is None else solver, adjoint=diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint,
-                 stepsize_controller=diffrax.PIDController(rtol=tol, atol=tol) if stepsize_controller is None else stepsize_controller)
-    for name, kind in (("solver", diffrax.AbstractSolver), ("adjoint", diffrax.AbstractAdjoint), ("stepsize_controller", diffrax.AbstractStepSizeController)):
-        if not isinstance(tools[name], kind): raise TypeError(f"flow: {name} is a diffrax.{kind.__name__}, and is {tools[name]!r}.")
+    tools = dict(
+        solver=diffrax.Tsit5() if solver is None else solver,
+        adjoint=diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint,
+        stepsize_controller=(
+            diffrax.PIDController(rtol=tol, atol=tol)
+            if stepsize_controller is None
+            else stepsize_controller
+        ),
+    )
+    for name, kind in (
+        ("solver", diffrax.AbstractSolver),
+        ("adjoint", diffrax.AbstractAdjoint),
+        ("stepsize_controller", diffrax.AbstractStepSizeController),
+    ):
+        if not isinstance(tools[name], kind):
+            raise TypeError(f"flow: {name} is a diffrax.{kind.__name__}, and is {tools[name]!r}.")
     dt0 = None if dt0 is None else _as_time("dt0", dt0, dtype)
     out = _flow(start, (t0, t1, dt0), tools, saveat, bool(steady), rtol, atol, int(max_steps))
     if not throw: return out
@@ -148,7 +208,9 @@ def flow(
 @eqx.filter_jit
 def _flow(start, times, tools, saveat, steady, rtol, atol, max_steps):
     "The compiled part of `flow`: one row, or all of them."
-    one = lambda xs, masks: _flow_one(start.ham, xs, masks, start.free, times, tools, saveat, steady, rtol, atol, max_steps)
+    one = lambda xs, masks: _flow_one(
+        start.ham, xs, masks, start.free, times, tools, saveat, steady, rtol, atol, max_steps
+    )
     return (jax.vmap(one) if start.batched else one)(start.xs, start.masks)
 
 
@@ -156,26 +218,74 @@ def _flow_one(ham, xs, masks, free, times, tools, saveat, steady, rtol, atol, ma
     "The trajectory of one start."
     diffrax, (t0, t1, dt0) = _diffrax(), times
     ok = jnp.stack([jnp.isfinite(x).all() for x in xs.values()]).all()
-    start = {n: jnp.where(ok, x, 0).astype(jnp.promote_types(x.dtype, jnp.float32)) for n, x in xs.items()}
+    start = {
+        n: jnp.where(ok, x, 0).astype(jnp.promote_types(x.dtype, jnp.float32))
+        for n, x in xs.items()
+    }
     problem = Problem(ham, start, masks, free)
-    leaves, tree = jtu.tree_flatten(problem) # as `args`, since the adjoints differentiate those; flat, since they do not take every pytree
+    # as `args`, since the adjoints differentiate those; flat, since they do not take every pytree
+    leaves, tree = jtu.tree_flatten(problem)
     vector_field = lambda t, y, leaves: _velocity(tree.unflatten(leaves), y)
-    stop = diffrax.Event(lambda t, y, leaves, **_: _over(tree.unflatten(leaves), y, rtol, atol)) if steady else None
+    stop = (
+        diffrax.Event(lambda t, y, leaves, **_: _over(tree.unflatten(leaves), y, rtol, atol))
+        if steady
+        else None
+    )
     narrow = lambda found: {n: x.astype(xs[n].dtype) for n, x in found.items()}
-    sol = diffrax.diffeqsolve(diffrax.ODETerm(vector_field), t0=t0, t1=t1, dt0=dt0, y0={n: start[n] for n in free}, args=leaves,
-                              saveat=_saving(saveat, narrow, tree), event=stop, max_steps=max_steps, throw=False, **tools)
+    sol = diffrax.diffeqsolve(
+        diffrax.ODETerm(vector_field),
+        t0=t0,
+        t1=t1,
+        dt0=dt0,
+        y0={n: start[n] for n in free},
+        args=leaves,
+        saveat=_saving(saveat, narrow, tree),
+        event=stop,
+        max_steps=max_steps,
+        throw=False,
+        **tools,
+    )
     alone = isinstance(sol.ts, jax.Array) # only the end was saved
-    t, y = (sol.ts[-1], {n: x[-1] for n, x in sol.ys.items()}) if alone else (sol.ts["end"][-1], {n: x[-1] for n, x in sol.ys["end"].items()})
+    t, y = (
+        (sol.ts[-1], {n: x[-1] for n, x in sol.ys.items()})
+        if alone
+        else (sol.ts["end"][-1], {n: x[-1] for n, x in sol.ys["end"].items()})
+    )
     E, residual, small = _rest_of(problem, y, rtol, atol)
     x1 = {n: jnp.where(ok, x, xs[n]) for n, x in narrow(problem.states(y)).items()}
-    E, residual = (jnp.where(ok, v, jnp.nan).astype(jnp.result_type(*xs.values())) for v in (E, residual))
-    fine = (sol.result == diffrax.RESULTS.successful) | (sol.result == diffrax.RESULTS.event_occurred)
-    code = jnp.where(small, CONVERGED, jnp.where(fine, MOVING, jnp.where(sol.result == diffrax.RESULTS.max_steps_reached, MAX_STEPS, FAILED)))
-    finite = ok & jnp.isfinite(E) & jnp.isfinite(residual) & jnp.stack([jnp.isfinite(x).all() for x in x1.values()]).all()
+    E, residual = (
+        jnp.where(ok, v, jnp.nan).astype(jnp.result_type(*xs.values())) for v in (E, residual)
+    )
+    fine = (sol.result == diffrax.RESULTS.successful) | (
+        sol.result == diffrax.RESULTS.event_occurred
+    )
+    code = jnp.where(
+        small,
+        CONVERGED,
+        jnp.where(
+            fine,
+            MOVING,
+            jnp.where(sol.result == diffrax.RESULTS.max_steps_reached, MAX_STEPS, FAILED),
+        ),
+    )
+    finite = (
+        ok
+        & jnp.isfinite(E)
+        & jnp.isfinite(residual)
+        & jnp.stack([jnp.isfinite(x).all() for x in x1.values()]).all()
+    )
     code, steps = jnp.where(finite, code, NONFINITE), jnp.where(ok, sol.stats["num_steps"], 0)
-    ts, path = (t[None], (E[None], {n: x[None] for n, x in x1.items()})) if alone else (sol.ts["path"], sol.ys["path"])
+    ts, path = (
+        (t[None], (E[None], {n: x[None] for n, x in x1.items()}))
+        if alone
+        else (sol.ts["path"], sol.ys["path"])
+    )
     seen = jnp.isfinite(ts) & ok
-    blank = lambda v: jnp.where(seen.reshape(seen.shape + (1,) * (v.ndim - 1)), v, jnp.nan) if jnp.issubdtype(v.dtype, jnp.floating) else v
+    blank = lambda v: (
+        jnp.where(seen.reshape(seen.shape + (1,) * (v.ndim - 1)), v, jnp.nan)
+        if jnp.issubdtype(v.dtype, jnp.floating)
+        else v
+    )
     ts, (energies, path) = jtu.tree_map(blank, (ts, path))
     return Flow(ts, path, energies, jnp.where(ok, t, t0), x1, E, residual, steps, code, sol)
 
@@ -189,7 +299,12 @@ def _over(problem, y, rtol, atol):
 def _saving(saveat, narrow, tree):
     "What diffrax is to save: at the times asked for the energy and all states, and the end; the end alone stays as it is, for adjoints that ask for that."
     diffrax, ask = _diffrax(), saveat.subs
-    if ask.t1 and not (ask.t0 or ask.steps or ask.ts is not None or saveat.dense) and ask.fn is diffrax.SaveAt(t1=True).subs.fn: return saveat
+    if (
+        ask.t1
+        and not (ask.t0 or ask.steps or ask.ts is not None or saveat.dense)
+        and ask.fn is diffrax.SaveAt(t1=True).subs.fn
+    ):
+        return saveat
     def fn(t, y, leaves):
         problem = tree.unflatten(leaves)
         xs = problem.states(y)
@@ -197,4 +312,6 @@ def _saving(saveat, narrow, tree):
         E = problem.evaluate(y).energy.astype(jnp.result_type(*narrow(xs).values()))
         return E, narrow(xs) if plain else ask.fn(t, narrow(xs), None)
     path = diffrax.SubSaveAt(t0=ask.t0, t1=ask.t1, ts=ask.ts, steps=ask.steps, fn=fn)
-    return diffrax.SaveAt(subs={"path": path, "end": diffrax.SubSaveAt(t1=True)}, dense=saveat.dense)
+    return diffrax.SaveAt(
+        subs={"path": path, "end": diffrax.SubSaveAt(t1=True)}, dense=saveat.dense
+    )

@@ -34,13 +34,19 @@ class Descent(eqx.Module):
     xs: dict # states by layer
     xhats: dict # activations by layer
     energy: Float[Array, "*batch"] # total energy at the end
-    energies: Float[Array, "*batch steps"] | None # total energy at the start and after each step; NaN past the end
-    steps: Int[Array, "*batch"] # steps taken; one that a solver rejects leaves the state where it was, and counts
+    # total energy at the start and after each step; NaN past the end
+    energies: Float[Array, "*batch steps"] | None
+    # steps taken; one that a solver rejects leaves the state where it was, and counts
+    steps: Int[Array, "*batch"]
     residual: Float[Array, "*batch"] # largest |∂E/∂x̂| over what is free
-    code: Int[Array, "*batch"] # why it stopped: 1 converged, 2 out of steps, 3 not finite, 4 not bounded below, 5 stuck, 6 sampled
+    # why it stopped: 1 converged, 2 out of steps, 3 not finite, 4 not bounded below, 5 stuck, 6
+    # sampled
+    code: Int[Array, "*batch"]
     rises: Int[Array, "*batch"] # steps in which the energy rose by more than rounding
-    evaluations: Float[Array, "*batch"] # evaluations of the gradient: 1 computes the input current of each layer once
-    records: dict | None = None # what `Trace` asked for, by name, with an axis of steps after the batch
+    # evaluations of the gradient: 1 computes the input current of each layer once
+    evaluations: Float[Array, "*batch"]
+    # what `Trace` asked for, by name, with an axis of steps after the batch
+    records: dict | None = None
 
     @property
     def converged(self) -> Bool[Array, "*batch"]:
@@ -51,17 +57,35 @@ class Descent(eqx.Module):
     def result(self):
         "Why it stopped, in words: a string, or a list of them for a batch. Not available under jit; use `code` there."
         finite = jnp.isfinite(self.energy) & jnp.isfinite(self.residual)
-        return in_words(_sentence, code=self.code, steps=self.steps, residual=self.residual, rises=self.rises, finite=finite)
+        return in_words(
+            _sentence,
+            code=self.code,
+            steps=self.steps,
+            residual=self.residual,
+            rises=self.rises,
+            finite=finite,
+        )
 
 # %% ../../nbs/api/dynamics/descent.ipynb #220b15c9
 def _sentence(code, steps, residual, rises, finite):
     "What happened, and what to do."
     if code == NONFINITE and not (steps or finite):
-        return ("Not finite at step 0: the start or the parameters hold NaN or inf, or the energy of the start is not finite. "
-                "The states are returned as they were.")
-    climbed = f" The energy rose in {rises} of {steps} steps: take a smaller dt, or the default solver." if rises else ""
+        return (
+            "Not finite at step 0: the start or the parameters hold NaN or inf, or the energy of"
+            " the start is not finite. The states are returned as they were."
+        )
+    climbed = (
+        f" The energy rose in {rises} of {steps} steps: take a smaller dt, or the default solver."
+        if rises
+        else ""
+    )
     advice = "" if rises else " Allow more steps, or a larger tolerance."
-    return sentence("descent", code, steps=steps, next_step=steps + 1, residual=residual, advice=advice) + climbed
+    return (
+        sentence(
+            "descent", code, steps=steps, next_step=steps + 1, residual=residual, advice=advice
+        )
+        + climbed
+    )
 
 # %% ../../nbs/api/dynamics/descent.ipynb #946d27fc
 @functools.lru_cache
@@ -71,14 +95,24 @@ def _number(value, dtype):
 
 
 def _check_settings(solver, max_steps, trace, anneal, rtol, atol):
-    if not isinstance(solver, AbstractSolver): raise TypeError(f"solver should be a solver such as Euler(dt=0.1), and is {solver!r}.")
-    if not isinstance(max_steps, numbers.Integral) or max_steps < 1: raise ValueError(f"max_steps is a positive int, and is {max_steps!r}.")
-    if not isinstance(trace, bool | Trace): raise TypeError(f"trace is True, False or a Trace(…), and is {trace!r}.")
-    if not (rtol >= 0 and atol >= 0): raise ValueError(f"The tolerances are not negative, and are rtol={rtol}, atol={atol}.")
+    if not isinstance(solver, AbstractSolver):
+        raise TypeError(f"solver should be a solver such as Euler(dt=0.1), and is {solver!r}.")
+    if not isinstance(max_steps, numbers.Integral) or max_steps < 1:
+        raise ValueError(f"max_steps is a positive int, and is {max_steps!r}.")
+    if not isinstance(trace, bool | Trace):
+        raise TypeError(f"trace is True, False or a Trace(…), and is {trace!r}.")
+    if not (rtol >= 0 and atol >= 0):
+        raise ValueError(f"The tolerances are not negative, and are rtol={rtol}, atol={atol}.")
     if not isinstance(anneal, Mapping) or not all(map(callable, anneal.values())):
-        raise TypeError(f"anneal is a dictionary from a layer or hypersynapse to its beta, a function of the step, and is {anneal!r}.")
+        raise TypeError(
+            "anneal is a dictionary from a layer or hypersynapse to its beta, a function of the"
+            f" step, and is {anneal!r}."
+        )
     if anneal and solver.compares_energies:
-        raise ValueError(f"{type(solver).__name__} compares energies of different steps, and cannot follow a network that changes. Anneal with Euler or Langevin.")
+        raise ValueError(
+            f"{type(solver).__name__} compares energies of different steps, and cannot follow a"
+            " network that changes. Anneal with Euler or Langevin."
+        )
 
 
 def descend(
@@ -102,27 +136,67 @@ def descend(
     rtol, atol = (start.epsilon ** (2 / 3) if t is None else t for t in (rtol, atol))
     _check_settings(solver, max_steps, trace, anneal, rtol, atol)
     for name in anneal: with_beta(start.ham, name, 1.0)
-    if progress and importlib.util.find_spec("tqdm") is None: raise ImportError("progress=True shows a bar of tqdm: pip install 'hamux[train]'.")
+    if progress and importlib.util.find_spec("tqdm") is None:
+        raise ImportError("progress=True shows a bar of tqdm: pip install 'hamux[train]'.")
     trace = Trace() if trace is True else trace or None
-    tols = tuple(_number(t, jnp.result_type(float)) if isinstance(t, numbers.Real) else jnp.asarray(t, jnp.result_type(float)) for t in (rtol, atol))
-    out = _descend(start.ham, start.xs, start.masks, start.whole, solver, int(max_steps), tols, trace, as_adjoint(adjoint), key, anneal, bool(progress), start.batched)
+    tols = tuple(
+        (
+            _number(t, jnp.result_type(float))
+            if isinstance(t, numbers.Real)
+            else jnp.asarray(t, jnp.result_type(float))
+        )
+        for t in (rtol, atol)
+    )
+    out = _descend(
+        start.ham,
+        start.xs,
+        start.masks,
+        start.whole,
+        solver,
+        int(max_steps),
+        tols,
+        trace,
+        as_adjoint(adjoint),
+        key,
+        anneal,
+        bool(progress),
+        start.batched,
+    )
     if not throw: return out
-    return eqx.error_if(out, ~(out.converged | (out.code == SAMPLED)), "The descent did not converge. Look at `.result` with throw=False, allow more steps, or take a smaller dt.")
+    return eqx.error_if(
+        out,
+        ~(out.converged | (out.code == SAMPLED)),
+        "The descent did not converge. Look at `.result` with throw=False, allow more steps, or"
+        " take a smaller dt.",
+    )
 
 # %% ../../nbs/api/dynamics/descent.ipynb #f522ef4a
 @eqx.filter_jit
-def _descend(ham, xs, masks, whole, solver, max_steps, tols, trace, adjoint, key, anneal, progress, batched):
+def _descend(
+    ham, xs, masks, whole, solver, max_steps, tols, trace, adjoint, key, anneal, progress, batched
+):
     "The compiled part of `descend`."
     free = tuple(n for n in ham.neurons if n not in whole)
     start, masks = (xs, masks) if batched else jtu.tree_map(lambda v: v[None], (xs, masks))
     rows = next(iter(start.values())).shape[0]
-    finite = jnp.stack([jnp.ones(rows, bool), *(jnp.isfinite(x).all(tuple(range(1, x.ndim))) for x in start.values())]).all(0) # what is clamped too: an energy can hide a NaN
+    # what is clamped too: an energy can hide a NaN
+    finite = jnp.stack(
+        [
+            jnp.ones(rows, bool),
+            *(jnp.isfinite(x).all(tuple(range(1, x.ndim))) for x in start.values()),
+        ]
+    ).all(0)
     clean = {n: choose_rows(finite, x, jnp.zeros_like(x)) for n, x in start.items()}
     keys = None if key is None else jax.random.split(key, rows) if batched else key[None]
     setup = Setup(ham, clean, masks, keys, anneal, solver, tols, free, max_steps, trace, progress)
-    if not (free and rows): return _described(setup, start, None, None, batched) # all is clamped, or there is no row
+    # all is clamped, or there is no row
+    if not (free and rows): return _described(setup, start, None, None, batched)
     last, records = search(setup, ~finite)
-    xs = choose_rows(finite, setup.over(lambda p, _, ends: p.states(ends), max_steps, adjoint.ends(setup, last)), start)
+    xs = choose_rows(
+        finite,
+        setup.over(lambda p, _, ends: p.states(ends), max_steps, adjoint.ends(setup, last)),
+        start,
+    )
     return _described(setup, xs, last, records, batched)
 
 
@@ -131,13 +205,46 @@ def _described(setup, xs, last, records, batched):
     xhats = setup.over(lambda p, _, xs: p.ham.activations(xs), setup.max_steps, xs)
     zero = jnp.zeros(next(iter(xs.values())).shape[0], jnp.int32)
     if last is None:
-        energy = setup.over(lambda p, _, xhats, xs: p.ham.energy(xhats, xs), setup.max_steps, xhats, xs)
+        energy = setup.over(
+            lambda p, _, xhats, xs: p.ham.energy(xhats, xs), setup.max_steps, xhats, xs
+        )
         code = jnp.where(jnp.isfinite(energy), CONVERGED, NONFINITE).astype(jnp.int32)
-        energies = None if setup.trace is None else jnp.full((*energy.shape, setup.max_steps + 1), jnp.nan, energy.dtype).at[:, 0].set(energy)
-        out = Descent(xs, xhats, energy, energies, zero, jnp.zeros(zero.shape, jnp.result_type(*xs.values())), code, zero, jnp.zeros_like(energy))
+        energies = (
+            None
+            if setup.trace is None
+            else jnp.full((*energy.shape, setup.max_steps + 1), jnp.nan, energy.dtype)
+            .at[:, 0]
+            .set(energy)
+        )
+        out = Descent(
+            xs,
+            xhats,
+            energy,
+            energies,
+            zero,
+            jnp.zeros(zero.shape, jnp.result_type(*xs.values())),
+            code,
+            zero,
+            jnp.zeros_like(energy),
+        )
     else:
         energy = energy_at(setup, xs, last.energy)
-        energies, kept = (None, None) if records is None else jtu.tree_map(lambda v: jnp.moveaxis(v, 0, 1), records)
+        energies, kept = (
+            (None, None)
+            if records is None
+            else jtu.tree_map(lambda v: jnp.moveaxis(v, 0, 1), records)
+        )
         one = lambda problem, _: jnp.asarray(setup.solver.cost(problem), jnp.result_type(float))
-        out = Descent(xs, xhats, energy, energies, last.steps, last.residual, last.code, last.rises, (last.steps + 1) * setup.over(one, 0), kept or None)
+        out = Descent(
+            xs,
+            xhats,
+            energy,
+            energies,
+            last.steps,
+            last.residual,
+            last.code,
+            last.rises,
+            (last.steps + 1) * setup.over(one, 0),
+            kept or None,
+        )
     return out if batched else jtu.tree_map(lambda v: v[0], out)

@@ -18,11 +18,15 @@ from .solver import AbstractSolver, Move, at_step, check_setting, plain_step
 # %% ../../nbs/api/dynamics/euler.ipynb #7c00d4a3
 class Euler(AbstractSolver):
     "The explicit Euler method, x ← x − (dt/τ) ∂E/∂x̂."
-    dt: Any = 0.1 # step in units of time, > 0: a number (a constant), an array (traced), or a function of the step
+    # step in units of time, > 0: a number (a constant), an array (traced), or a function of the
+    # step
+    dt: Any = 0.1
     check_every: ClassVar[int] = 4
 
     def __check_init__(self): check_setting(self.dt, "Euler", "dt")
     def init(self, problem, xs): return None
-    def step(self, problem, now, state, step, key): return Move(now, plain_step(problem, now, at_step(self.dt, step)), None)
+    def step(self, problem, now, state, step, key):
+        return Move(now, plain_step(problem, now, at_step(self.dt, step)), None)
+
     def descends(self, step): return True
     def cost(self, problem): return 1.0

@@ -26,12 +26,16 @@ def _drift(problem, now, n, temperature):
     facts = facts_of(layer.lagrangian)
     if facts.form != "sum" or facts.log_slope is None:
         raise ValueError(
-            f"Langevin: the layer {n!r} has the Lagrangian {readable_name(layer.lagrangian)}, for which noise on the states would give "
-            "the wrong law. A layer can be sampled if its Lagrangian declares a sum and its log_slope, as those of identity, tanh and "
-            "sigmoid do: clamp this one, or integrate it out (MemorySynapse).")
+            f"Langevin: the layer {n!r} has the Lagrangian {readable_name(layer.lagrangian)}, for"
+            " which noise on the states would give the wrong law. A layer can be sampled if its"
+            " Lagrangian declares a sum and its log_slope, as those of identity, tanh and sigmoid"
+            " do: clamp this one, or integrate it out (MemorySynapse)."
+        )
     xhat, pull = jax.vjp(layer.activations, x)
     names = list(inspect.signature(facts.log_slope).parameters)[1:]
-    drift = pull(g)[0] - temperature * facts.log_slope(xhat, **{k: setting_of(layer.lagrangian, k) for k in names})
+    drift = pull(g)[0] - temperature * facts.log_slope(
+        xhat, **{k: setting_of(layer.lagrangian, k) for k in names}
+    )
     return jnp.where(problem.masks[n], 0, drift) if n in problem.masks else drift
 
 
@@ -48,12 +52,17 @@ class Langevin(AbstractSolver):
     def init(self, problem, xs): return None
 
     def step(self, problem, now, state, step, key):
-        if key is None: raise ValueError("Langevin draws noise and needs a key: descend(…, key=jax.random.key(0)).")
+        if key is None:
+            raise ValueError(
+                "Langevin draws noise and needs a key: descend(…, key=jax.random.key(0))."
+            )
         dt, T = at_step(self.dt, step), at_step(self.temperature, step)
         ahead = {}
         for k, (n, x) in zip(jr.split(key, len(now.xs)), now.xs.items(), strict=True):
             wide = jnp.promote_types(x.dtype, jnp.float32)
-            length, heat = jnp.asarray(dt, wide) / jnp.asarray(problem.taus[n], wide), jnp.asarray(T, wide)
+            length, heat = jnp.asarray(dt, wide) / jnp.asarray(problem.taus[n], wide), jnp.asarray(
+                T, wide
+            )
             noise = jnp.sqrt(2 * heat * length) * jr.normal(k, x.shape, wide)
             if n in problem.masks: noise = jnp.where(problem.masks[n], 0, noise)
             ahead[n] = (x - length * _drift(problem, now, n, heat) + noise).astype(x.dtype)

@@ -24,8 +24,16 @@ from jaxtyping import Array, Float, Int, PyTree
 from ..lagrangians.facts import facts_of
 from ..network.hypergraph import HAM
 from ..network.parameters import seal, unseal
-from .problem import Point, Problem, rest
-from .results import CONVERGED, MAX_STEPS, NONFINITE, RUNNING, SAMPLED, STUCK, UNBOUNDED
+from .problem import Point, Problem, check_rest
+from hamux.dynamics.results import (
+    CONVERGED,
+    MAX_STEPS,
+    NONFINITE,
+    RUNNING,
+    SAMPLED,
+    STUCK,
+    UNBOUNDED,
+)
 from .solver import AbstractSolver, at_step, rounding
 
 # %% ../../nbs/api/dynamics/loop.ipynb #a06a5387
@@ -39,10 +47,17 @@ def with_beta(
     module = unseal(getattr(ham, table).get(name))
     lagrangian = getattr(module, "lagrangian", None)
     if lagrangian is None or (hot := _heated(lagrangian, jnp.asarray(beta, ham.dtype))) is None:
-        raise ValueError(f"The network has no layer or hypersynapse {name!r} whose Lagrangian has an inverse temperature that was given.")
-    module = eqx.tree_at(lambda m: m._lagrangian, module, seal(hot), is_leaf=lambda v: v is module._lagrangian)
+        raise ValueError(
+            f"The network has no layer or hypersynapse {name!r} whose Lagrangian has an inverse"
+            " temperature that was given."
+        )
+    module = eqx.tree_at(
+        lambda m: m._lagrangian, module, seal(hot), is_leaf=lambda v: v is module._lagrangian
+    )
     replaced = getattr(ham, table)[name]
-    return eqx.tree_at(lambda h: getattr(h, table)[name], ham, seal(module), is_leaf=lambda v: v is replaced)
+    return eqx.tree_at(
+        lambda h: getattr(h, table)[name], ham, seal(module), is_leaf=lambda v: v is replaced
+    )
 
 
 def _heated(lagrangian, beta):
@@ -50,25 +65,40 @@ def _heated(lagrangian, beta):
     name = facts_of(lagrangian).beta
     if isinstance(lagrangian, ft.partial | eqx.Partial):
         if name in lagrangian.keywords:
-            return eqx.Partial(lagrangian.func, *lagrangian.args, **{**lagrangian.keywords, name: beta})
+            return eqx.Partial(
+                lagrangian.func, *lagrangian.args, **{**lagrangian.keywords, name: beta}
+            )
         inner = _heated(lagrangian.func, beta)
         return inner and eqx.Partial(inner, *lagrangian.args, **lagrangian.keywords)
     if isinstance(lagrangian, eqx.Module) and hasattr(lagrangian, name):
-        return eqx.tree_at(lambda m: getattr(m, name), lagrangian, beta, is_leaf=lambda v: v is getattr(lagrangian, name))
+        return eqx.tree_at(
+            lambda m: getattr(m, name),
+            lagrangian,
+            beta,
+            is_leaf=lambda v: v is getattr(lagrangian, name),
+        )
     return None
 
 # %% ../../nbs/api/dynamics/loop.ipynb #c8e72692
 class Trace(eqx.Module):
     "What to record of a descent beside the total energy."
-    every: int = eqx.field(static=True, default=1) # record at every so many steps, the start included
-    parts: bool = eqx.field(static=True, default=False) # the energy of each layer and of each connection
+    # record at every so many steps, the start included
+    every: int = eqx.field(static=True, default=1)
+    # the energy of each layer and of each connection
+    parts: bool = eqx.field(static=True, default=False)
     states: bool = eqx.field(static=True, default=False) # the states of all layers
-    functions: dict = eqx.field(static=True, default=()) # name → function of the states (a dictionary by layer) to an array
+    # name → function of the states (a dictionary by layer) to an array
+    functions: dict = eqx.field(static=True, default=())
 
     def __check_init__(self):
-        if not isinstance(self.every, int) or self.every < 1: raise ValueError(f"Trace: every is a positive int, and is {self.every!r}.")
-        if not all(map(callable, dict(self.functions).values())): raise TypeError(f"Trace: functions is a dictionary name → function, and is {self.functions!r}.")
-        object.__setattr__(self, "functions", tuple(dict(self.functions).items())) # so that it can be hashed
+        if not isinstance(self.every, int) or self.every < 1:
+            raise ValueError(f"Trace: every is a positive int, and is {self.every!r}.")
+        if not all(map(callable, dict(self.functions).values())):
+            raise TypeError(
+                f"Trace: functions is a dictionary name → function, and is {self.functions!r}."
+            )
+        # so that it can be hashed
+        object.__setattr__(self, "functions", tuple(dict(self.functions).items()))
 
     def values(self, problem, held: Point) -> dict:
         "What is recorded of a point."
@@ -95,19 +125,35 @@ class Setup(eqx.Module):
 
     def rows(self, index):
         "The setup of some of the examples."
-        return eqx.tree_at(lambda s: (s.start, s.masks, s.keys), self, jtu.tree_map(lambda v: v[index], (self.start, self.masks, self.keys)), is_leaf=lambda v: v is None)
+        return eqx.tree_at(
+            lambda s: (s.start, s.masks, s.keys),
+            self,
+            jtu.tree_map(lambda v: v[index], (self.start, self.masks, self.keys)),
+            is_leaf=lambda v: v is None,
+        )
 
     def over(self, f, step, *trees):
         "`f(problem, key, *trees)` of every row, with the network of this step."
         ham = self.ham
         for name, beta in self.anneal.items(): ham = with_beta(ham, name, at_step(beta, step))
-        one = lambda start, masks, key, *trees: f(Problem(ham, start, masks, self.free), key, *trees)
+        one = lambda start, masks, key, *trees: f(
+            Problem(ham, start, masks, self.free), key, *trees
+        )
         return jax.vmap(one)(self.start, self.masks, self.keys, *trees)
 
     def settled(self, step):
         "Whether the network and the temperature of a step are those of the end."
-        same = [jnp.asarray(at_step(beta, step) == at_step(beta, self.max_steps)) for beta in self.anneal.values()]
-        return jnp.stack([jnp.asarray(self.solver.descends(step)), jnp.asarray(self.solver.descends(self.max_steps)), *same]).all()
+        same = [
+            jnp.asarray(at_step(beta, step) == at_step(beta, self.max_steps))
+            for beta in self.anneal.values()
+        ]
+        return jnp.stack(
+            [
+                jnp.asarray(self.solver.descends(step)),
+                jnp.asarray(self.solver.descends(self.max_steps)),
+                *same,
+            ]
+        ).all()
 
 # %% ../../nbs/api/dynamics/loop.ipynb #d0481440
 class Rows(eqx.Module):
@@ -120,7 +166,9 @@ class Rows(eqx.Module):
     residual: Float[Array, " rows"]
     energy: Float[Array, " rows"]
     rises: Int[Array, " rows"]
-    first: tuple # energy, size of its terms, and largest state or residual at the start: the yardstick of what has grown without bound
+    # energy, size of its terms, and largest state or residual at the start: the yardstick of what
+    # has grown without bound
+    first: tuple
     index: Int[Array, " rows"] # its place in the whole batch
 
 
@@ -138,7 +186,18 @@ def first_rows(setup: Setup, bad) -> Rows:
     zero, nan = jnp.zeros(E.shape, jnp.int32), jnp.full(E.shape, jnp.nan, E.dtype)
     r = jnp.full(E.shape, jnp.nan, jnp.result_type(*xs.values()))
     solver = setup.over(lambda p, _, x: setup.solver.init(p, x), 0, xs)
-    return Rows(xs, xs, solver, jnp.where(bad, NONFINITE, zero), zero, r, nan, zero, (nan, nan, r), jnp.arange(E.shape[0]))
+    return Rows(
+        xs,
+        xs,
+        solver,
+        jnp.where(bad, NONFINITE, zero),
+        zero,
+        r,
+        nan,
+        zero,
+        (nan, nan, r),
+        jnp.arange(E.shape[0]),
+    )
 
 # %% ../../nbs/api/dynamics/loop.ipynb #7d185dbb
 def ask_solver(setup, count, ahead, solver):
@@ -151,7 +210,9 @@ def ask_solver(setup, count, ahead, solver):
 
 def choose_rows(flags, a, b):
     "Row by row one of two pytrees."
-    return jtu.tree_map(lambda x, y: jnp.where(flags.reshape(flags.shape + (1,) * (x.ndim - 1)), x, y), a, b)
+    return jtu.tree_map(
+        lambda x, y: jnp.where(flags.reshape(flags.shape + (1,) * (x.ndim - 1)), x, y), a, b
+    )
 
 
 def _energies(rows, held, live, settled):
@@ -167,21 +228,41 @@ def _moved(setup: Setup, state: State) -> State:
     move, live = ask_solver(setup, count, rows.ahead, rows.solver), rows.code == RUNNING
     E, whole, risen = _energies(rows, move.held, live, setup.settled(count))
     keep = live & whole
-    new = dataclasses.replace(rows, ahead=choose_rows(live, move.ahead, rows.ahead), solver=move.state, steps=rows.steps + keep,
-                              energy=jnp.where(keep, E, rows.energy), rises=rows.rises + risen)
+    new = dataclasses.replace(
+        rows,
+        ahead=choose_rows(live, move.ahead, rows.ahead),
+        solver=move.state,
+        steps=rows.steps + keep,
+        energy=jnp.where(keep, E, rows.energy),
+        rises=rows.rises + risen,
+    )
     return State(count + 1, new, _record(setup, state, move.held, keep))
 
 # %% ../../nbs/api/dynamics/loop.ipynb #96c57492
 def _judged(setup: Setup, state: State) -> State:
     "A step that begins with a judgement: who is done, and why."
     rows, count = state.rows, state.count
-    move, live, settled = ask_solver(setup, count, rows.ahead, rows.solver), rows.code == RUNNING, setup.settled(count)
+    move, live, settled = (
+        ask_solver(setup, count, rows.ahead, rows.solver),
+        rows.code == RUNNING,
+        setup.settled(count),
+    )
     held = move.held
     E, whole, risen = _energies(rows, held, live, settled)
-    last, keep, back = count >= setup.max_steps, live & (whole | (count == 0)), live & ~whole & (count > 0)
+    last, keep, back = (
+        count >= setup.max_steps,
+        live & (whole | (count == 0)),
+        live & ~whole & (count > 0),
+    )
 
-    residual, largest, small = setup.over(lambda p, _, point: rest(p, point, *setup.tols), count, held)
-    first = jtu.tree_map(lambda a, b: jnp.where(count == 0, a, b), (E, held.size, jnp.maximum(jnp.maximum(largest, residual), 1)), rows.first)
+    residual, largest, small = setup.over(
+        lambda p, _, point: check_rest(p, point, *setup.tols), count, held
+    )
+    first = jtu.tree_map(
+        lambda a, b: jnp.where(count == 0, a, b),
+        (E, held.size, jnp.maximum(jnp.maximum(largest, residual), 1)),
+        rows.first,
+    )
     code = jnp.where(last, jnp.where(settled, MAX_STEPS, SAMPLED), RUNNING)
     code = jnp.where(move.stuck & settled, STUCK, code)
     code = jnp.where(small & settled & jnp.logical_not(move.moving), CONVERGED, code)
@@ -190,8 +271,18 @@ def _judged(setup: Setup, state: State) -> State:
     code = jnp.where(live, code, rows.code)
 
     stay = choose_rows(back, rows.before, held.xs)
-    new = Rows(choose_rows(code == RUNNING, move.ahead, stay), stay, move.state, code, rows.steps + (code == RUNNING) - back, jnp.where(keep, residual, rows.residual),
-               jnp.where(keep, E, rows.energy), rows.rises + risen, first, rows.index)
+    new = Rows(
+        choose_rows(code == RUNNING, move.ahead, stay),
+        stay,
+        move.state,
+        code,
+        rows.steps + (code == RUNNING) - back,
+        jnp.where(keep, residual, rows.residual),
+        jnp.where(keep, E, rows.energy),
+        rows.rises + risen,
+        first,
+        rows.index,
+    )
     return State(count + 1, new, _record(setup, state, held, keep))
 
 
@@ -209,7 +300,11 @@ def _unbounded(E, largest, first, before, whole):
     E0, size0, largest0 = first
     scale = jnp.maximum(size0, largest0.astype(E.dtype)**2)
     info = jnp.finfo(largest.dtype)
-    far = (E < E0) & (largest > largest0 * max(min(float(info.max)**0.5, float(info.eps)**-2), 1 / float(info.eps)))
+    far = (E < E0) & (
+        largest > largest0 * max(
+            min(float(info.max) ** 0.5, float(info.eps) ** -2), 1 / float(info.eps)
+        )
+    )
     fell = E0 - before > scale / jnp.sqrt(jnp.finfo(E.dtype).eps)
     return jnp.where(whole, far, fell)
 
@@ -218,10 +313,18 @@ def empty_records(setup: Setup) -> PyTree:
     "Room for what will be recorded, or None."
     if setup.trace is None: return None
     xs = {n: setup.start[n] for n in setup.free}
-    def values(xs): return setup.over(lambda p, _, x: (p.evaluate(x).energy, setup.trace.values(p, p.evaluate(x))), 0, xs)
+    def values(xs):
+        return setup.over(
+            lambda p, _, x: (p.evaluate(x).energy, setup.trace.values(p, p.evaluate(x))), 0, xs
+        )
+
     E, parts = jax.eval_shape(values, xs)
-    room = lambda v, n: jnp.full((n, *v.shape), jnp.nan if jnp.issubdtype(v.dtype, jnp.inexact) else 0, v.dtype)
-    return room(E, setup.max_steps + 1), jtu.tree_map(lambda v: room(v, setup.max_steps // setup.trace.every + 1), parts)
+    room = lambda v, n: jnp.full(
+        (n, *v.shape), jnp.nan if jnp.issubdtype(v.dtype, jnp.inexact) else 0, v.dtype
+    )
+    return room(E, setup.max_steps + 1), jtu.tree_map(
+        lambda v: room(v, setup.max_steps // setup.trace.every + 1), parts
+    )
 
 
 def _record(setup, state, held, keep):
@@ -234,11 +337,23 @@ def _record(setup, state, held, keep):
         look = lambda: setup.over(lambda p, _, point: setup.trace.values(p, point), count, held)
         every = setup.trace.every
         due = count % every == 0
-        values = look() if every == 1 else jax.lax.cond(due, look, lambda: jtu.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(look)))
+        values = (
+            look()
+            if every == 1
+            else jax.lax.cond(
+                due,
+                look,
+                lambda: jtu.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(look)),
+            )
+        )
         def write(buffer, v):
             void = jnp.nan if jnp.issubdtype(v.dtype, jnp.inexact) else 0
-            v = jnp.where(keep.reshape(keep.shape + (1,) * (v.ndim - 1)), v, jnp.asarray(void, v.dtype))
-            return buffer.at[jnp.where(due, count // every, buffer.shape[0]), index].set(v, mode="drop")
+            v = jnp.where(
+                keep.reshape(keep.shape + (1,) * (v.ndim - 1)), v, jnp.asarray(void, v.dtype)
+            )
+            return buffer.at[jnp.where(due, count // every, buffer.shape[0]), index].set(
+                v, mode="drop"
+            )
         kept = jtu.tree_map(write, kept, values)
     return energies, kept
 
@@ -254,13 +369,25 @@ class _Loop(optx.AbstractFixedPointSolver):
     def step(self, fn, y, args, options, state, tags):
         if args[0].progress: _tick(args[0], state)
         return y, advance(args[0], state), None
-    def terminate(self, fn, y, args, options, state, tags): return (state.rows.code == RUNNING).sum() <= self.enough, optx.RESULTS.successful
-    def postprocess(self, fn, y, aux, args, options, state, tags, result): return state.rows.ahead, aux, {}
+
+    def terminate(self, fn, y, args, options, state, tags):
+        return (state.rows.code == RUNNING).sum() <= self.enough, optx.RESULTS.successful
+
+    def postprocess(self, fn, y, aux, args, options, state, tags, result):
+        return state.rows.ahead, aux, {}
 
 
 def _iterated(setup, state, enough=0):
     "The loop's state after enough rows are done."
-    found = optx.fixed_point(lambda y, args: y, _Loop(enough), state.rows.ahead, (setup, state), max_steps=setup.max_steps + 1, adjoint=optx.ImplicitAdjoint(), throw=False)
+    found = optx.fixed_point(
+        lambda y, args: y,
+        _Loop(enough),
+        state.rows.ahead,
+        (setup, state),
+        max_steps=setup.max_steps + 1,
+        adjoint=optx.ImplicitAdjoint(),
+        throw=False,
+    )
     return found.state
 
 
@@ -276,7 +403,9 @@ def _put(tree, index, rows): return jtu.tree_map(lambda v, new: v.at[index].set(
 # %% ../../nbs/api/dynamics/loop.ipynb #0128c13e
 def search(setup: Setup, bad) -> tuple:
     "All rows at their ends, and the records; no derivative goes through."
-    setup = jtu.tree_map(lambda v: jax.lax.stop_gradient(v) if eqx.is_inexact_array(v) else v, setup)
+    setup = jtu.tree_map(
+        lambda v: jax.lax.stop_gradient(v) if eqx.is_inexact_array(v) else v, setup
+    )
     all_rows, count, records = first_rows(setup, bad), jnp.array(0, jnp.int32), empty_records(setup)
     sizes = [*stages(bad.shape[0]), 0]
     state = _iterated(setup, State(count, all_rows, records), sizes[1])
@@ -309,5 +438,7 @@ def _show(most, count, running):
 def _tick(setup: Setup, state):
     "Show how far the loop is, some hundred times in all."
     every = max(1, setup.max_steps // 100)
-    call = lambda: jax.debug.callback(ft.partial(_show, setup.max_steps), state.count, (state.rows.code == RUNNING).sum())
+    call = lambda: jax.debug.callback(
+        ft.partial(_show, setup.max_steps), state.count, (state.rows.code == RUNNING).sum()
+    )
     jax.lax.cond(state.count % every == 0, call, lambda: None)

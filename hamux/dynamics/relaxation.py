@@ -34,25 +34,41 @@ def _jumps(problem: Problem) -> tuple:
     ham, out = problem.ham, []
     for n in problem.free:
         met = [(s, names) for names, s in ham.connections if n in names]
-        fits = all(names.count(n) == 1 and alone(ham.hypersynapses[s], names.index(n)) for s, names in met)
+        fits = all(
+            names.count(n) == 1 and alone(ham.hypersynapses[s], names.index(n)) for s, names in met
+        )
         if fits and ham.neurons[n].leak and n not in problem.cut: out.append(n)
     return tuple(out)
 
 
 def _colours(problem: Problem) -> tuple:
     "The free layers in classes that share no synapse, the last layers first; a greedy colouring, layers with many neighbours before others."
-    near = {n: {m for names, _ in problem.ham.connections if n in names for m in names} - {n} for n in problem.free}
+    near = {
+        n: {m for names, _ in problem.ham.connections if n in names for m in names} - {n}
+        for n in problem.free
+    }
     colour = {}
     for n in sorted(problem.free, key=lambda n: -len(near[n])):
         taken = {colour[m] for m in near[n] if m in colour}
         colour[n] = min(set(range(len(taken) + 1)) - taken)
-    classes = [tuple(n for n in problem.free if colour[n] == c) for c in range(max(colour.values()) + 1)]
+    classes = [
+        tuple(n for n in problem.free if colour[n] == c) for c in range(max(colour.values()) + 1)
+    ]
     return tuple(sorted(classes, key=lambda names: -max(map(problem.free.index, names))))
 
 
 def _depth(problem: Problem) -> int:
     "The number of synapses between the two free layers that are farthest from each other."
-    near = {n: {m for names, _ in problem.ham.connections if n in names for m in names if m in problem.free} for n in problem.free}
+    near = {
+        n: {
+            m
+            for names, _ in problem.ham.connections
+            if n in names
+            for m in names
+            if m in problem.free
+        }
+        for n in problem.free
+    }
     def reach(n):
         seen, d = {n}, 0
         while new := set().union(*(near[m] for m in seen)) - seen: seen, d = seen | new, d + 1
@@ -70,12 +86,14 @@ class _Sweeping(eqx.Module):
 
 class Relaxation(AbstractSolver):
     "Sweeps over classes of layers that share no synapse; each jumps to its input current, or takes a guarded step where that could climb."
-    dt: float = 1.0 # length of the first guarded step, in units of the gradient, and the largest one
+    # length of the first guarded step, in units of the gradient, and the largest one
+    dt: float = 1.0
     compares_energies: ClassVar[bool] = True
     exact_steps: ClassVar[bool] = False
 
     def __check_init__(self):
-        if not isinstance(self.dt, int | float) or not 0 < self.dt < float("inf"): raise ValueError(f"Relaxation: dt is one positive number, and is {self.dt!r}.")
+        if not isinstance(self.dt, int | float) or not 0 < self.dt < float("inf"):
+            raise ValueError(f"Relaxation: dt is one positive number, and is {self.dt!r}.")
 
     def init(self, problem, xs):
         now = jax.eval_shape(problem.evaluate, xs)
@@ -83,21 +101,45 @@ class Relaxation(AbstractSolver):
         zero = jnp.stack([~jnp.any(x != 0) for x in xs.values()])
         asleep = zero & ~zero.all()
         length = jnp.asarray(self.dt, jnp.promote_types(now.energy.dtype, jnp.float32))
-        return _Sweeping(empty, jnp.full_like(empty.energy, jnp.inf), length, dict(zip(xs, asleep, strict=True)))
+        return _Sweeping(
+            empty, jnp.full_like(empty.energy, jnp.inf), length, dict(zip(xs, asleep, strict=True))
+        )
 
     def step(self, problem, now, state, step, key):
         classes, free_to_jump = _colours(problem), _jumps(problem)
         mixed, deep = jnp.stack(list(state.asleep.values())).any(), _depth(problem)
         waking = mixed & (step < deep)
-        settled = tuple(n for n in classes[-1] if n in free_to_jump) # they stand at their input current, by the last sweep
+        # they stand at their input current, by the last sweep
+        settled = tuple(n for n in classes[-1] if n in free_to_jump)
         unknown = (step == 0) | mixed & (step <= deep)
-        now = eqx.tree_at(lambda p: p.grads, now, {n: jnp.where(unknown, jnp.maximum(abs(x), 1), 0) if n in settled else now.grads[n] for n, x in now.xs.items()})
-        fine = (step == 0) | (len(free_to_jump) == len(problem.free)) | lowers(now, state.held, state.lowest, 0.0)
+        now = eqx.tree_at(
+            lambda p: p.grads,
+            now,
+            {
+                n: jnp.where(unknown, jnp.maximum(abs(x), 1), 0) if n in settled else now.grads[n]
+                for n, x in now.xs.items()
+            },
+        )
+        fine = (
+            (step == 0)
+            | (len(free_to_jump) == len(problem.free))
+            | lowers(now, state.held, state.lowest, 0.0)
+        )
         held = choose(fine, now, state.held)
-        length = jnp.where(step == 0, state.length, jnp.where(fine, jnp.minimum(2 * state.length, self.dt), state.length / 4)).astype(state.length.dtype)
+        length = jnp.where(
+            step == 0,
+            state.length,
+            jnp.where(fine, jnp.minimum(2 * state.length, self.dt), state.length / 4),
+        ).astype(state.length.dtype)
         ahead = self.sweep(problem, held, classes, free_to_jump, length, state.asleep, waking)
         stuck = same_states(ahead, held.xs) & ~unknown
-        return Move(held, ahead, _Sweeping(held, jnp.minimum(state.lowest, held.energy), length, state.asleep), stuck, unknown)
+        return Move(
+            held,
+            ahead,
+            _Sweeping(held, jnp.minimum(state.lowest, held.energy), length, state.asleep),
+            stuck,
+            unknown,
+        )
 
     def sweep(self, problem, held, classes, free_to_jump, length, asleep, waking):
         "The states after every class had its turn."

@@ -18,32 +18,65 @@ RUNNING, CONVERGED, MAX_STEPS, NONFINITE, UNBOUNDED, STUCK, SAMPLED, MOVING, FAI
 # %% ../../nbs/api/dynamics/results.ipynb #49805dec
 SENTENCES = {
     "descent": {
-        CONVERGED: "Converged in {steps} steps: the residual of {residual:.2g} is within the tolerance.",
-        MAX_STEPS: "Stopped at the maximum of {steps} steps with a residual of {residual:.2g}.{advice}",
-        NONFINITE: "Stopped being finite at step {next_step}; the last finite state is returned. "
-                   "Look for NaN or inf in parameters and start, or take a smaller dt.",
-        UNBOUNDED: "The energy seems not to be bounded below: at step {steps} it was still falling, with states far "
-                   "beyond the scale of the start. Make the weights smaller, or give the layers activations that saturate.",
-        STUCK: "Stopped after {steps} steps with a residual of {residual:.2g}: no step that this dtype resolves lowers "
-               "the energy. Compute in a wider dtype, or allow a larger tolerance.",
-        SAMPLED: "Took all {steps} steps. At a temperature above 0 the states do not settle; they are samples.",
+        CONVERGED: (
+            "Converged in {steps} steps: the residual of {residual:.2g} is within the tolerance."
+        ),
+        MAX_STEPS: (
+            "Stopped at the maximum of {steps} steps with a residual of {residual:.2g}.{advice}"
+        ),
+        NONFINITE: (
+            "Stopped being finite at step {next_step}; the last finite state is returned. "
+            "Look for NaN or inf in parameters and start, or take a smaller dt."
+        ),
+        UNBOUNDED: (
+            "The energy seems not to be bounded below: at step {steps} it was still falling, with"
+            " states far beyond the scale of the start. Make the weights smaller, or give the"
+            " layers activations that saturate."
+        ),
+        STUCK: (
+            "Stopped after {steps} steps with a residual of {residual:.2g}: no step that this dtype"
+            " resolves lowers the energy. Compute in a wider dtype, or allow a larger tolerance."
+        ),
+        SAMPLED: (
+            "Took all {steps} steps. At a temperature above 0 the states do not settle; they are"
+            " samples."
+        ),
     },
     "flow": {
-        CONVERGED: "At rest at t = {t:.4g} after {steps} steps: the residual of {residual:.2g} is within the tolerance.",
-        MAX_STEPS: "Stopped at the maximum of {steps} steps at t = {t:.4g}, with a residual of {residual:.2g}. Allow more "
-                   "steps, a larger tolerance, or, where time constants differ widely, an implicit solver such as "
-                   "diffrax.Kvaerno5().",
-        NONFINITE: "Not finite at t = {t:.4g}. Look for NaN or inf in parameters and start, for an energy that is not "
-                   "bounded below, or take smaller steps.",
-        MOVING: "Reached t = {t:.4g} in {steps} steps, still moving: the residual is {residual:.2g}.",
-        FAILED: "The integration failed at t = {t:.4g} after {steps} steps, with a residual of {residual:.2g}. "
-                "Diffrax's reason is in `.solution.result`.",
+        CONVERGED: (
+            "At rest at t = {t:.4g} after {steps} steps: the residual of {residual:.2g} is within"
+            " the tolerance."
+        ),
+        MAX_STEPS: (
+            "Stopped at the maximum of {steps} steps at t = {t:.4g}, with a residual of"
+            " {residual:.2g}. Allow more steps, a larger tolerance, or, where time constants differ"
+            " widely, an implicit solver such as diffrax.Kvaerno5()."
+        ),
+        NONFINITE: (
+            "Not finite at t = {t:.4g}. Look for NaN or inf in parameters and start, for an energy"
+            " that is not bounded below, or take smaller steps."
+        ),
+        MOVING: (
+            "Reached t = {t:.4g} in {steps} steps, still moving: the residual is {residual:.2g}."
+        ),
+        FAILED: (
+            "The integration failed at t = {t:.4g} after {steps} steps, with a residual of"
+            " {residual:.2g}. Diffrax's reason is in `.solution.result`."
+        ),
     },
     "bits": {
-        CONVERGED: "Converged in {sweeps} sweeps and {flips} flips: no flip of a free neuron lowers the energy.",
-        MAX_STEPS: "Stopped at the maximum of {sweeps} sweeps after {flips} flips, some of them in the last sweep. "
-                   "Allow more sweeps.",
-        NONFINITE: "Not finite after {sweeps} sweeps: the weights hold NaN or inf, or the energy overflows.",
+        CONVERGED: (
+            "Converged in {sweeps} sweeps and {flips} flips: no flip of a free neuron lowers the"
+            " energy."
+        ),
+        MAX_STEPS: (
+            "Stopped at the maximum of {sweeps} sweeps after {flips} flips, some of them in the"
+            " last sweep. Allow more sweeps."
+        ),
+        NONFINITE: (
+            "Not finite after {sweeps} sweeps: the weights hold NaN or inf, or the energy"
+            " overflows."
+        ),
     },
 }
 
@@ -64,7 +97,9 @@ def in_words(
 ): # a string, or a list of them for a batch
     "The sentences of a result. Raises TypeError under jit, where there are no numbers yet."
     if any(isinstance(v, jax.core.Tracer) for v in columns.values()):
-        raise TypeError("The words of a result need its numbers. Under jit use `.code` or `.converged`.")
+        raise TypeError(
+            "The words of a result need its numbers. Under jit use `.code` or `.converged`."
+        )
     rows = zip(*(np.ravel(v).tolist() for v in columns.values()), strict=True)
     said = [say(**dict(zip(columns, row, strict=True))) for row in rows]
     return said if np.ndim(next(iter(columns.values()))) else said[0]

@@ -36,8 +36,10 @@ class Move(eqx.Module):
 class AbstractSolver(eqx.Module):
     "How the states of one example move, one evaluation of the energy after the other."
     check_every: ClassVar[int] = 1 # convergence is looked at every so many steps
-    compares_energies: ClassVar[bool] = False # whether it compares energies of different steps, so that the network may not change
-    exact_steps: ClassVar[bool] = True # whether the derivative of its steps is exact: it holds no length or mode constant
+    # whether it compares energies of different steps, so that the network may not change
+    compares_energies: ClassVar[bool] = False
+    # whether the derivative of its steps is exact: it holds no length or mode constant
+    exact_steps: ClassVar[bool] = True
 
     @abc.abstractmethod
     def init(self,
@@ -73,9 +75,14 @@ def check_setting(value, who, what, zero=False):
     "A positive number, a scalar array or a schedule (a function of the step), or an error."
     if callable(value): return value
     if not isinstance(value, (numbers.Real, np.ndarray, jax.Array)) or isinstance(value, bool):
-        raise TypeError(f"{who}: {what} is one positive number, or a function of the step, and is {value!r}.")
-    if jnp.shape(value) != (): raise ValueError(f"{who}: {what} is one positive number, and has shape {jnp.shape(value)}.")
-    if not isinstance(value, jax.core.Tracer) and not (0 < float(value) < math.inf or (zero and value == 0)):
+        raise TypeError(
+            f"{who}: {what} is one positive number, or a function of the step, and is {value!r}."
+        )
+    if jnp.shape(value) != ():
+        raise ValueError(f"{who}: {what} is one positive number, and has shape {jnp.shape(value)}.")
+    if not isinstance(value, jax.core.Tracer) and not (
+        0 < float(value) < math.inf or (zero and value == 0)
+    ):
         raise ValueError(f"{who}: {what} must be positive and finite, and is {value}.")
     return value
 
@@ -114,11 +121,26 @@ def rounding(point: Point):
 def lowers(new: Point, old: Point, lowest, share=1e-4):
     "Whether a point's energy is lower than an old one's by a share of the first-order decrease, rounding accounted for."
     moved = minus(new.duals, old.duals)
-    slope, both = inner(old.grads, moved), 0.5 * inner({n: old.grads[n] + new.grads[n] for n in moved}, moved)
+    slope, both = inner(old.grads, moved), 0.5 * inner(
+        {n: old.grads[n] + new.grads[n] for n in moved}, moved
+    )
     slack, seen = jnp.maximum(rounding(new), rounding(old)), new.energy - old.energy
-    noise = 4 * jnp.finfo(new.energy.dtype).eps * inner({n: abs(old.grads[n]) + abs(new.grads[n]) for n in moved}, {n: abs(v) for n, v in new.duals.items()})
+    noise = (
+        4
+        * jnp.finfo(new.energy.dtype).eps
+        * inner(
+            {n: abs(old.grads[n]) + abs(new.grads[n]) for n in moved},
+            {n: abs(v) for n, v in new.duals.items()},
+        )
+    )
     fine = jnp.where(abs(seen) > slack, seen <= share * slope, both <= share * slope + noise)
-    return fine & (new.energy <= lowest + slack) & jnp.isfinite(new.energy) & jnp.isfinite(new.size) & jnp.isfinite(both)
+    return (
+        fine
+        & (new.energy <= lowest + slack)
+        & jnp.isfinite(new.energy)
+        & jnp.isfinite(new.size)
+        & jnp.isfinite(both)
+    )
 
 
 def choose(flag, a, b):

@@ -19,8 +19,10 @@ def real_state(x, who):
     "`x` as an array of real floating numbers, in the precision in which it will be computed, and its own dtype."
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"{who} needs a state of real floating numbers, and was given dtype {x.dtype}. "
-                        "Convert it, for example with x.astype(jnp.float32).")
+        raise TypeError(
+            f"{who} needs a state of real floating numbers, and was given dtype {x.dtype}. "
+            "Convert it, for example with x.astype(jnp.float32)."
+        )
     return x.astype(jnp.promote_types(x.dtype, jnp.float32)), x.dtype
 
 
@@ -29,16 +31,28 @@ def hyperparameter(value, name, who, shape, dtype, at_least=0.0, strictly=True):
     if not isinstance(value, jax.core.Tracer):
         known = np.asarray(value, dtype=float)
         if not np.all(known > at_least if strictly else known >= at_least):
-            raise ValueError(f"{who} is convex only for {name} {'>' if strictly else '>='} {at_least:g}, and was given {name}={value}.")
+            raise ValueError(
+                f"{who} is convex only for {name} {'>' if strictly else '>='} {at_least:g}, and was"
+                f" given {name}={value}."
+            )
     value = jnp.asarray(value)
-    if len(value.shape) > len(shape) or any(v not in (1, s) for v, s in zip(value.shape[::-1], shape[::-1], strict=False)):
-        raise ValueError(f"{who}: {name} of shape {value.shape} does not fit {shape}. Give one number, or one that broadcasts to {shape}.")
+    if len(value.shape) > len(shape) or any(
+        v not in (1, s) for v, s in zip(value.shape[::-1], shape[::-1], strict=False)
+    ):
+        raise ValueError(
+            f"{who}: {name} of shape {value.shape} does not fit {shape}. Give one number, or one"
+            f" that broadcasts to {shape}."
+        )
     return value.astype(dtype)
 
 
 def reduced_axes(axis, ndim, who):
     "`axis` (an int, several, or None for all) as a sorted tuple of non-negative ints."
-    axes = tuple(range(ndim)) if axis is None else (axis,) if isinstance(axis, numbers.Integral) else tuple(axis)
+    axes = (
+        tuple(range(ndim))
+        if axis is None
+        else (axis,) if isinstance(axis, numbers.Integral) else tuple(axis)
+    )
     if any(not -ndim <= a < ndim for a in axes):
         raise ValueError(f"{who}: axis={axis} is out of range for a state with {ndim} axes.")
     return tuple(sorted({a % ndim for a in axes}))

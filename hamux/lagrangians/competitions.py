@@ -26,7 +26,8 @@ def _competition(x, beta, axis, ghost, who):
 @with_facts(form="competition", name="softmax")
 def lagr_softmax(
     x: Float[Array, "..."], # state, any shape
-    beta=1.0, # inverse temperature > 0; a number, or an array of one value per row (size 1 along `axis`)
+    # inverse temperature > 0; a number, or an array of one value per row (size 1 along `axis`)
+    beta=1.0,
     axis=-1, # axis along which the neurons compete; several, or None for all
 ) -> Float[Array, ""]: # Σ_rows (1/β) log Σ exp(β x)
     "The Lagrangian of the softmax: the activation is softmax(βx) along `axis`, and the rows are summed."
@@ -37,7 +38,8 @@ def lagr_softmax(
 @with_facts(form="competition", silent=1.0, name="ghostmax")
 def lagr_ghostmax(
     x: Float[Array, "..."], # state, any shape
-    beta=1.0, # inverse temperature > 0; a number, or an array of one value per row (size 1 along `axis`)
+    # inverse temperature > 0; a number, or an array of one value per row (size 1 along `axis`)
+    beta=1.0,
     axis=-1, # axis along which the neurons compete; several, or None for all
 ) -> Float[Array, ""]: # Σ_rows (1/β) log(1 + Σ exp(β x))
     "The Lagrangian of the ghostmax, a softmax with a silent competitor at 0, whose activations may sum to less than one."
@@ -47,7 +49,8 @@ def lagr_ghostmax(
 
 def ghostmax(
     x: Float[Array, "..."], # state, any shape
-    beta=1.0, # inverse temperature > 0; a number, or an array of one value per row (size 1 along `axis`)
+    # inverse temperature > 0; a number, or an array of one value per row (size 1 along `axis`)
+    beta=1.0,
     axis=-1, # axis along which the neurons compete; several, or None for all
 ) -> Float[Array, "..."]: # exp(βx) / (1 + Σ exp(βx)), the shape of `x`
     "The activation of `lagr_ghostmax`."

@@ -15,7 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ..numerics.derivatives import exp_dual, half_square, logcosh_dual, logcosh_value, repu, repu_learned, rexp_value, sech2, softplus_dual, tempered, times_exp
+from hamux.numerics.derivatives import (
+    exp_dual,
+    half_square,
+    logcosh_dual,
+    logcosh_value,
+    repu,
+    repu_learned,
+    rexp_value,
+    sech2,
+    softplus_dual,
+    tempered,
+    times_exp,
+)
 
 from .arguments import hyperparameter, real_state
 from .facts import with_facts
@@ -35,7 +47,11 @@ def _power_unit(x, n, who):
     x, dtype = real_state(x, who)
     learned = hyperparameter(n, "n", who, x.shape, x.dtype, at_least=1, strictly=False)
     constant = isinstance(n, numbers.Real)
-    rows = repu(x, int(n) if float(n).is_integer() else float(n)) if constant else repu_learned(x, learned)
+    rows = (
+        repu(x, int(n) if float(n).is_integer() else float(n))
+        if constant
+        else repu_learned(x, learned)
+    )
     return rows.sum().astype(dtype)
 
 
@@ -64,7 +80,9 @@ def _elementwise(L, who):
     return lagrangian
 
 # %% ../../nbs/api/lagrangians/elementwise.ipynb #537a9085
-_exp = _elementwise(tempered(lambda x, b: times_exp(b * x, 1 / b), jnp.exp, times_exp, exp_dual), "lagr_exp")
+_exp = _elementwise(
+    tempered(lambda x, b: times_exp(b * x, 1 / b), jnp.exp, times_exp, exp_dual), "lagr_exp"
+)
 
 
 @with_facts(form="sum", name="exp")

@@ -22,21 +22,32 @@ FORMS = "sum", "competition", "function of a sum"
 @dataclass(frozen=True)
 class Facts:
     "What the library may know of a Lagrangian beyond its value."
-    form: str | None = None # one of `FORMS`, or None where the entries may depend on each other in any way
+    # one of `FORMS`, or None where the entries may depend on each other in any way
+    form: str | None = None
     convex: bool | None = True # whether it is convex; None where that is not known
     name: str | None = None # what configurations call it; None for the path by which it is imported
     beta: str = "beta" # the keyword that is its inverse temperature, if it has one
-    axis: str = "axis" # the keyword that is the axis along which entries depend on each other, if it has one
-    silent: float = 0.0 # of a competition: the weight c of silent competitors in (1/β) log(c + Σ exp(βx))
-    terms: Callable | None = None # of a function of a sum: (x, **settings) → Σ of one term per entry
+    # the keyword that is the axis along which entries depend on each other, if it has one
+    axis: str = "axis"
+    # of a competition: the weight c of silent competitors in (1/β) log(c + Σ exp(βx))
+    silent: float = 0.0
+    # of a function of a sum: (x, **settings) → Σ of one term per entry
+    terms: Callable | None = None
     outer: Callable | None = None # of a function of a sum: (sum, **settings) → the value
-    log_slope: Callable | None = None # of a sum: (σ(x), **settings) → d log σ′(x)/dx, if σ′ > 0 everywhere
+    # of a sum: (σ(x), **settings) → d log σ′(x)/dx, if σ′ > 0 everywhere
+    log_slope: Callable | None = None
 
     def __post_init__(self):
         if self.form not in (None, *FORMS):
-            raise ValueError(f"form must be one of {', '.join(map(repr, FORMS))} or None, got {self.form!r}.")
-        if (self.form == "function of a sum") != (self.terms is not None and self.outer is not None):
-            raise ValueError("A function of a sum needs both terms and outer, and no other form takes them.")
+            raise ValueError(
+                f"form must be one of {', '.join(map(repr, FORMS))} or None, got {self.form!r}."
+            )
+        if (self.form == "function of a sum") != (
+            self.terms is not None and self.outer is not None
+        ):
+            raise ValueError(
+                "A function of a sum needs both terms and outer, and no other form takes them."
+            )
         if self.silent and self.form != "competition":
             raise ValueError(f"silent belongs to a competition, got form {self.form!r}.")
 
@@ -58,8 +69,10 @@ def with_facts(
 
 # %% ../../nbs/api/lagrangians/facts.ipynb #6b04e3ff
 def taken_apart(
-    lagrangian: Callable, # a function, partials of one, or a module
-) -> tuple: # the function or module, and the keywords bound to it; None for the first if positions are bound
+    lagrangian: Callable,  # a function, partials of one, or a module
+) -> (
+    tuple
+):  # the function or module, and the keywords bound to it; None for the first if positions are bound
     "A Lagrangian without its partials."
     keywords = {}
     while isinstance(lagrangian, eqx.Partial | ft.partial):

@@ -24,7 +24,9 @@ def _norm_lagrangian(x, gamma, delta, axis, eps, centre, who):
     row = tuple(1 if a in axes else s for a, s in enumerate(x.shape))
     gamma = hyperparameter(gamma, "gamma", who, row, x.dtype, strictly=False)
     eps = hyperparameter(eps, "eps", who, (), x.dtype, strictly=False)
-    delta = jnp.broadcast_to(hyperparameter(delta, "delta", who, x.shape, x.dtype, at_least=-math.inf), x.shape)
+    delta = jnp.broadcast_to(
+        hyperparameter(delta, "delta", who, x.shape, x.dtype, at_least=-math.inf), x.shape
+    )
     return total(normed(x, gamma, delta, eps, axes, centre)).astype(dtype).reshape(())
 
 
@@ -32,7 +34,8 @@ def _norm_lagrangian(x, gamma, delta, axis, eps, centre, who):
 def lagr_layernorm(
     x: Float[Array, "..."], # state, any shape
     gamma=1.0, # scale ≥ 0; one number (or one per row: size 1 along `axis`)
-    delta=0.0, # shift, added to the activation; a number, or an array that broadcasts to the shape of `x`
+    # shift, added to the activation; a number, or an array that broadcasts to the shape of `x`
+    delta=0.0,
     axis=-1, # axis to normalise along; several, or None for all
     eps=1e-5, # added to the variance, ≥ 0
 ) -> Float[Array, ""]: # Σ_rows D γ √(var(x) + ε) + Σ δ x
@@ -44,7 +47,8 @@ def lagr_layernorm(
 def lagr_spherical_norm(
     x: Float[Array, "..."], # state, any shape
     gamma=1.0, # radius ≥ 0; one number (or one per row: size 1 along `axis`)
-    delta=0.0, # shift, added to the activation; a number, or an array that broadcasts to the shape of `x`
+    # shift, added to the activation; a number, or an array that broadcasts to the shape of `x`
+    delta=0.0,
     axis=-1, # axis to normalise along; several, or None for all
     eps=1e-5, # added to the squared length, ≥ 0
 ) -> Float[Array, ""]: # Σ_rows γ √(Σ x² + ε) + Σ δ x

@@ -30,5 +30,7 @@ def log_sum_relu(
 ) -> Float[Array, ""]: # (1/β) log(ε + Σ max(1 + βs, 0))
     "The separation function of the Epanechnikov memory (Hoover et al. 2025). Not convex: not for a layer."
     s, dtype = real_state(s, "log_sum_relu")
-    beta, eps = (hyperparameter(v, n, "log_sum_relu", (), s.dtype) for v, n in ((beta, "beta"), (eps, "eps")))
+    beta, eps = (
+        hyperparameter(v, n, "log_sum_relu", (), s.dtype) for v, n in ((beta, "beta"), (eps, "eps"))
+    )
     return (jnp.log(eps + tents(s, beta)) / beta).astype(dtype)

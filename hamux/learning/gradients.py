@@ -32,17 +32,25 @@ class Gradient(eqx.Module):
     "A loss, its gradient, and what happened on the way."
     value: Float[Array, ""] # the loss, the mean over the rows of a batch
     grads: HAM | VectorizedHAM # its gradient: a pytree like the network
-    equilibria: dict # the descents, by name: "free", and by method "nudged", "nudged back", "clamped"
+    # the descents, by name: "free", and by method "nudged", "nudged back", "clamped"
+    equilibria: dict
 
 # %% ../../nbs/api/learning/gradients.ipynb #6711122b
 def row_losses(loss, ham, targets):
     "The loss of all rows, given their activations, or an error where it is not one real number a row."
-    if not callable(loss): raise TypeError(f"The loss is a function of the activations (a dictionary by layer), and of the targets if they are given; it is {loss!r}.")
+    if not callable(loss):
+        raise TypeError(
+            "The loss is a function of the activations (a dictionary by layer), and of the targets"
+            f" if they are given; it is {loss!r}."
+        )
     one = loss if targets is not None else lambda xhats, _: loss(xhats)
     out = jax.eval_shape(one, *_row(ham, targets))
     if getattr(out, "shape", None) != () or not jnp.issubdtype(out.dtype, jnp.floating):
         got = f"shape {out.shape} and dtype {out.dtype}" if hasattr(out, "shape") else f"{out!r}"
-        raise ValueError(f"The loss must return one real number per row, and returns {got}. Sum or average over the rest.")
+        raise ValueError(
+            f"The loss must return one real number per row, and returns {got}. Sum or average over"
+            " the rest."
+        )
     return jax.vmap(one) if isinstance(ham, VectorizedHAM) else one
 
 
@@ -50,7 +58,9 @@ def _row(ham, targets):
     "The shapes of one row's activations and targets."
     xhats = {n: jax.ShapeDtypeStruct(layer.shape, ham.dtype) for n, layer in ham.neurons.items()}
     rows = isinstance(ham, VectorizedHAM)
-    return xhats, jtu.tree_map(lambda v: jax.ShapeDtypeStruct(jnp.shape(v)[rows:], jnp.result_type(v)), targets)
+    return xhats, jtu.tree_map(
+        lambda v: jax.ShapeDtypeStruct(jnp.shape(v)[rows:], jnp.result_type(v)), targets
+    )
 
 
 def _as_targets(targets, ham, xs):
@@ -59,7 +69,11 @@ def _as_targets(targets, ham, xs):
     if isinstance(ham, VectorizedHAM):
         rows = jnp.shape(next(iter(xs.values())))[:1]
         for path, v in jtu.tree_flatten_with_path(targets)[0]:
-            if v.shape[:1] != rows: raise ValueError(f"The targets{jtu.keystr(path)} should have one row for each of the {rows[0] if rows else 0} states, and have shape {v.shape}.")
+            if v.shape[:1] != rows:
+                raise ValueError(
+                    f"The targets{jtu.keystr(path)} should have one row for each of the"
+                    f" {rows[0] if rows else 0} states, and have shape {v.shape}."
+                )
     return targets
 
 # %% ../../nbs/api/learning/gradients.ipynb #6957cb13
@@ -79,106 +93,192 @@ class Nudge(eqx.Module):
     tree: Any = eqx.field(static=True) # how they hang together; None for no targets
 
     def __call__(self, *xhats):
-        given = {n: jnp.zeros(shape, xhats[0].dtype) for n, shape in self.layers} | dict(zip(self.seen, xhats))
+        given = {n: jnp.zeros(shape, xhats[0].dtype) for n, shape in self.layers} | dict(
+            zip(self.seen, xhats)
+        )
         if self.tree is None: return self.beta * self.loss(given)
-        targets = [x.reshape(shape).astype(dtype) for x, (shape, dtype) in zip(xhats[len(self.seen):], self.kinds, strict=True)]
+        targets = [
+            x.reshape(shape).astype(dtype)
+            for x, (shape, dtype) in zip(xhats[len(self.seen) :], self.kinds, strict=True)
+        ]
         return self.beta * self.loss(given, jtu.tree_unflatten(self.tree, targets))
 
 # %% ../../nbs/api/learning/gradients.ipynb #5a665caf
 def _seen(loss, ham, targets):
     "The layers that a loss looks at; the first, if it looks at none."
     xhats, row = _row(ham, targets)
-    one = lambda xhats, row: loss(dict(zip(ham.neurons, xhats)), *(() if targets is None else (row,)))
+    one = lambda xhats, row: loss(
+        dict(zip(ham.neurons, xhats)), *(() if targets is None else (row,))
+    )
     jaxpr = jax.make_jaxpr(one)(tuple(xhats.values()), row).jaxpr
     used = {id(v) for eqn in jaxpr.eqns for v in eqn.invars} | {id(v) for v in jaxpr.outvars}
-    return tuple(n for n, v in zip(ham.neurons, jaxpr.invars) if id(v) in used) or tuple(ham.neurons)[:1]
+    return (
+        tuple(n for n, v in zip(ham.neurons, jaxpr.invars) if id(v) in used)
+        or tuple(ham.neurons)[:1]
+    )
 
 
 def _fresh(table, stem, n):
     "New names beside those of a table: positions if it has positions, else `stem` and a number."
-    if table and not isinstance(next(iter(table)), str): return list(range(len(table), len(table) + n))
+    if table and not isinstance(next(iter(table)), str):
+        return list(range(len(table), len(table) + n))
     free = (name for i in range(len(table) + n) if (name := f"{stem} {i}") not in table)
     return [next(free) for _ in range(n)]
 
 
 def nudged(
-    ham: HAM | VectorizedHAM, # the network
-    loss: Callable, # function of one row's activations, and of its targets if there are any
-    beta, # weight of the loss
-    xs: dict, # states of the network
-    targets: PyTree = None, # any pytree of arrays
-) -> tuple: # the network with the loss in it, its states, and the names of the layers that hold the targets (to be clamped)
+    ham: HAM | VectorizedHAM,  # the network
+    loss: Callable,  # function of one row's activations, and of its targets if there are any
+    beta,  # weight of the loss
+    xs: dict,  # states of the network
+    targets: PyTree = None,  # any pytree of arrays
+) -> (
+    tuple
+):  # the network with the loss in it, its states, and the names of the layers that hold the targets (to be clamped)
     "A network with a loss as one more energy."
-    inner, batched, (leaves, tree) = ham.unvectorize(), isinstance(ham, VectorizedHAM), jtu.tree_flatten(targets)
+    inner, batched, (leaves, tree) = (
+        ham.unvectorize(),
+        isinstance(ham, VectorizedHAM),
+        jtu.tree_flatten(targets),
+    )
     kinds = tuple((v.shape[1:] if batched else v.shape, v.dtype) for v in leaves)
-    held = [v.reshape(*v.shape[:batched], -1).astype(jnp.promote_types(inner.dtype, jnp.float32)) for v in leaves]
+    held = [
+        v.reshape(*v.shape[:batched], -1).astype(jnp.promote_types(inner.dtype, jnp.float32))
+        for v in leaves
+    ]
     more = _fresh(inner.neurons, "target", len(held))
     synapse, = _fresh(inner.hypersynapses, "loss", 1)
-    seen, layers = _seen(loss, ham, targets), tuple((n, layer.shape) for n, layer in inner.neurons.items())
-    neurons = {**inner.neurons, **{n: IdentityLayer(v.shape[batched:], leak=False) for n, v in zip(more, held)}}
-    nudge = Nudge(jnp.asarray(beta, inner.dtype), loss, layers, seen, kinds, None if targets is None else tree)
-    out = HAM(neurons, {**inner.hypersynapses, synapse: nudge}, [*inner.connections, ((*seen, *more), synapse)])
+    seen, layers = _seen(loss, ham, targets), tuple(
+        (n, layer.shape) for n, layer in inner.neurons.items()
+    )
+    neurons = {
+        **inner.neurons,
+        **{n: IdentityLayer(v.shape[batched:], leak=False) for n, v in zip(more, held)},
+    }
+    nudge = Nudge(
+        jnp.asarray(beta, inner.dtype), loss, layers, seen, kinds, None if targets is None else tree
+    )
+    out = HAM(
+        neurons,
+        {**inner.hypersynapses, synapse: nudge},
+        [*inner.connections, ((*seen, *more), synapse)],
+    )
     return out.vectorize() if batched else out, {**xs, **dict(zip(more, held))}, more
 
 # %% ../../nbs/api/learning/gradients.ipynb #cc1fb442
 class EquilibriumPropagation(eqx.Module):
     "Compare equilibria with and without a pull towards the target."
-    beta: float = eqx.field(static=True, default=0.1) # weight of the loss in the nudged phases, not 0
-    centred: bool = eqx.field(static=True, default=True) # whether to pull both ways: three equilibria and not two
+    # weight of the loss in the nudged phases, not 0
+    beta: float = eqx.field(static=True, default=0.1)
+    # whether to pull both ways: three equilibria and not two
+    centred: bool = eqx.field(static=True, default=True)
 
     def __check_init__(self):
-        if not isinstance(self.beta, numbers.Real) or isinstance(self.beta, bool) or not 0 < abs(self.beta) < math.inf:
-            raise ValueError(f"EquilibriumPropagation: beta is a finite number other than 0, and is {self.beta!r}.")
+        if (
+            not isinstance(self.beta, numbers.Real)
+            or isinstance(self.beta, bool)
+            or not 0 < abs(self.beta) < math.inf
+        ):
+            raise ValueError(
+                "EquilibriumPropagation: beta is a finite number other than 0, and is"
+                f" {self.beta!r}."
+            )
 
     def gradient(self, ham, loss, xs, targets, clamp, recall):
         rows, free = row_losses(loss, ham, targets), recall(ham, xs, clamp=clamp)
         def pulled(beta):
             net, start, held = nudged(ham, loss, beta, free.xs, targets)
             return recall(net, start, clamp={**clamp, **dict.fromkeys(held, True)})
-        ends = {"nudged": (self.beta, pulled(self.beta)), **({"nudged back": (-self.beta, pulled(-self.beta))} if self.centred else {})}
+        ends = {
+            "nudged": (self.beta, pulled(self.beta)),
+            **({"nudged back": (-self.beta, pulled(-self.beta))} if self.centred else {}),
+        }
         (up, there), (down, here) = [*ends.values(), (0.0, free)][:2]
         def explicit(ham, beta, out):
             xs = jax.lax.stop_gradient({n: out.xs[n] for n in ham.neurons})
             xhats = ham.activations(xs)
             return jnp.mean(ham.energy(xhats, xs) + beta * rows(xhats, targets))
-        grads = jax.grad(lambda ham: (explicit(ham, up, there) - explicit(ham, down, here)) / (up - down))(ham)
-        value = finite_loss(jnp.mean(rows(free.xhats, targets)), free, *(out for _, out in ends.values()))
-        return Gradient(value, grads, {"free": free, **{n: _only(out, ham) for n, (_, out) in ends.items()}})
+        grads = jax.grad(
+            lambda ham: (explicit(ham, up, there) - explicit(ham, down, here)) / (up - down)
+        )(ham)
+        value = finite_loss(
+            jnp.mean(rows(free.xhats, targets)), free, *(out for _, out in ends.values())
+        )
+        return Gradient(
+            value, grads, {"free": free, **{n: _only(out, ham) for n, (_, out) in ends.items()}}
+        )
 
 
 def _only(out, ham):
     "A descent without the layers that only held targets."
-    return eqx.tree_at(lambda d: (d.xs, d.xhats), out, tuple({n: v[n] for n in ham.neurons} for v in (out.xs, out.xhats)))
+    return eqx.tree_at(
+        lambda d: (d.xs, d.xhats),
+        out,
+        tuple({n: v[n] for n in ham.neurons} for v in (out.xs, out.xhats)),
+    )
 
 # %% ../../nbs/api/learning/gradients.ipynb #c6f2185e
 class ContrastiveHebbian(eqx.Module):
     "Compare the equilibrium with the outputs clamped to the one with them free."
-    outputs: Any = eqx.field(static=True, default=None) # a layer (the targets are its states), a function of one row's targets to states by layer, or None (the targets are states by layer)
+    # a layer (the targets are its states), a function of one row's targets to states by layer, or
+    # None (the targets are states by layer)
+    outputs: Any = eqx.field(static=True, default=None)
 
     def __check_init__(self):
-        if not (self.outputs is None or callable(self.outputs) or isinstance(self.outputs, str | numbers.Integral)):
-            raise TypeError(f"ContrastiveHebbian: outputs is a layer, a function of the targets to states by layer, or None, and is {self.outputs!r}.")
+        if not (
+            self.outputs is None
+            or callable(self.outputs)
+            or isinstance(self.outputs, str | numbers.Integral)
+        ):
+            raise TypeError(
+                "ContrastiveHebbian: outputs is a layer, a function of the targets to states by"
+                f" layer, or None, and is {self.outputs!r}."
+            )
 
     def states(self, ham, targets):
         "The states that the outputs are clamped to, by layer."
-        if targets is None: raise ValueError("Contrastive Hebbian learning clamps the outputs to the targets: give targets=….")
-        if callable(self.outputs): targets = (jax.vmap(self.outputs) if isinstance(ham, VectorizedHAM) else self.outputs)(targets)
-        elif self.outputs is not None: targets = {self.outputs: targets}
+        if targets is None:
+            raise ValueError(
+                "Contrastive Hebbian learning clamps the outputs to the targets: give targets=…."
+            )
+        if callable(self.outputs):
+            targets = (jax.vmap(self.outputs) if isinstance(ham, VectorizedHAM) else self.outputs)(
+                targets
+            )
+        elif self.outputs is not None:
+            targets = {self.outputs: targets}
         if not isinstance(targets, Mapping) or not targets or not set(targets) <= set(ham.neurons):
-            raise ValueError(f"ContrastiveHebbian: the targets should be states by layer (or say outputs=…); layers are {', '.join(map(repr, ham.neurons))}, and the targets are {jtu.tree_map(jnp.shape, targets)}.")
+            raise ValueError(
+                "ContrastiveHebbian: the targets should be states by layer (or say outputs=…);"
+                f" layers are {', '.join(map(repr, ham.neurons))}, and the targets are"
+                f" {jtu.tree_map(jnp.shape, targets)}."
+            )
         return targets
 
     def gradient(self, ham, loss, xs, targets, clamp, recall):
-        rows, outputs, free = row_losses(loss, ham, targets), self.states(ham, targets), recall(ham, xs, clamp=clamp)
+        rows, outputs, free = (
+            row_losses(loss, ham, targets),
+            self.states(ham, targets),
+            recall(ham, xs, clamp=clamp),
+        )
         held = recall(ham, {**free.xs, **outputs}, clamp={**clamp, **dict.fromkeys(outputs, True)})
         def energy(ham, out):
             xs = jax.lax.stop_gradient(out.xs)
             return jnp.mean(ham.energy(ham.activations(xs), xs))
         grads = jax.grad(lambda ham: energy(ham, held) - energy(ham, free))(ham)
-        return Gradient(finite_loss(jnp.mean(rows(free.xhats, targets)), free, held), grads, {"free": free, "clamped": held})
+        return Gradient(
+            finite_loss(jnp.mean(rows(free.xhats, targets)), free, held),
+            grads,
+            {"free": free, "clamped": held},
+        )
 
 # %% ../../nbs/api/learning/gradients.ipynb #37733bef
-METHODS = {**ADJOINTS, "implicit": ImplicitAdjoint(unconverged="drop"), "equilibrium": EquilibriumPropagation(), "contrastive": ContrastiveHebbian()}
+METHODS = {
+    **ADJOINTS,
+    "implicit": ImplicitAdjoint(unconverged="drop"),
+    "equilibrium": EquilibriumPropagation(),
+    "contrastive": ContrastiveHebbian(),
+}
 
 
 def as_method(
@@ -186,7 +286,8 @@ def as_method(
 ): # an adjoint, an `EquilibriumPropagation` or a `ContrastiveHebbian`
     "The method that is meant. Raises ValueError for an unknown name and TypeError for anything else."
     if isinstance(method, EquilibriumPropagation | ContrastiveHebbian): return method
-    if isinstance(method, str) and method not in METHODS: raise ValueError(f"method is one of {', '.join(map(repr, METHODS))}, and is {method!r}.")
+    if isinstance(method, str) and method not in METHODS:
+        raise ValueError(f"method is one of {', '.join(map(repr, METHODS))}, and is {method!r}.")
     if isinstance(method, str): return METHODS[method]
     return as_adjoint(method)
 
@@ -196,7 +297,8 @@ def gradient(
     loss: Callable, # one row's activations (by layer), and its targets if given, to a real number
     xs: dict, # the states to start from, by layer
     *,
-    targets: PyTree = None, # what the loss compares with: arrays, with a leading batch axis if the network is vectorised
+    # what the loss compares with: arrays, with a leading batch axis if the network is vectorised
+    targets: PyTree = None,
     clamp=None, # what stays put, as for `descend`
     method="implicit", # a name, an adjoint, `EquilibriumPropagation(…)` or `ContrastiveHebbian(…)`
     solver=Adaptive(), # how to step
@@ -206,10 +308,25 @@ def gradient(
     key=None, # a PRNG key, for solvers that need one
 ) -> Gradient: # value, gradient, and what each equilibrium did
     "The gradient of a loss of what is recalled. Raises ValueError or TypeError for what does not fit."
-    if not isinstance(ham, HAM | VectorizedHAM): raise TypeError(f"gradient needs a HAM or a VectorizedHAM, and was given {ham!r}.")
+    if not isinstance(ham, HAM | VectorizedHAM):
+        raise TypeError(f"gradient needs a HAM or a VectorizedHAM, and was given {ham!r}.")
+
     method, clamp, targets = as_method(method), clamp_dict(clamp), _as_targets(targets, ham, xs)
-    def recall(ham, xs, **kw): return descend(ham, xs, solver=solver, max_steps=max_steps, rtol=rtol, atol=atol, trace=False, key=key, **kw)
-    if not isinstance(method, AbstractAdjoint): return method.gradient(ham, loss, xs, targets, clamp, recall)
+    def recall(ham, xs, **kw):
+        return descend(
+            ham,
+            xs,
+            solver=solver,
+            max_steps=max_steps,
+            rtol=rtol,
+            atol=atol,
+            trace=False,
+            key=key,
+            **kw,
+        )
+
+    if not isinstance(method, AbstractAdjoint):
+        return method.gradient(ham, loss, xs, targets, clamp, recall)
     rows = row_losses(loss, ham, targets)
     def value(ham):
         out = recall(ham, xs, clamp=clamp, adjoint=method)

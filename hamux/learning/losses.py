@@ -36,7 +36,11 @@ class _SquaredError(eqx.Module):
 
     def __call__(self, xhats, targets):
         xhat, target = xhats[self.layer], jnp.asarray(targets)
-        if target.shape != xhat.shape: raise ValueError(f"squared_error: the target of the layer {self.layer!r} should have shape {xhat.shape}, and has {target.shape}.")
+        if target.shape != xhat.shape:
+            raise ValueError(
+                f"squared_error: the target of the layer {self.layer!r} should have shape"
+                f" {xhat.shape}, and has {target.shape}."
+            )
         return ((xhat - target.astype(xhat.dtype))**2).mean()
 
 
@@ -52,11 +56,25 @@ class _CrossEntropy(eqx.Module):
 
     def __call__(self, xhats, targets):
         p, y = xhats[self.label], jnp.asarray(targets)
-        if p.ndim != 1: raise ValueError(f"cross_entropy: the layer {self.label!r} should have one axis, the classes, and has shape {p.shape}.")
-        if y.shape != (): raise ValueError(f"cross_entropy: the label of one row is one int, and has shape {y.shape}.")
-        if not jnp.issubdtype(y.dtype, jnp.integer): raise TypeError(f"cross_entropy: labels are ints from 0 to {len(p) - 1}, and have dtype {y.dtype}.")
+        if p.ndim != 1:
+            raise ValueError(
+                f"cross_entropy: the layer {self.label!r} should have one axis, the classes, and"
+                f" has shape {p.shape}."
+            )
+        if y.shape != ():
+            raise ValueError(
+                f"cross_entropy: the label of one row is one int, and has shape {y.shape}."
+            )
+        if not jnp.issubdtype(y.dtype, jnp.integer):
+            raise TypeError(
+                f"cross_entropy: labels are ints from 0 to {len(p) - 1}, and have dtype {y.dtype}."
+            )
         known = (y >= 0) & (y < len(p))
-        return jnp.where(known, -jnp.log(jnp.maximum(p[jnp.where(known, y, 0)], jnp.finfo(p.dtype).tiny)), jnp.nan)
+        return jnp.where(
+            known,
+            -jnp.log(jnp.maximum(p[jnp.where(known, y, 0)], jnp.finfo(p.dtype).tiny)),
+            jnp.nan,
+        )
 
 
 def cross_entropy(
@@ -68,7 +86,9 @@ def cross_entropy(
 # %% ../../nbs/api/learning/losses.ipynb #5fbc1ce7
 class RecallLoss(eqx.Module):
     "A loss on what is recalled: prepare a batch, recall, compare row by row, take the mean."
-    prepare: Callable # (ham, batch, key) -> (xs, targets), or (xs, targets, clamp) where rows differ in it; all batched
+    # (ham, batch, key) -> (xs, targets), or (xs, targets, clamp) where rows differ in it; all
+    # batched
+    prepare: Callable
     compare: Callable # (xhats, targets) -> scalar, for one row
     clamp: Any = None # what stays put in every row, as in `descend`
     method: Any = "implicit" # how the gradient is found: a name or an object, as in `gradient`
@@ -81,30 +101,64 @@ class RecallLoss(eqx.Module):
         "States to start from, targets, and the settings of the recall."
         start, go = jr.split(key)
         xs, targets, *clamp = self.prepare(ham.unvectorize(), batch, start)
-        return xs, targets, dict(clamp=clamp_dict(self.clamp) | dict(*clamp), solver=self.solver, max_steps=self.max_steps, rtol=self.rtol, atol=self.atol, key=go)
+        return (
+            xs,
+            targets,
+            dict(
+                clamp=clamp_dict(self.clamp) | dict(*clamp),
+                solver=self.solver,
+                max_steps=self.max_steps,
+                rtol=self.rtol,
+                atol=self.atol,
+                key=go,
+            ),
+        )
 
     def recall(self, ham, batch, key) -> tuple[Descent, Any]:
         "What the network recalls of a batch, and the targets."
         xs, targets, settings = self.asked(ham, batch, key)
         method = as_method(self.method)
-        return descend(ham.vectorize(), xs, trace=False, **settings, **({"adjoint": method} if isinstance(method, AbstractAdjoint) else {})), targets
+        return (
+            descend(
+                ham.vectorize(),
+                xs,
+                trace=False,
+                **settings,
+                **({"adjoint": method} if isinstance(method, AbstractAdjoint) else {}),
+            ),
+            targets,
+        )
 
     def __call__(self, ham, batch, key) -> Float[Array, ""]:
         "The mean loss of a batch."
         end, targets = self.recall(ham, batch, key)
         value = finite_loss(jax.vmap(self.compare)(end.xhats, targets).mean(), end)
-        return value if isinstance(as_method(self.method), AbstractAdjoint) else _without_derivative(value, self.method)
+        return (
+            value
+            if isinstance(as_method(self.method), AbstractAdjoint)
+            else _without_derivative(value, self.method)
+        )
 
     def gradient(self, ham, batch, key) -> Gradient:
         "Value, gradient and equilibria of a batch, by the method."
         xs, targets, settings = self.asked(ham, batch, key)
-        out = gradient(ham.vectorize(), self.compare, xs, targets=targets, method=self.method, **settings)
-        return out if isinstance(ham, VectorizedHAM) else eqx.tree_at(lambda g: g.grads, out, out.grads.unvectorize())
+        out = gradient(
+            ham.vectorize(), self.compare, xs, targets=targets, method=self.method, **settings
+        )
+        return (
+            out
+            if isinstance(ham, VectorizedHAM)
+            else eqx.tree_at(lambda g: g.grads, out, out.grads.unvectorize())
+        )
 
     def check(self, ham, data):
         "Raise ValueError or TypeError for data, all rows of it, that this loss cannot use."
         if hasattr(self.prepare, "check"): self.prepare.check(ham.unvectorize(), data)
-        jax.eval_shape(lambda ham, batch: _tried(self, ham, batch), ham, jax.tree_util.tree_map(lambda v: jnp.asarray(v[:2]), data))
+        jax.eval_shape(
+            lambda ham, batch: _tried(self, ham, batch),
+            ham,
+            jax.tree_util.tree_map(lambda v: jnp.asarray(v[:2]), data),
+        )
 
 # %% ../../nbs/api/learning/losses.ipynb #2b3fa97d
 @eqx.filter_custom_jvp
@@ -112,14 +166,19 @@ def _without_derivative(value, method): return value
 
 @_without_derivative.def_jvp
 def _(primals, tangents):
-    raise TypeError(f"The method {primals[1]!r} of this loss is not an adjoint, so JAX cannot differentiate its value. Call loss.gradient(ham, batch, key), or choose an adjoint such as 'implicit'.")
+    raise TypeError(
+        f"The method {primals[1]!r} of this loss is not an adjoint, so JAX cannot differentiate its"
+        " value. Call loss.gradient(ham, batch, key), or choose an adjoint such as 'implicit'."
+    )
 
 
 def _tried(loss, ham, batch):
     "What the loss is made of, for a batch, without the recall."
     as_method(loss.method)
     xs, targets, _ = loss.asked(ham, batch, jr.key(0))
-    return row_losses(loss.compare, ham.vectorize(), targets)(ham.vectorize().activations(xs), targets)
+    return row_losses(loss.compare, ham.vectorize(), targets)(
+        ham.vectorize().activations(xs), targets
+    )
 
 # %% ../../nbs/api/learning/losses.ipynb #410b2eae
 class _Noisy(eqx.Module):
@@ -151,25 +210,48 @@ def denoising_loss(
 ) -> RecallLoss: # of batches of images, (rows, *layer)
     "The loss of recalling images from noisy ones: mean squared error of the layer's activation."
     if not callable(noise):
-        if not isinstance(noise, numbers.Real) or not 0 <= noise < math.inf: raise ValueError(f"denoising_loss: noise is a standard deviation ≥ 0 or a function (image, key) -> image, and was {noise!r}.")
+        if not isinstance(noise, numbers.Real) or not 0 <= noise < math.inf:
+            raise ValueError(
+                "denoising_loss: noise is a standard deviation ≥ 0 or a function (image, key) ->"
+                f" image, and was {noise!r}."
+            )
         noise = eqx.Partial(_gaussian, scale=noise)
-    return RecallLoss(_Noisy(layer, noise, tuple((start or {}).items()), encode), squared_error(layer), clamp, **settings)
+    return RecallLoss(
+        _Noisy(layer, noise, tuple((start or {}).items()), encode),
+        squared_error(layer),
+        clamp,
+        **settings,
+    )
 
 # %% ../../nbs/api/learning/losses.ipynb #0ac50c2c
 def _named(ham, layer):
     "The layer of a name."
-    if layer not in ham.neurons: raise ValueError(f"The loss names an unknown layer {layer!r}. Known are: {', '.join(map(repr, ham.neurons))}.")
+    if layer not in ham.neurons:
+        raise ValueError(
+            f"The loss names an unknown layer {layer!r}. Known are:"
+            f" {', '.join(map(repr, ham.neurons))}."
+        )
     return ham.neurons[layer]
 
 
 def _images(ham, layer, images):
     "A batch of images that fit the layer, in the network's dtype."
     shape = _named(ham, layer).shape
-    if not hasattr(images, "shape"): raise TypeError(f"A batch for the layer {layer!r} is one array of images, and was given as {type(images).__name__}.")
+    if not hasattr(images, "shape"):
+        raise TypeError(
+            f"A batch for the layer {layer!r} is one array of images, and was given as"
+            f" {type(images).__name__}."
+        )
     if images.shape[1:] != shape or images.ndim != len(shape) + 1:
-        raise ValueError(f"A batch for the layer {layer!r} should have shape (rows, {', '.join(map(str, shape))}), and has {images.shape}.")
+        raise ValueError(
+            f"A batch for the layer {layer!r} should have shape (rows,"
+            f" {', '.join(map(str, shape))}), and has {images.shape}."
+        )
     if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise TypeError(f"Images for the layer {layer!r} are real floating numbers, and have dtype {images.dtype}. Scale them, for instance images / 255.0.")
+        raise TypeError(
+            f"Images for the layer {layer!r} are real floating numbers, and have dtype"
+            f" {images.dtype}. Scale them, for instance images / 255.0."
+        )
     return jnp.asarray(images, ham.dtype)
 
 
@@ -178,9 +260,14 @@ def _states(ham, images, encode, start):
     rows = len(next(iter(images.values())))
     for n, x in start:
         if n in images or jnp.shape(x) != _named(ham, n).shape:
-            raise ValueError(f"start gives one state to a layer that has no image, and gave shape {jnp.shape(x)} to {n!r}, a layer of shape {ham.neurons[n].shape}.")
+            raise ValueError(
+                f"start gives one state to a layer that has no image, and gave shape {jnp.shape(x)}"
+                f" to {n!r}, a layer of shape {ham.neurons[n].shape}."
+            )
     shown = {n: x if encode is None else jax.vmap(encode)(x) for n, x in images.items()}
-    given = {n: jnp.broadcast_to(jnp.asarray(x, ham.dtype), (rows, *jnp.shape(x))) for n, x in start}
+    given = {
+        n: jnp.broadcast_to(jnp.asarray(x, ham.dtype), (rows, *jnp.shape(x))) for n, x in start
+    }
     return ham.vectorize().init_states(rows) | given | shown
 
 
@@ -190,7 +277,11 @@ def _check_images(ham, layer, data):
     for i in range(0, len(data), 4096):
         with np.errstate(over="ignore"): chunk = np.asarray(data[i:i + 4096]).astype(ham.dtype)
         bad = ~np.isfinite(chunk).reshape(len(chunk), -1).all(1)
-        if bad.any(): raise ValueError(f"Images for the layer {layer!r} are finite, and row {i + int(bad.argmax())} holds NaN or inf (in {ham.dtype}).")
+        if bad.any():
+            raise ValueError(
+                f"Images for the layer {layer!r} are finite, and row {i + int(bad.argmax())} holds"
+                f" NaN or inf (in {ham.dtype})."
+            )
 
 # %% ../../nbs/api/learning/losses.ipynb #e4b2cbad
 def _on_grid(mask, shape):
@@ -201,10 +292,14 @@ def _on_grid(mask, shape):
 
 def _grid(grid, shape, axes):
     "The cells of a layer's shape."
-    if grid is None and len(shape) < axes: raise ValueError(f"A layer of shape {shape} does not say how its pixels lie: give grid=(rows, columns).")
+    if grid is None and len(shape) < axes:
+        raise ValueError(
+            f"A layer of shape {shape} does not say how its pixels lie: give grid=(rows, columns)."
+        )
     grid = tuple(grid or (shape[:axes] if axes else shape))
     if axes and len(grid) != axes: raise ValueError(f"The grid is (rows, columns), and was {grid}.")
-    if math.prod(shape) % math.prod(grid): raise ValueError(f"A layer of shape {shape} cannot be divided over a grid of {grid} cells.")
+    if math.prod(shape) % math.prod(grid):
+        raise ValueError(f"A layer of shape {shape} cannot be divided over a grid of {grid} cells.")
     return grid
 
 
@@ -219,7 +314,8 @@ def hide_pixels(
     grid=None, # the cells, such as (8, 8); None for every entry by itself
 ) -> Callable: # (key, shape) -> mask, True where hidden
     "Hide a share of the cells, anywhere."
-    if not isinstance(share, numbers.Real) or not 0 < share <= 1: raise ValueError(f"hide_pixels: share is between 0 and 1, and was {share!r}.")
+    if not isinstance(share, numbers.Real) or not 0 < share <= 1:
+        raise ValueError(f"hide_pixels: share is between 0 and 1, and was {share!r}.")
     return eqx.Partial(_pixels, share=share, grid=grid)
 
 # %% ../../nbs/api/learning/losses.ipynb #c5595ca8
@@ -227,7 +323,9 @@ def _half(key, shape, grid):
     rows, columns = grid = _grid(grid, shape, 2)
     i, j = jnp.ogrid[:rows, :columns]
     halves = [i < rows // 2, i >= rows - rows // 2, j < columns // 2, j >= columns - columns // 2]
-    return _on_grid(jnp.stack([jnp.broadcast_to(h, grid) for h in halves])[jr.randint(key, (), 0, 4)], shape)
+    return _on_grid(
+        jnp.stack([jnp.broadcast_to(h, grid) for h in halves])[jr.randint(key, (), 0, 4)], shape
+    )
 
 
 def hide_half(
@@ -255,8 +353,14 @@ def hide_rectangle(
     grid=None, # (rows, columns); None for the first two axes of the layer
 ) -> Callable: # (key, shape) -> mask, True where hidden
     "Hide a rectangle of random place and size."
-    if not (isinstance(least, numbers.Real) and isinstance(most, numbers.Real) and 0 < least <= most <= 1):
-        raise ValueError(f"hide_rectangle: 0 < least ≤ most ≤ 1, and they were {least!r} and {most!r}.")
+    if not (
+        isinstance(least, numbers.Real)
+        and isinstance(most, numbers.Real)
+        and 0 < least <= most <= 1
+    ):
+        raise ValueError(
+            f"hide_rectangle: 0 < least ≤ most ≤ 1, and they were {least!r} and {most!r}."
+        )
     return eqx.Partial(_rectangle, least=least, most=most, grid=grid)
 
 # %% ../../nbs/api/learning/losses.ipynb #9dd53488
@@ -270,23 +374,40 @@ class _Hidden(eqx.Module):
 
     def __call__(self, ham, batch, key):
         images = _images(ham, self.layer, batch)
-        hidden = jax.vmap(lambda k: _as_mask(self.hide(k, images.shape[1:]), images.shape[1:]))(jr.split(key, len(images)))
-        xs = _states(ham, {self.layer: jnp.where(hidden, self.fill, images).astype(images.dtype)}, self.encode, self.start)
+        hidden = jax.vmap(lambda k: _as_mask(self.hide(k, images.shape[1:]), images.shape[1:]))(
+            jr.split(key, len(images))
+        )
+        xs = _states(
+            ham,
+            {self.layer: jnp.where(hidden, self.fill, images).astype(images.dtype)},
+            self.encode,
+            self.start,
+        )
         return xs, (images, hidden), {self.layer: ~hidden}
 
     def check(self, ham, data):
         _check_images(ham, self.layer, data)
         images = jnp.asarray(data[:64], ham.dtype)
-        shown = jax.vmap(ham.neurons[self.layer].activations)(_states(ham, {self.layer: images}, self.encode, self.start)[self.layer])
+        shown = jax.vmap(ham.neurons[self.layer].activations)(
+            _states(ham, {self.layer: images}, self.encode, self.start)[self.layer]
+        )
         apart, span = float(abs(shown - images).max()), float(images.max() - images.min())
         if not apart <= 0.1 * span:
-            warnings.warn(f"The layer {self.layer!r} shows known pixels as its activations, which differ from the images by up to {apart:.2g}. Give encode=, the state whose activation is the image.", stacklevel=4)
+            warnings.warn(
+                f"The layer {self.layer!r} shows known pixels as its activations, which differ from"
+                f" the images by up to {apart:.2g}. Give encode=, the state whose activation is the"
+                " image.",
+                stacklevel=4,
+            )
 
 
 def _as_mask(mask, shape):
     "What hides, checked."
     if not hasattr(mask, "dtype") or mask.shape != shape or mask.dtype != bool:
-        raise ValueError(f"hide returns booleans of shape {shape}, and returned {getattr(mask, 'dtype', mask)!r} of shape {jnp.shape(mask)}.")
+        raise ValueError(
+            f"hide returns booleans of shape {shape}, and returned {getattr(mask, 'dtype', mask)!r}"
+            f" of shape {jnp.shape(mask)}."
+        )
     return jnp.asarray(mask)
 
 
@@ -296,12 +417,15 @@ class _HiddenError(eqx.Module):
 
     def __call__(self, xhats, targets):
         image, hidden = targets
-        return jnp.where(hidden, (xhats[self.layer] - image)**2, 0).sum() / jnp.maximum(hidden.sum(), 1)
+        return jnp.where(hidden, (xhats[self.layer] - image) ** 2, 0).sum() / jnp.maximum(
+            hidden.sum(), 1
+        )
 
 # %% ../../nbs/api/learning/losses.ipynb #09ee9aef
 def completion_loss(
     layer, # the layer that holds the image
-    hide=0.5, # share of the pixels to hide, or a function (key, shape) -> mask such as `hide_half()`
+    # share of the pixels to hide, or a function (key, shape) -> mask such as `hide_half()`
+    hide=0.5,
     *,
     fill=0.0, # what hidden pixels start at
     clamp=None, # what else stays put, as in `descend`
@@ -311,7 +435,12 @@ def completion_loss(
 ) -> RecallLoss: # of batches of images, (rows, *layer)
     "The loss of recalling hidden pixels, the known ones held: mean squared error over the hidden."
     if not callable(hide): hide = hide_pixels(hide)
-    return RecallLoss(_Hidden(layer, hide, float(fill), tuple((start or {}).items()), encode), _HiddenError(layer), clamp, **settings)
+    return RecallLoss(
+        _Hidden(layer, hide, float(fill), tuple((start or {}).items()), encode),
+        _HiddenError(layer),
+        clamp,
+        **settings,
+    )
 
 # %% ../../nbs/api/learning/losses.ipynb #2dfe4617
 class _Labelled(eqx.Module):
@@ -325,24 +454,44 @@ class _Labelled(eqx.Module):
         images, labels = self.pair(batch)
         _named(ham, self.label)
         images, labels = _images(ham, self.image, images), jnp.asarray(labels)
-        if labels.shape != images.shape[:1]: raise ValueError(f"There is one label per image, and the labels have shape {labels.shape} for {len(images)} images.")
+        if labels.shape != images.shape[:1]:
+            raise ValueError(
+                f"There is one label per image, and the labels have shape {labels.shape} for"
+                f" {len(images)} images."
+            )
         return _states(ham, {self.image: images}, self.encode, self.start), labels
 
     def pair(self, data):
-        if not isinstance(data, tuple | list) or len(data) != 2: raise TypeError(f"Data of a classification loss are a pair (images, labels), and were given as {type(data).__name__}.")
+        if not isinstance(data, tuple | list) or len(data) != 2:
+            raise TypeError(
+                "Data of a classification loss are a pair (images, labels), and were given as"
+                f" {type(data).__name__}."
+            )
         return data
 
     def check(self, ham, data):
         images, labels = self.pair(data)
         _check_images(ham, self.image, images)
         layer, labels = _named(ham, self.label), np.asarray(labels)
-        if not np.issubdtype(labels.dtype, np.integer): raise TypeError(f"Labels are ints, and have dtype {labels.dtype}.")
-        if labels.shape != (len(images),): raise ValueError(f"There is one label per image, and the labels have shape {labels.shape} for {len(images)} images.")
+        if not np.issubdtype(labels.dtype, np.integer):
+            raise TypeError(f"Labels are ints, and have dtype {labels.dtype}.")
+        if labels.shape != (len(images),):
+            raise ValueError(
+                f"There is one label per image, and the labels have shape {labels.shape} for"
+                f" {len(images)} images."
+            )
         bad = (labels < 0) | (labels >= layer.shape[0])
-        if bad.any(): raise ValueError(f"Labels for the layer {self.label!r} are ints from 0 to {layer.shape[0] - 1}, and row {bad.argmax()} has {labels[bad.argmax()]}.")
+        if bad.any():
+            raise ValueError(
+                f"Labels for the layer {self.label!r} are ints from 0 to {layer.shape[0] - 1}, and"
+                f" row {bad.argmax()} has {labels[bad.argmax()]}."
+            )
         p = np.asarray(layer.activations(layer.init(dtype=ham.dtype)), float)
         if p.ndim != 1 or abs(p.sum() - 1) > 0.05 or p.min() < 0:
-            raise ValueError(f"The activations of the layer {self.label!r} are read as probabilities, and at rest they have shape {p.shape} and sum {p.sum():.3g}. Make it a SoftmaxLayer.")
+            raise ValueError(
+                f"The activations of the layer {self.label!r} are read as probabilities, and at"
+                f" rest they have shape {p.shape} and sum {p.sum():.3g}. Make it a SoftmaxLayer."
+            )
 
 # %% ../../nbs/api/learning/losses.ipynb #95ce851b
 def classification_loss(
@@ -355,4 +504,9 @@ def classification_loss(
     **settings, # method, solver, max_steps, rtol, atol of `RecallLoss`
 ) -> RecallLoss: # of batches (images (rows, *layer), labels (rows,))
     "The loss of recalling the label with the image held: cross entropy of the label layer's activation."
-    return RecallLoss(_Labelled(label, image, tuple((start or {}).items()), encode), cross_entropy(label), (image,) if clamp is None else clamp, **settings)
+    return RecallLoss(
+        _Labelled(label, image, tuple((start or {}).items()), encode),
+        cross_entropy(label),
+        (image,) if clamp is None else clamp,
+        **settings,
+    )

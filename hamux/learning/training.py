@@ -28,33 +28,65 @@ from jaxtyping import Array, Float, PyTree
 from ..storage.files import FileProblem
 from ..network.hypergraph import HAM, VectorizedHAM
 from ..dynamics.results import CONVERGED, SAMPLED
-from ..storage.saving import first_difference, open_saved, named_parameters, json_architecture, read_arrays, array_table, write_saved
+from hamux.storage.saving import (
+    first_difference,
+    open_saved,
+    named_parameters,
+    json_architecture,
+    read_arrays,
+    array_table,
+    write_saved,
+)
 
 # %% ../../nbs/api/learning/training.ipynb #c7ec42bf
 def _as_key(key):
     "A PRNG key, new or old style."
     raw = isinstance(key, jax.Array) and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    if not isinstance(key, jax.Array) or (key.dtype != jnp.uint32 or key.ndim != 1 if raw else key.ndim != 0): raise TypeError(f"key is a PRNG key such as jax.random.key(0), and is {key!r}.")
+    if not isinstance(key, jax.Array) or (
+        key.dtype != jnp.uint32 or key.ndim != 1 if raw else key.ndim != 0
+    ):
+        raise TypeError(f"key is a PRNG key such as jax.random.key(0), and is {key!r}.")
     return jr.wrap_key_data(key) if raw else key
 
 
 def _as_data(data, batch_size, what="data"):
     "The arrays on the host, and the number of rows."
     leaves = jtu.tree_leaves(data)
-    if not leaves or not all(hasattr(v, "shape") and hasattr(v, "dtype") and np.ndim(v) for v in leaves):
-        raise TypeError(f"The {what} is an array, or a pytree of arrays such as (images, labels), with one row per example, and was given as {jtu.tree_map(type, data)}.")
+    if not leaves or not all(
+        hasattr(v, "shape") and hasattr(v, "dtype") and np.ndim(v) for v in leaves
+    ):
+        raise TypeError(
+            f"The {what} is an array, or a pytree of arrays such as (images, labels), with one row"
+            f" per example, and was given as {jtu.tree_map(type, data)}."
+        )
     sizes = {len(v) for v in leaves}
-    if len(sizes) > 1: raise ValueError(f"The arrays of the {what} should have one length, and have {[len(v) for v in leaves]}.")
-    if not isinstance(batch_size, numbers.Integral) or isinstance(batch_size, bool) or batch_size < 1: raise ValueError(f"batch_size is a positive int, and is {batch_size!r}.")
-    if batch_size > min(sizes): raise ValueError(f"batch_size is {batch_size}, and the {what} has {min(sizes)} rows. Take a smaller one.")
+    if len(sizes) > 1:
+        raise ValueError(
+            f"The arrays of the {what} should have one length, and have {[len(v) for v in leaves]}."
+        )
+    if (
+        not isinstance(batch_size, numbers.Integral)
+        or isinstance(batch_size, bool)
+        or batch_size < 1
+    ):
+        raise ValueError(f"batch_size is a positive int, and is {batch_size!r}.")
+    if batch_size > min(sizes):
+        raise ValueError(
+            f"batch_size is {batch_size}, and the {what} has {min(sizes)} rows. Take a smaller one."
+        )
     return jtu.tree_map(np.asarray, data), sizes.pop()
 
 
 def _as_like(validation, data):
     "Raise unless validation data are built as the data."
     shapes = lambda tree: jtu.tree_map(lambda v: np.shape(v)[1:], tree)
-    if jtu.tree_structure(validation) != jtu.tree_structure(data) or shapes(validation) != shapes(data):
-        raise ValueError(f"The validation data should be built as the data, with rows of shapes {shapes(data)}, and have {shapes(validation)}.")
+    if jtu.tree_structure(validation) != jtu.tree_structure(data) or shapes(validation) != shapes(
+        data
+    ):
+        raise ValueError(
+            f"The validation data should be built as the data, with rows of shapes {shapes(data)},"
+            f" and have {shapes(validation)}."
+        )
 
 # %% ../../nbs/api/learning/training.ipynb #846dbaa6
 def _rows(data, index): return jtu.tree_map(lambda v: v[index], data)
@@ -72,7 +104,8 @@ def batches(
     per, order, (shuffle, noise) = n // batch_size, None, jr.split(_as_key(key))
     for step in itertools.count(first):
         epoch, i = divmod(step, per)
-        if order is None or i == 0: order = np.asarray(jr.permutation(jr.fold_in(shuffle, epoch), n))
+        if order is None or i == 0:
+            order = np.asarray(jr.permutation(jr.fold_in(shuffle, epoch), n))
         yield _rows(data, order[i * batch_size:(i + 1) * batch_size]), jr.fold_in(noise, step)
 
 # %% ../../nbs/api/learning/training.ipynb #d90a7fa4
@@ -80,15 +113,28 @@ def _places(ham):
     "The part and the name of every parameter, in the order of the leaves."
     out, wrapping = [], ("params", "lagrangian", "keywords", "func")
     for path, _ in jtu.tree_flatten_with_path(ham.unvectorize())[0]:
-        table, part, *rest = (getattr(k, "name", getattr(k, "key", getattr(k, "idx", None))) for k in path)
+        table, part, *rest = (
+            getattr(k, "name", getattr(k, "key", getattr(k, "idx", None))) for k in path
+        )
         names = [str(k).lstrip("_") for k in rest]
-        out.append((part, ".".join(k for k in names if k not in wrapping) or "parameter", table == "_neurons", "lagrangian" in names))
+        out.append(
+            (
+                part,
+                ".".join(k for k in names if k not in wrapping) or "parameter",
+                table == "_neurons",
+                "lagrangian" in names,
+            )
+        )
     return out
 
 
 def _fixed(ham):
     "Whether each parameter was made with trainable=False."
-    held = [s for s, synapse in ham.hypersynapses.items() if getattr(synapse, "trainable", True) is False]
+    held = [
+        s
+        for s, synapse in ham.hypersynapses.items()
+        if getattr(synapse, "trainable", True) is False
+    ]
     return [part in held and not (layer or own) for part, _, layer, own in _places(ham)]
 
 
@@ -97,24 +143,48 @@ def _part(ham, name):
     kinds = {layer for part, _, layer, _ in _places(ham) if part == name}
     if len(kinds) == 1: return name
     known = dict.fromkeys(part for part, *_ in _places(ham))
-    if kinds: raise ValueError(f"{name!r} is both a layer and a hypersynapse. Give them names, or give a filter: a pytree of booleans or a function of a leaf.")
-    if name in ham.neurons or name in ham.hypersynapses: raise ValueError(f"{name!r} has no parameters; the parts that have are: {', '.join(map(repr, known))}. A number is a constant: give an array to learn it.")
-    raise ValueError(f"There is no layer or hypersynapse {name!r}. Parts with parameters are: {', '.join(map(repr, known))}.")
+    if kinds:
+        raise ValueError(
+            f"{name!r} is both a layer and a hypersynapse. Give them names, or give a filter: a"
+            " pytree of booleans or a function of a leaf."
+        )
+    if name in ham.neurons or name in ham.hypersynapses:
+        raise ValueError(
+            f"{name!r} has no parameters; the parts that have are: {', '.join(map(repr, known))}. A"
+            " number is a constant: give an array to learn it."
+        )
+    raise ValueError(
+        f"There is no layer or hypersynapse {name!r}. Parts with parameters are:"
+        f" {', '.join(map(repr, known))}."
+    )
 
 
 def _moving(ham, trainable):
     "A pytree like the network with True where a parameter is trained."
     leaves, tree = jtu.tree_flatten(ham)
-    if isinstance(trainable, str | numbers.Integral) and not isinstance(trainable, bool): trainable = (trainable,)
+    if isinstance(trainable, str | numbers.Integral) and not isinstance(trainable, bool):
+        trainable = (trainable,)
     if isinstance(trainable, list | tuple | set | frozenset):
         names = [_part(ham, n) for n in trainable]
         flags = [part in names for part, *_ in _places(ham)]
     else:
-        try: spec = jtu.tree_map(lambda mask, part: jtu.tree_map(mask if callable(mask) else lambda _: mask, part), True if trainable is None else trainable, ham)
-        except (ValueError, TypeError) as e: raise ValueError(f"trainable names parts, or is a function of a leaf, or a pytree of booleans like the network; it does not fit: {e}") from e
+        try:
+            spec = jtu.tree_map(
+                lambda mask, part: jtu.tree_map(mask if callable(mask) else lambda _: mask, part),
+                True if trainable is None else trainable,
+                ham,
+            )
+        except (ValueError, TypeError) as e:
+            raise ValueError(
+                "trainable names parts, or is a function of a leaf, or a pytree of booleans like"
+                f" the network; it does not fit: {e}"
+            ) from e
         flags = [bool(v) for v in jtu.tree_leaves(spec)]
     flags = [flag and not fixed for flag, fixed in zip(flags, _fixed(ham), strict=True)]
-    if not any(flags): raise ValueError("There is nothing to train: no parameter of the network is left by trainable=.")
+    if not any(flags):
+        raise ValueError(
+            "There is nothing to train: no parameter of the network is left by trainable=."
+        )
     return jtu.tree_unflatten(tree, flags)
 
 # %% ../../nbs/api/learning/training.ipynb #77f9ab57
@@ -124,7 +194,9 @@ def unit_norm(
     "Scale every row to unit length."
     top = abs(rows).max(-1, keepdims=True)
     scaled = rows / jnp.where(top > 0, top, 1)
-    return scaled / jnp.where(top > 0, jnp.linalg.norm(scaled, axis=-1, keepdims=True), 1).astype(rows.dtype)
+    return scaled / jnp.where(top > 0, jnp.linalg.norm(scaled, axis=-1, keepdims=True), 1).astype(
+        rows.dtype
+    )
 
 
 class _Projection(eqx.Module):
@@ -140,14 +212,32 @@ class _Projection(eqx.Module):
 def _projection(ham, project, moving):
     "The projection of all parameters, or None."
     if project is None or callable(project): return project
-    if not isinstance(project, Mapping) or not all(isinstance(v, Mapping) and all(map(callable, v.values())) for v in project.values()):
-        raise TypeError(f"project is a function of the network, or a dictionary part → {{parameter → function of the array}}, and is {project!r}.")
+    if not isinstance(project, Mapping) or not all(
+        isinstance(v, Mapping) and all(map(callable, v.values())) for v in project.values()
+    ):
+        raise TypeError(
+            "project is a function of the network, or a dictionary part → {parameter → function"
+            f" of the array}}, and is {project!r}."
+        )
     functions, places, flags = [], _places(ham), jtu.tree_leaves(moving)
     for name, wanted in project.items():
-        mine = {parameter: i for i, (part, parameter, *_) in enumerate(places) if part == _part(ham, name)}
+        mine = {
+            parameter: i
+            for i, (part, parameter, *_) in enumerate(places)
+            if part == _part(ham, name)
+        }
         for parameter, f in wanted.items():
-            if parameter not in mine: raise ValueError(f"project: {name!r} has no parameter {parameter!r}; it has {', '.join(map(repr, mine))}. A number is a constant: give an array to learn it.")
-            if not flags[mine[parameter]]: raise ValueError(f"project: the parameter {parameter!r} of {name!r} is not trained, and stays as it is.")
+            if parameter not in mine:
+                raise ValueError(
+                    f"project: {name!r} has no parameter {parameter!r}; it has"
+                    f" {', '.join(map(repr, mine))}. A number is a constant: give an array to"
+                    " learn it."
+                )
+            if not flags[mine[parameter]]:
+                raise ValueError(
+                    f"project: the parameter {parameter!r} of {name!r} is not trained, and stays as"
+                    " it is."
+                )
             functions.append((mine[parameter], f))
     return _Projection(tuple(functions))
 
@@ -158,24 +248,40 @@ def _projected(ham, project, moving):
     new = project(ham)
     shapes = lambda tree: [(v.shape, v.dtype) for v in map(jnp.asarray, jtu.tree_leaves(tree))]
     if jtu.tree_structure(new) != jtu.tree_structure(ham) or shapes(new) != shapes(ham):
-        raise ValueError("project should return the network with parameters of the same shapes and dtypes, and changed them.")
+        raise ValueError(
+            "project should return the network with parameters of the same shapes and dtypes, and"
+            " changed them."
+        )
     return jtu.tree_map(lambda flag, n, o: n if flag else o, moving, new, ham)
 
 # %% ../../nbs/api/learning/training.ipynb #aae1eb6b
 def _scalar(value):
     "Raise unless a loss is one real number."
-    if not hasattr(value, "shape"): raise TypeError(f"The loss is one real number, an array of shape (), and is {value!r}.")
-    if value.shape != (): raise ValueError(f"The loss is one real number, and has shape {value.shape}. Take its mean over the rows.")
-    if not jnp.issubdtype(value.dtype, jnp.floating): raise TypeError(f"The loss is one real floating number, and has dtype {value.dtype}.")
+    if not hasattr(value, "shape"):
+        raise TypeError(f"The loss is one real number, an array of shape (), and is {value!r}.")
+    if value.shape != ():
+        raise ValueError(
+            f"The loss is one real number, and has shape {value.shape}. Take its mean over the"
+            " rows."
+        )
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(f"The loss is one real floating number, and has dtype {value.dtype}.")
     return value
 
 
 def _slope(loss, ham, batch, key):
     "Loss, gradient, and the number of rows that did not converge (−1 where the loss does not say)."
-    if not hasattr(loss, "gradient"): return *eqx.filter_value_and_grad(lambda ham: _scalar(loss(ham, batch, key)))(ham), jnp.array(-1)
+    if not hasattr(loss, "gradient"):
+        return *eqx.filter_value_and_grad(lambda ham: _scalar(loss(ham, batch, key)))(
+            ham
+        ), jnp.array(-1)
     out = loss.gradient(ham, batch, key)
     codes = [e.code for e in out.equilibria.values()]
-    failed = jnp.stack([(c != CONVERGED) & (c != SAMPLED) for c in codes]).any(0).sum() if codes else jnp.array(-1)
+    failed = (
+        jnp.stack([(c != CONVERGED) & (c != SAMPLED) for c in codes]).any(0).sum()
+        if codes
+        else jnp.array(-1)
+    )
     return _scalar(out.value), out.grads, failed
 
 
@@ -185,22 +291,32 @@ def _step(ham, opt_state, batch, key, loss, optimizer, moving, project):
     import optax
     value, grads, failed = _slope(loss, ham, batch, key)
     grads, trained = eqx.filter(grads, moving), eqx.filter(ham, moving)
-    updates, opt_state = optax.with_extra_args_support(optimizer).update(grads, opt_state, trained, value=value)
+    updates, opt_state = optax.with_extra_args_support(optimizer).update(
+        grads, opt_state, trained, value=value
+    )
     new = _projected(eqx.combine(optax.apply_updates(trained, updates), ham), project, moving)
     finite = lambda tree: jnp.stack([jnp.isfinite(v).all() for v in jtu.tree_leaves(tree)])
-    return new, opt_state, (value, failed, jnp.isfinite(value), finite(grads), finite(eqx.filter(new, moving)))
+    return (
+        new,
+        opt_state,
+        (value, failed, jnp.isfinite(value), finite(grads), finite(eqx.filter(new, moving))),
+    )
 
 
 @eqx.filter_jit
 def _value(loss, ham, batch, key):
     "The loss of a batch."
-    return _scalar(loss(ham, batch, key) if callable(loss) else loss.gradient(ham, batch, key).value)
+    return _scalar(
+        loss(ham, batch, key) if callable(loss) else loss.gradient(ham, batch, key).value
+    )
 
 # %% ../../nbs/api/learning/training.ipynb #10c0b055
 @dataclasses.dataclass
 class _Run:
     "All that a run is at a step: what a checkpoint holds."
-    now: tuple # (steps taken, network, state of the optimizer): one object, so that an interrupt finds all of it or nothing
+    # (steps taken, network, state of the optimizer): one object, so that an interrupt finds all of
+    # it or nothing
+    now: tuple
     losses: list = dataclasses.field(default_factory=list)
     failed: list = dataclasses.field(default_factory=list)
     checks: list = dataclasses.field(default_factory=list) # (step, loss) of every validation
@@ -212,21 +328,42 @@ class _Run:
     def waited(self):
         "Validations since the best one."
         values = [v for _, v in self.checks]
-        return len(values) - 1 - int(np.nanargmin(values)) if np.isfinite(values).any() else len(values)
+        return (
+            len(values) - 1 - int(np.nanargmin(values))
+            if np.isfinite(values).any()
+            else len(values)
+        )
 
     def check(self, value):
         "Take note of a validation."
         before = [v for _, v in self.checks if not math.isnan(v)]
-        if self.best is None or (not before and not math.isnan(value)) or (before and value < min(before)): self.best = self.now[1]
+        if (
+            self.best is None
+            or (not before and not math.isnan(value))
+            or (before and value < min(before))
+        ):
+            self.best = self.now[1]
         self.checks.append((self.now[0], value))
 
     def arrays(self):
         "What is written, by name."
         step, ham, opt_state = self.now
-        trees = {"network": ham, "optimizer": opt_state} | ({"best": self.best} if self.checks else {})
-        out = {f"{n}{where}": _bare(v) for n, tree in trees.items() for where, v in named_parameters(tree).items()}
-        history = {"losses": np.asarray(self.losses[:step], np.float32), "failed": np.asarray(self.failed[:step], np.int32)}
-        checks = {"check steps": np.asarray([s for s, _ in self.checks], np.int32), "check losses": np.asarray([v for _, v in self.checks], np.float32)}
+        trees = {"network": ham, "optimizer": opt_state} | (
+            {"best": self.best} if self.checks else {}
+        )
+        out = {
+            f"{n}{where}": _bare(v)
+            for n, tree in trees.items()
+            for where, v in named_parameters(tree).items()
+        }
+        history = {
+            "losses": np.asarray(self.losses[:step], np.float32),
+            "failed": np.asarray(self.failed[:step], np.int32),
+        }
+        checks = {
+            "check steps": np.asarray([s for s, _ in self.checks], np.int32),
+            "check losses": np.asarray([v for _, v in self.checks], np.float32),
+        }
         return out | history | checks
 
 # %% ../../nbs/api/learning/training.ipynb #e24410c7
@@ -238,39 +375,86 @@ def _bare(v):
 def _rebuilt(tree, name, arrays):
     "A pytree like this one, with the arrays of a file."
     leaves = [arrays[f"{name}{where}"] for where in named_parameters(tree)]
-    keyed = lambda v, like: jr.wrap_key_data(v, impl=jr.key_impl(like)) if jnp.issubdtype(like.dtype, jax.dtypes.prng_key) else v
-    return jtu.tree_unflatten(jtu.tree_structure(tree), [keyed(v, like) for v, like in zip(leaves, jtu.tree_leaves(tree), strict=True)])
+    keyed = lambda v, like: (
+        jr.wrap_key_data(v, impl=jr.key_impl(like))
+        if jnp.issubdtype(like.dtype, jax.dtypes.prng_key)
+        else v
+    )
+    return jtu.tree_unflatten(
+        jtu.tree_structure(tree),
+        [keyed(v, like) for v, like in zip(leaves, jtu.tree_leaves(tree), strict=True)],
+    )
 
 
 def _written(path, run, identity):
     "Write a run, whole or not at all."
-    write_saved(path, "hamux training", json_architecture(run.now[1]), run.arrays(), run=identity, seconds=run.seconds)
+    write_saved(
+        path,
+        "hamux training",
+        json_architecture(run.now[1]),
+        run.arrays(),
+        run=identity,
+        seconds=run.seconds,
+    )
 
 
 def _resumed(path, run, identity):
     "The run of a file, or the new one if there is no file. Raises `FileProblem` for a file of something else."
     if not os.path.exists(path): return run
     with open_saved(path, "hamux training") as (archive, header):
-        for here, there in ((json_architecture(run.now[1]), header["network"]), (identity, header.get("run"))):
+        for here, there in (
+            (json_architecture(run.now[1]), header["network"]),
+            (identity, header.get("run")),
+        ):
             if (d := first_difference(here, there)) is not None:
-                raise FileProblem.at(path, f"holds the training of something else: {d}; train with what it was made with, or name another file")
-        arrays = dict(zip((row["name"] for row in header["parameters"]), read_arrays(archive, path, header), strict=True))
+                raise FileProblem.at(
+                    path,
+                    f"holds the training of something else: {d}; train with what it was made with,"
+                    " or name another file",
+                )
+        arrays = dict(
+            zip(
+                (row["name"] for row in header["parameters"]),
+                read_arrays(archive, path, header),
+                strict=True,
+            )
+        )
         try:
-            (_, ham, opt_state), numbers = run.now, {n: list(np.asarray(arrays[n])) for n in ("losses", "failed", "check steps", "check losses")}
-            now = len(numbers["losses"]), _rebuilt(ham, "network", arrays), _rebuilt(opt_state, "optimizer", arrays)
-            checks = list(zip(map(int, numbers["check steps"]), numbers["check losses"], strict=True))
-            return _Run(now, numbers["losses"], numbers["failed"], checks, _rebuilt(ham, "best", arrays) if checks else None, float(header["seconds"]), now[0])
-        except (KeyError, TypeError, ValueError) as e: raise FileProblem.at(path, f"is damaged: {e}; make it again") from e
+            (_, ham, opt_state), numbers = run.now, {
+                n: list(np.asarray(arrays[n]))
+                for n in ("losses", "failed", "check steps", "check losses")
+            }
+            now = (
+                len(numbers["losses"]),
+                _rebuilt(ham, "network", arrays),
+                _rebuilt(opt_state, "optimizer", arrays),
+            )
+            checks = list(
+                zip(map(int, numbers["check steps"]), numbers["check losses"], strict=True)
+            )
+            return _Run(
+                now,
+                numbers["losses"],
+                numbers["failed"],
+                checks,
+                _rebuilt(ham, "best", arrays) if checks else None,
+                float(header["seconds"]),
+                now[0],
+            )
+        except (KeyError, TypeError, ValueError) as e:
+            raise FileProblem.at(path, f"is damaged: {e}; make it again") from e
 
 # %% ../../nbs/api/learning/training.ipynb #0773737c
 @dataclasses.dataclass(frozen=True, repr=False)
 class Fit:
     "What training made, and how it went."
-    ham: HAM | VectorizedHAM # the network: the best on validation data if there are any, else the last
+    # the network: the best on validation data if there are any, else the last
+    ham: HAM | VectorizedHAM
     last: HAM | VectorizedHAM # the network after the last step
     losses: np.ndarray # of every step, before it
     validation: tuple # steps, and the loss on validation data after so many
-    unconverged: np.ndarray # rows of the batch that did not converge, of every step; −1 where the loss does not say
+    # rows of the batch that did not converge, of every step; −1 where the loss does not say
+    unconverged: np.ndarray
     steps: int # steps taken
     opt_state: PyTree # the optimizer's state after the last step
     seconds: float # of all sittings, without those of compiling `check`
@@ -294,13 +478,24 @@ def _said(error):
 def _advance(plan, run, batch, key):
     "Take a step, unless something is not finite: then say what."
     taken, ham, opt_state = run.now
-    ham, opt_state, told = _step(ham, opt_state, batch, key, plan.loss, plan.optimizer, plan.moving, plan.project)
+    ham, opt_state, told = _step(
+        ham, opt_state, batch, key, plan.loss, plan.optimizer, plan.moving, plan.project
+    )
     value, failed, *finite = map(np.asarray, jax.device_get(told))
     for what, good in zip(("the loss", "the gradient", "the new value"), finite, strict=True):
         if good.all(): continue
-        of = "" if good.ndim == 0 else " of " + ", ".join(n for n, fine in zip(plan.names, good, strict=True) if not fine)
-        return (f"Stopped in step {taken + 1}: {what}{of} is {value if good.ndim == 0 else 'not finite'}. The network is that after {taken} steps. Look for NaN or inf in the data and for parameters out of "
-                "range, such as an inverse temperature that fell below 0 (project= can hold it); or take a smaller learning rate.")
+        of = (
+            ""
+            if good.ndim == 0
+            else " of " + ", ".join(n for n, fine in zip(plan.names, good, strict=True) if not fine)
+        )
+        return (
+            f"Stopped in step {taken + 1}: {what}{of} is"
+            f" {value if good.ndim == 0 else 'not finite'}. The network is that after {taken}"
+            " steps. Look for NaN or inf in the data and for parameters out of range, such as an"
+            " inverse temperature that fell below 0 (project= can hold it); or take a smaller"
+            " learning rate."
+        )
     run.losses.append(value[()]), run.failed.append(failed[()])
     run.now = taken + 1, ham, opt_state
 
@@ -322,14 +517,39 @@ class _Plan:
         "Step after step; returns why it ended."
         for batch, key in feed:
             taken = run.now[0]
-            if self.validate and taken % self.validate_every == 0 and (not run.checks or run.checks[-1][0] < taken): run.check(self.validate(run.now[1]))
-            if self.patience is not None and run.waited >= self.patience: return "early", f"Stopped after {taken} steps: no lower loss in the last {run.waited} validations."
+            if (
+                self.validate
+                and taken % self.validate_every == 0
+                and (not run.checks or run.checks[-1][0] < taken)
+            ):
+                run.check(self.validate(run.now[1]))
+            if self.patience is not None and run.waited >= self.patience:
+                return (
+                    "early",
+                    (
+                        f"Stopped after {taken} steps: no lower loss in the last {run.waited}"
+                        " validations."
+                    ),
+                )
             if taken >= self.total:
                 save()
-                if self.validate and run.checks[-1][0] < taken: run.check(self.validate(run.now[1])) # and not saved: a longer run would not have it
-                return "done", f"Took all {taken} steps." if taken == self.total else f"The file holds {taken} steps already, and {self.total} were asked for."
-            try: problem = _advance(self, run, batch, key)
-            except eqx.EquinoxRuntimeError as e: return "failed", f"Stopped in step {taken + 1}, where the recall raised: {_said(e)} The network is that after {taken} steps."
+                # and not saved: a longer run would not have it
+                if self.validate and run.checks[-1][0] < taken: run.check(self.validate(run.now[1]))
+                return "done", (
+                    f"Took all {taken} steps."
+                    if taken == self.total
+                    else f"The file holds {taken} steps already, and {self.total} were asked for."
+                )
+            try:
+                problem = _advance(self, run, batch, key)
+            except eqx.EquinoxRuntimeError as e:
+                return (
+                    "failed",
+                    (
+                        f"Stopped in step {taken + 1}, where the recall raised: {_said(e)} The"
+                        f" network is that after {taken} steps."
+                    ),
+                )
             if problem: return "not finite", problem
             show(run)
             if run.now[0] % save_every == 0: save()
@@ -337,32 +557,60 @@ class _Plan:
 # %% ../../nbs/api/learning/training.ipynb #b0997888
 def _checked_counts(steps, epochs, per, **others):
     "The number of steps, and the other counts, checked; one a epoch where they are None."
-    if (steps is None) == (epochs is None): raise ValueError(f"fit takes either steps or epochs, and was given steps={steps!r}, epochs={epochs!r}.")
+    if (steps is None) == (epochs is None):
+        raise ValueError(
+            f"fit takes either steps or epochs, and was given steps={steps!r}, epochs={epochs!r}."
+        )
     for n, v in {"steps": steps, "epochs": epochs, **others}.items():
-        if v is not None and (not isinstance(v, numbers.Integral) or isinstance(v, bool) or v < (n != "steps")): raise ValueError(f"{n} is a positive int, and is {v!r}.")
+        if v is not None and (
+            not isinstance(v, numbers.Integral) or isinstance(v, bool) or v < (n != "steps")
+        ):
+            raise ValueError(f"{n} is a positive int, and is {v!r}.")
     return steps if epochs is None else epochs * per
 
 
 def _opt_state(optimizer, trained, given):
     "The optimizer's state at the start: new, or the one given, if it fits."
-    try: import optax # noqa: F401
-    except ImportError as e: raise ImportError("fit trains with optax: pip install 'hamux[train]'.") from e
-    if not (callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))):
-        raise TypeError(f"optimizer is one of optax, such as optax.adam(1e-3), and is {optimizer!r}.")
+    try:
+        import optax # noqa: F401
+    except ImportError as e:
+        raise ImportError("fit trains with optax: pip install 'hamux[train]'.") from e
+    if not (
+        callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))
+    ):
+        raise TypeError(
+            f"optimizer is one of optax, such as optax.adam(1e-3), and is {optimizer!r}."
+        )
     new = jtu.tree_map(jnp.asarray, optimizer.init(trained))
     if given is None: return new
-    if jtu.tree_structure(given) != jtu.tree_structure(new): raise ValueError("opt_state does not fit: it is not the state that this optimizer has for what is trained here. Leave it out to begin anew.")
-    d = first_difference(array_table(named_parameters(new)), array_table(named_parameters(jtu.tree_map(jnp.asarray, given))), "opt_state")
-    if d is not None: raise ValueError(f"opt_state does not fit this network: {d.replace('in the file', 'in what was given')}.")
+    if jtu.tree_structure(given) != jtu.tree_structure(new):
+        raise ValueError(
+            "opt_state does not fit: it is not the state that this optimizer has for what is"
+            " trained here. Leave it out to begin anew."
+        )
+    d = first_difference(
+        array_table(named_parameters(new)),
+        array_table(named_parameters(jtu.tree_map(jnp.asarray, given))),
+        "opt_state",
+    )
+    if d is not None:
+        raise ValueError(
+            f"opt_state does not fit this network: {d.replace('in the file', 'in what was given')}."
+        )
     return jtu.tree_map(jnp.asarray, given)
 
 
 def _identity(run, moving, data, batch_size, key):
     "What a run must have in common with one that goes on from its file."
     names = [row["name"] for row in array_table(named_parameters(run.now[1]))]
-    return {"optimizer": array_table({n: _bare(v) for n, v in named_parameters(run.now[2]).items()}), "parameters": array_table(named_parameters(run.now[1])),
-            "trained": dict(zip(names, jtu.tree_leaves(moving), strict=True)), "data": array_table({f"data{n}": v for n, v in named_parameters(data).items()}),
-            "batch_size": int(batch_size), "key": np.asarray(jr.key_data(key)).tolist()}
+    return {
+        "optimizer": array_table({n: _bare(v) for n, v in named_parameters(run.now[2]).items()}),
+        "parameters": array_table(named_parameters(run.now[1])),
+        "trained": dict(zip(names, jtu.tree_leaves(moving), strict=True)),
+        "data": array_table({f"data{n}": v for n, v in named_parameters(data).items()}),
+        "batch_size": int(batch_size),
+        "key": np.asarray(jr.key_data(key)).tolist(),
+    }
 
 # %% ../../nbs/api/learning/training.ipynb #34a55429
 def _validator(loss, data, batch_size, key):
@@ -380,12 +628,20 @@ def _validator(loss, data, batch_size, key):
 def _bar(progress, total, run):
     "A progress bar and how to show a step on it."
     if not progress: return None, lambda run: None
-    try: from tqdm.auto import tqdm
-    except ImportError as e: raise ImportError("fit shows a bar of tqdm: pip install 'hamux[train]', or progress=False.") from e
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as e:
+        raise ImportError(
+            "fit shows a bar of tqdm: pip install 'hamux[train]', or progress=False."
+        ) from e
     bar = tqdm(total=total, initial=run.now[0], desc="fit", unit="step")
     def show(run):
-        says = {"loss": f"{run.losses[-1]:.4g}"} | ({"unconverged": int(run.failed[-1])} if run.failed[-1] >= 0 else {})
-        bar.set_postfix(says | ({"validation": f"{run.checks[-1][1]:.4g}"} if run.checks else {}), refresh=False)
+        says = {"loss": f"{run.losses[-1]:.4g}"} | (
+            {"unconverged": int(run.failed[-1])} if run.failed[-1] >= 0 else {}
+        )
+        bar.set_postfix(
+            says | ({"validation": f"{run.checks[-1][1]:.4g}"} if run.checks else {}), refresh=False
+        )
         bar.update()
     return bar, show
 
@@ -401,8 +657,10 @@ def fit(
     batch_size: int = 32, # rows in a batch
     key, # a PRNG key: shuffling, noise
     progress=True, # whether to show a bar
-    trainable=None, # what is trained: names of layers and hypersynapses, or an Equinox filter; None for all
-    project=None, # constraints: a function of the network, or part → {parameter → function of the array}
+    # what is trained: names of layers and hypersynapses, or an Equinox filter; None for all
+    trainable=None,
+    # constraints: a function of the network, or part → {parameter → function of the array}
+    project=None,
     validation=None, # data like `data`, to choose the best network by
     patience: int | None = None, # stop after so many validations without a lower loss
     validate_every: int | None = None, # steps; None for an epoch
@@ -411,12 +669,25 @@ def fit(
     opt_state=None, # state of the optimizer to begin with; None for a new one
 ) -> Fit: # the network, and how it went
     "Train a network. Raises ValueError or TypeError for what does not fit, `FileProblem` for a file of something else."
-    if not isinstance(ham, HAM | VectorizedHAM): raise TypeError(f"fit trains a HAM, and was given {type(ham).__name__}.")
-    if not (callable(loss) or hasattr(loss, "gradient")): raise TypeError(f"loss is a function (ham, batch, key) -> scalar, or has a method gradient, and is {loss!r}.")
+    if not isinstance(ham, HAM | VectorizedHAM):
+        raise TypeError(f"fit trains a HAM, and was given {type(ham).__name__}.")
+    if not (callable(loss) or hasattr(loss, "gradient")):
+        raise TypeError(
+            "loss is a function (ham, batch, key) -> scalar, or has a method gradient, and is"
+            f" {loss!r}."
+        )
     (host, n), key = _as_data(data, batch_size), _as_key(key)
     per = n // batch_size
-    total = _checked_counts(steps, epochs, per, patience=patience, validate_every=validate_every, checkpoint_every=checkpoint_every)
-    if patience is not None and validation is None: raise ValueError("patience counts validations, and there are no validation data.")
+    total = _checked_counts(
+        steps,
+        epochs,
+        per,
+        patience=patience,
+        validate_every=validate_every,
+        checkpoint_every=checkpoint_every,
+    )
+    if patience is not None and validation is None:
+        raise ValueError("patience counts validations, and there are no validation data.")
     if validation is not None: _as_like(validation, host)
     for rows in (host,) if validation is None else (host, validation):
         if hasattr(loss, "check"): loss.check(ham, rows)
@@ -424,11 +695,21 @@ def fit(
     projection = _projection(ham, project, moving)
     ham = _projected(ham, projection, moving)
     run = _Run((0, ham, _opt_state(optimizer, eqx.filter(ham, moving), opt_state)))
-    names = [f"{part}.{parameter}" for (part, parameter, *_), flag in zip(_places(ham), jtu.tree_leaves(moving), strict=True) if flag]
-    validate = None if validation is None else _validator(loss, validation, batch_size, jr.fold_in(key, 2))
-    plan = _Plan(loss, optimizer, moving, projection, total, names, validate, validate_every or per, patience)
+    names = [
+        f"{part}.{parameter}"
+        for (part, parameter, *_), flag in zip(_places(ham), jtu.tree_leaves(moving), strict=True)
+        if flag
+    ]
+    validate = (
+        None if validation is None else _validator(loss, validation, batch_size, jr.fold_in(key, 2))
+    )
+    plan = _Plan(
+        loss, optimizer, moving, projection, total, names, validate, validate_every or per, patience
+    )
     identity = _identity(run, moving, host, batch_size, key)
-    return _fitted(plan, run, host, batch_size, key, checkpoint, checkpoint_every or per, identity, progress)
+    return _fitted(
+        plan, run, host, batch_size, key, checkpoint, checkpoint_every or per, identity, progress
+    )
 
 # %% ../../nbs/api/learning/training.ipynb #d388b33b
 def _fitted(plan, run, data, batch_size, key, checkpoint, checkpoint_every, identity, progress):
@@ -442,18 +723,45 @@ def _fitted(plan, run, data, batch_size, key, checkpoint, checkpoint_every, iden
         run.saved = run.now[0]
     save()
     bar, show = _bar(progress, plan.total, run)
-    try: code, said = plan.go(run, batches(data, batch_size, key=key, first=run.now[0]), save, checkpoint_every, show)
-    except KeyboardInterrupt: code, said = "interrupted", f"Interrupted after {run.now[0]} steps" + ("; the same call goes on from there." if checkpoint is not None else ".")
+    try:
+        code, said = plan.go(
+            run, batches(data, batch_size, key=key, first=run.now[0]), save, checkpoint_every, show
+        )
+    except KeyboardInterrupt:
+        code, said = "interrupted", f"Interrupted after {run.now[0]} steps" + (
+            "; the same call goes on from there." if checkpoint is not None else "."
+        )
     finally:
         if bar is not None: bar.close()
         save()
     taken, ham, opt_state = run.now
-    return Fit(run.best if run.checks else ham, ham, np.asarray(run.losses[:taken], float), tuple(map(np.asarray, zip(*run.checks, strict=True))) if run.checks else (), np.asarray(run.failed[:taken], int),
-               taken, opt_state, run.seconds, code, said + _remarks(run))
+    return Fit(
+        run.best if run.checks else ham,
+        ham,
+        np.asarray(run.losses[:taken], float),
+        tuple(map(np.asarray, zip(*run.checks, strict=True))) if run.checks else (),
+        np.asarray(run.failed[:taken], int),
+        taken,
+        opt_state,
+        run.seconds,
+        code,
+        said + _remarks(run),
+    )
 
 
 def _remarks(run):
     "What else should be known of a run."
     failed, taken = np.asarray(run.failed[:run.now[0]]), run.now[0]
-    out = f" In {(failed > 0).sum()} of {taken} batches some recalls did not converge, {failed[failed > 0].mean():.3g} rows on average: allow more steps of recall (max_steps), unless the gradient is that of the steps." if (failed > 0).any() else ""
-    return out + (f" Best on the validation data after {min(run.checks, key=lambda c: math.inf if math.isnan(c[1]) else c[1])[0]} steps." if run.checks else "")
+    out = (
+        f" In {(failed > 0).sum()} of {taken} batches some recalls did not converge,"
+        f" {failed[failed > 0].mean():.3g} rows on average: allow more steps of recall (max_steps),"
+        " unless the gradient is that of the steps."
+        if (failed > 0).any()
+        else ""
+    )
+    return out + (
+        " Best on the validation data after"
+        f" {min(run.checks, key=lambda c: math.inf if math.isnan(c[1]) else c[1])[0]} steps."
+        if run.checks
+        else ""
+    )

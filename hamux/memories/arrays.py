@@ -31,15 +31,19 @@ def memory_ham(
 ) -> HAM: # layers "pattern" (d,) and "memory" (K,)
     "The network that remembers the rows of `memories`. Raises ValueError for other shapes or similarities."
     memories = jnp.asarray(memories)
-    if memories.ndim != 2: raise ValueError(f"The memories are one pattern per row, and have shape {memories.shape}.")
-    if similarity not in ("euclidean", "dot"): raise ValueError(f"similarity is 'euclidean' or 'dot', and was {similarity!r}.")
+    if memories.ndim != 2:
+        raise ValueError(f"The memories are one pattern per row, and have shape {memories.shape}.")
+    if similarity not in ("euclidean", "dot"):
+        raise ValueError(f"similarity is 'euclidean' or 'dot', and was {similarity!r}.")
     K, d = memories.shape
     synapses = {"patterns": LinearSynapse(memories.T, trainable)}
     connections = [(("pattern", "memory"), "patterns")]
     if similarity == "euclidean":
         synapses["lengths"] = BiasSynapse(-0.5 * (synapses["patterns"].W**2).sum(0), trainable)
         connections.append((("memory",), "lengths"))
-    return HAM({"pattern": IdentityLayer(d), "memory": SoftmaxLayer(K, beta)}, synapses, connections)
+    return HAM(
+        {"pattern": IdentityLayer(d), "memory": SoftmaxLayer(K, beta)}, synapses, connections
+    )
 
 # %% ../../nbs/api/memories/arrays.ipynb #7d2da34b
 def near_distance2(
@@ -74,7 +78,11 @@ def choose_similarity(
 ) -> str: # "dot" or "euclidean"
     "The dot product where all patterns have one length (the biases would differ by less than 1 % of a near squared distance), else the Euclidean similarity."
     squares = (np.asarray(memories, dtype=float)**2).sum(1)
-    return "dot" if squares.max() - squares.min() <= 0.01 * near_distance2(memories, seed) else "euclidean"
+    return (
+        "dot"
+        if squares.max() - squares.min() <= 0.01 * near_distance2(memories, seed)
+        else "euclidean"
+    )
 
 # %% ../../nbs/api/memories/arrays.ipynb #5e345b3e
 def _evidence(ham, x, known):
@@ -95,19 +103,34 @@ def recall_states(
     "Recall each query: fill in what is unknown, then slide down the energy with what is known clamped, or free if it is noisy."
     queries = jnp.asarray(queries)
     d = ham.neurons["pattern"].shape[0]
-    if queries.ndim != 2 or queries.shape[1] != d: raise ValueError(f"The queries have shape {queries.shape}, and should have {d} columns, one row each.")
+    if queries.ndim != 2 or queries.shape[1] != d:
+        raise ValueError(
+            f"The queries have shape {queries.shape}, and should have {d} columns, one row each."
+        )
     many, known = ham.vectorize(), ~jnp.isnan(queries)
     mean = ham.hypersynapses["patterns"].W.mean(1)
     xs = {"pattern": jnp.where(known, queries, mean), "memory": _evidence(ham, queries, known)}
-    filled = descend(many, xs, solver=Euler(1.0), clamp={"pattern": known, "memory": True}, max_steps=1)
-    out = descend(many, filled.xs, solver=solver, clamp=None if noisy else {"pattern": known}, max_steps=max_steps)
+    filled = descend(
+        many, xs, solver=Euler(1.0), clamp={"pattern": known, "memory": True}, max_steps=1
+    )
+    out = descend(
+        many,
+        filled.xs,
+        solver=solver,
+        clamp=None if noisy else {"pattern": known},
+        max_steps=max_steps,
+    )
     return _joined(filled, out)
 
 
 def _joined(first, second):
     "The second of two descents, with the energies and steps of the first before its own."
     moved = (first.steps > 0)[:, None] # else the second begins where the first did
-    energies = jnp.where(moved, jnp.concatenate([first.energies[:, :1], second.energies], 1), jnp.pad(second.energies, [(0, 0), (0, 1)], constant_values=jnp.nan))
+    energies = jnp.where(
+        moved,
+        jnp.concatenate([first.energies[:, :1], second.energies], 1),
+        jnp.pad(second.energies, [(0, 0), (0, 1)], constant_values=jnp.nan),
+    )
     added = {n: getattr(first, n) + getattr(second, n) for n in ("steps", "rises", "evaluations")}
     return dataclasses.replace(second, energies=energies, **added)
 
@@ -116,21 +139,39 @@ class Memory:
     "A set of patterns made ready for recall: similarity and temperature chosen from their scale unless given."
     def __init__(self,
                  memories: Float[Array, "K d"], # the patterns, one per row: finite numbers
-                 beta=None, # inverse temperature, in units of 1/distance² of the data; None to choose
+                 # inverse temperature, in units of 1/distance² of the data; None to choose
+                 beta=None,
                  similarity=None, # "euclidean" or "dot"; None to choose
                  dtype=None): # floating dtype to compute in; None for JAX's default
         memories = np.asarray(memories)
-        if memories.ndim != 2 or 0 in memories.shape: raise ValueError(f"The memories are one pattern per row, and have shape {memories.shape}.")
-        if not np.isfinite(memories).all(): raise ValueError("The memories hold NaN or inf. A pattern to remember has only finite numbers.")
-        if beta is not None and not 0 < beta < math.inf: raise ValueError(f"beta is a positive number, and is {beta}.")
+        if memories.ndim != 2 or 0 in memories.shape:
+            raise ValueError(
+                f"The memories are one pattern per row, and have shape {memories.shape}."
+            )
+        if not np.isfinite(memories).all():
+            raise ValueError(
+                "The memories hold NaN or inf. A pattern to remember has only finite numbers."
+            )
+        if beta is not None and not 0 < beta < math.inf:
+            raise ValueError(f"beta is a positive number, and is {beta}.")
         self.dtype = np.dtype(dtype or jnp.result_type(float))
         memories = memories.astype(np.promote_types(memories.dtype, self.dtype), copy=False)
-        self.similarity = similarity or choose_similarity(memories / _power_of_two(np.abs(memories).max()))
-        self.centre = memories.mean(0, dtype=float).astype(memories.dtype) if self.similarity == "euclidean" else np.zeros_like(memories[0])
+        self.similarity = similarity or choose_similarity(
+            memories / _power_of_two(np.abs(memories).max())
+        )
+        self.centre = (
+            memories.mean(0, dtype=float).astype(memories.dtype)
+            if self.similarity == "euclidean"
+            else np.zeros_like(memories[0])
+        )
         self.scale = _power_of_two(np.abs(memories - self.centre).max())
         patterns = (memories - self.centre) / self.scale
         self.beta = beta if beta is not None else choose_beta(patterns) / self.scale**2
-        self.ham = memory_ham(patterns.astype(self.dtype), jnp.asarray(self.beta * self.scale**2, self.dtype), self.similarity)
+        self.ham = memory_ham(
+            patterns.astype(self.dtype),
+            jnp.asarray(self.beta * self.scale**2, self.dtype),
+            self.similarity,
+        )
 
     def recall(self,
                queries: Float[Array, "n d"], # what is asked, one query per row; NaN where unknown
@@ -140,12 +181,20 @@ class Memory:
         "The patterns that the queries recall. Known entries come back unchanged unless they are noisy."
         queries = np.asarray(queries)
         if queries.ndim != 2 or queries.shape[1] != len(self.centre):
-            raise ValueError(f"The queries have shape {queries.shape}, and should have {len(self.centre)} columns, one row each.")
-        if np.isinf(queries).any(): raise ValueError("The queries hold inf. Write NaN for what is unknown.")
+            raise ValueError(
+                f"The queries have shape {queries.shape}, and should have {len(self.centre)}"
+                " columns, one row each."
+            )
+        if np.isinf(queries).any():
+            raise ValueError("The queries hold inf. Write NaN for what is unknown.")
         scaled = ((queries - self.centre) / self.scale).astype(self.dtype)
         out = recall_states(self.ham, scaled, noisy, **settings)
-        answers = np.asarray(out.xs["pattern"]) * self.dtype.type(self.scale) + self.centre.astype(self.dtype)
-        return (answers if noisy else np.where(np.isnan(queries), answers, queries.astype(self.dtype))), out
+        answers = np.asarray(out.xs["pattern"]) * self.dtype.type(self.scale) + self.centre.astype(
+            self.dtype
+        )
+        return (
+            answers if noisy else np.where(np.isnan(queries), answers, queries.astype(self.dtype))
+        ), out
 
 # %% ../../nbs/api/memories/arrays.ipynb #53ad06ba
 def _power_of_two(size): return 2.0 ** math.floor(math.log2(size)) if size > 0 else 1.0

@@ -30,7 +30,8 @@ def by_name(given, what):
     "A dictionary from names (or positions) to the things given."
     if isinstance(given, Mapping): items = dict(given)
     elif isinstance(given, Sequence) and not isinstance(given, str): items = dict(enumerate(given))
-    else: raise TypeError(f"{what} are a dictionary by name or a list, and were given as {type(given).__name__}.")
+    else:
+        raise TypeError(f"{what} are a dictionary by name or a list, and were given as {type(given).__name__}.")
     if not (all(isinstance(k, str) for k in items) or list(items) == list(range(len(items)))):
         raise TypeError(f"The names of {what} are all strings or all positions 0, 1, …, and were {list(items)}.")
     return items
@@ -62,19 +63,30 @@ def check_connections(connections, neurons, hypersynapses):
 # %% ../../nbs/api/network/hypergraph.ipynb #8b2743c2
 def try_layer(name, layer, dtype):
     "Raise unless the layer's Lagrangian is a real scalar with an activation."
-    try: jax.eval_shape(layer.activations, jax.ShapeDtypeStruct(layer.shape, dtype))
-    except (TypeError, ValueError) as e: raise (TypeError if isinstance(e, TypeError) else ValueError)(f"The neuron layer {name!r}: {e}") from e
+    try:
+        jax.eval_shape(layer.activations, jax.ShapeDtypeStruct(layer.shape, dtype))
+    except (TypeError, ValueError) as e:
+        raise (TypeError if isinstance(e, TypeError) else ValueError)(
+            f"The neuron layer {name!r}: {e}"
+        ) from e
 
 
 def try_connection(names, s, neurons, synapse, dtype):
     "Raise unless the hypersynapse returns one real number for these layers."
     where = f"The hypersynapse {s!r}, which joins {names},"
     shapes = [neurons[n].shape for n in names]
-    try: inspect.signature(synapse).bind(*shapes)
-    except TypeError as e: raise ValueError(f"{where} does not take {len(names)} layer{'s' * (len(names) != 1)}: {e}.") from e
-    except ValueError: pass
-    try: out = jax.eval_shape(synapse, *(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes))
-    except Exception as e: raise ValueError(f"{where} fails for layers of shapes {shapes}: {e}") from e
+    try:
+        inspect.signature(synapse).bind(*shapes)
+    except TypeError as e:
+        raise ValueError(
+            f"{where} does not take {len(names)} layer{'s' * (len(names) != 1)}: {e}."
+        ) from e
+    except ValueError:
+        pass
+    try:
+        out = jax.eval_shape(synapse, *(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes))
+    except Exception as e:
+        raise ValueError(f"{where} fails for layers of shapes {shapes}: {e}") from e
     if not hasattr(out, "shape") or out.shape != () or not jnp.issubdtype(out.dtype, jnp.floating):
         got = f"shape {out.shape} and dtype {out.dtype}" if hasattr(out, "shape") else f"{out!r}"
         raise ValueError(f"{where} must return one real number, and returns {got}.")
@@ -83,11 +95,21 @@ def try_connection(names, s, neurons, synapse, dtype):
 def check_states(tree, neurons, what, batch=()):
     "`tree` as a dictionary in the layers' order, checked for names, shapes and dtypes."
     if not isinstance(tree, Mapping):
-        raise TypeError(f"The {what} are a dictionary from layer names to arrays, and were given as {type(tree).__name__}.")
+        raise TypeError(
+            f"The {what} are a dictionary from layer names to arrays, and were given as"
+            f" {type(tree).__name__}."
+        )
     if set(tree) != set(neurons):
-        missing, extra = [n for n in neurons if n not in tree], [n for n in tree if n not in neurons]
-        raise ValueError(f"The {what} do not have the names of the layers: missing {missing}, unknown {extra}.")
-    return {n: check_state(tree[n], batch + layer.shape, f"The {what} of the layer", n) for n, layer in neurons.items()}
+        missing, extra = [n for n in neurons if n not in tree], [
+            n for n in tree if n not in neurons
+        ]
+        raise ValueError(
+            f"The {what} do not have the names of the layers: missing {missing}, unknown {extra}."
+        )
+    return {
+        n: check_state(tree[n], batch + layer.shape, f"The {what} of the layer", n)
+        for n, layer in neurons.items()
+    }
 
 # %% ../../nbs/api/network/hypergraph.ipynb #f8d11975
 class HAM(eqx.Module):
@@ -101,51 +123,88 @@ class HAM(eqx.Module):
                  neurons, # layers: a dictionary by name, or a list
                  hypersynapses, # energies of activations: a dictionary by name, or a list
                  connections): # a list of ((layer, …), hypersynapse), by name or by position
-        neurons, hypersynapses = by_name(neurons, "neurons"), by_name(hypersynapses, "hypersynapses")
-        if not neurons: raise ValueError("A HAM needs at least one neuron layer, and was given none.")
-        for what, table, good in (("neuron layer", neurons, lambda v: isinstance(v, NeuronLayer)), ("hypersynapse", hypersynapses, callable)):
+        neurons, hypersynapses = by_name(neurons, "neurons"), by_name(
+            hypersynapses, "hypersynapses"
+        )
+        if not neurons:
+            raise ValueError("A HAM needs at least one neuron layer, and was given none.")
+        for what, table, good in (
+            ("neuron layer", neurons, lambda v: isinstance(v, NeuronLayer)),
+            ("hypersynapse", hypersynapses, callable),
+        ):
             for n, v in table.items():
                 if not good(v): raise TypeError(f"{n!r} should be a {what}, and is {v!r}.")
         self._neurons, self._hypersynapses = neurons, {s: seal(v) for s, v in hypersynapses.items()}
         self._names = tuple(neurons), tuple(hypersynapses)
         self._connections = check_connections(connections, neurons, hypersynapses)
         for name, layer in neurons.items(): try_layer(name, layer, self.dtype)
-        for names, s in self._connections: try_connection(names, s, neurons, self.hypersynapses[s], self.dtype)
+        for names, s in self._connections:
+            try_connection(names, s, neurons, self.hypersynapses[s], self.dtype)
         _warn_unused(self)
 
     @property
-    def neurons(self) -> Mapping: return MappingProxyType({n: self._neurons[n] for n in self._names[0]})
+    def neurons(self) -> Mapping:
+        return MappingProxyType({n: self._neurons[n] for n in self._names[0]})
+
     @property
-    def hypersynapses(self) -> Mapping: return MappingProxyType({s: unseal(self._hypersynapses[s]) for s in self._names[1]})
+    def hypersynapses(self) -> Mapping:
+        return MappingProxyType({s: unseal(self._hypersynapses[s]) for s in self._names[1]})
+
     @property
-    def connections(self) -> tuple: return self._connections
+    def connections(self) -> tuple:
+        return self._connections
+
     @property
-    def n_neurons(self) -> int: return len(self._neurons)
+    def n_neurons(self) -> int:
+        return len(self._neurons)
+
     @property
-    def n_hypersynapses(self) -> int: return len(self._hypersynapses)
+    def n_hypersynapses(self) -> int:
+        return len(self._hypersynapses)
+
     @property
-    def n_connections(self) -> int: return len(self._connections)
+    def n_connections(self) -> int:
+        return len(self._connections)
+
     @property
-    def dtype(self): return _dtype(self)
+    def dtype(self):
+        return _dtype(self)
 
 # %% ../../nbs/api/network/hypergraph.ipynb #94e52037
 def _dtype(ham):
     "The dtype that the parameters have together; JAX's default where there are none."
-    leaves = [v.dtype for v in jtu.tree_leaves(ham._neurons) + jtu.tree_leaves(ham._hypersynapses) if is_parameter(v)]
+    leaves = [
+        v.dtype
+        for v in jtu.tree_leaves(ham._neurons) + jtu.tree_leaves(ham._hypersynapses)
+        if is_parameter(v)
+    ]
     return jnp.result_type(*leaves) if leaves else jnp.dtype(jnp.result_type(float))
 
 
 def _warn_unused(ham):
     "Warn of hypersynapses and neuron layers that stand in no connection."
     idle = [s for s in ham._names[1] if s not in {s for _, s in ham._connections}]
-    alone = [n for n in ham._names[0] if n not in {n for names, _ in ham._connections for n in names}]
-    if idle: warnings.warn(f"These hypersynapses stand in no connection, and do nothing: {idle}.", stacklevel=4)
-    if alone: warnings.warn(f"These neuron layers stand in no connection, and are isolated: {alone}.", stacklevel=4)
+    alone = [
+        n for n in ham._names[0] if n not in {n for names, _ in ham._connections for n in names}
+    ]
+    if idle:
+        warnings.warn(
+            f"These hypersynapses stand in no connection, and do nothing: {idle}.", stacklevel=4
+        )
+    if alone:
+        warnings.warn(
+            f"These neuron layers stand in no connection, and are isolated: {alone}.", stacklevel=4
+        )
 
 # %% ../../nbs/api/network/hypergraph.ipynb #9e0089c1
 def _init_states(ham, bs, key, dtype):
-    keys = dict(zip(ham.neurons, jr.split(key, ham.n_neurons), strict=True)) if key is not None else {}
-    return {n: layer.init(bs, key=keys.get(n), dtype=dtype or ham.dtype) for n, layer in ham.neurons.items()}
+    keys = (
+        dict(zip(ham.neurons, jr.split(key, ham.n_neurons), strict=True)) if key is not None else {}
+    )
+    return {
+        n: layer.init(bs, key=keys.get(n), dtype=dtype or ham.dtype)
+        for n, layer in ham.neurons.items()
+    }
 
 # %% ../../nbs/api/network/hypergraph.ipynb #5935ee06
 @patch
@@ -155,7 +214,12 @@ def init_states(self: HAM,
                 dtype=None, # floating dtype of the states; None for that of the parameters
                 ) -> dict: # a state per layer
     "The initial states of all layers: zeros, or random with a key."
-    if bs: warnings.warn("These states have a batch axis, and this HAM takes single ones. Call ham.vectorize() for batches.", stacklevel=3)
+    if bs:
+        warnings.warn(
+            "These states have a batch axis, and this HAM takes single ones. Call ham.vectorize()"
+            " for batches.",
+            stacklevel=3,
+        )
     return _init_states(self, bs, key, dtype)
 
 
@@ -174,7 +238,9 @@ def neuron_energies(self: HAM,
                     xs: dict, # a state per layer
                     ) -> dict: # a scalar per layer
     "Each layer's own energy <x̂, x> − L(x)."
-    xhats, xs = check_states(xhats, self.neurons, "activations"), check_states(xs, self.neurons, "states")
+    xhats, xs = check_states(xhats, self.neurons, "activations"), check_states(
+        xs, self.neurons, "states"
+    )
     return {n: layer.energy(xhats[n], xs[n]) for n, layer in self.neurons.items()}
 
 
@@ -193,7 +259,10 @@ def energy_tree(self: HAM,
                 xs: dict, # a state per layer
                 ) -> dict: # {"neurons": {layer: scalar}, "connections": [scalar, …]}
     "The energy of every part."
-    return {"neurons": self.neuron_energies(xhats, xs), "connections": self.connection_energies(xhats)}
+    return {
+        "neurons": self.neuron_energies(xhats, xs),
+        "connections": self.connection_energies(xhats),
+    }
 
 
 @patch
@@ -206,11 +275,12 @@ def energy(self: HAM,
 
 
 @patch
-def dEdact(self: HAM,
-           xhats: dict, # an activation per layer
-           xs: dict, # a state per layer
-           return_energy=False, # whether the energy is wanted too
-           ): # the gradient, a dictionary like `xhats`; with `return_energy` the pair (energy, gradient)
+def dEdact(
+    self: HAM,
+    xhats: dict,  # an activation per layer
+    xs: dict,  # a state per layer
+    return_energy=False,  # whether the energy is wanted too
+):  # the gradient, a dictionary like `xhats`; with `return_energy` the pair (energy, gradient)
     "The gradient of the total energy in the activations: the state minus the input current, layer by layer."
     xhats = check_states(xhats, self.neurons, "activations")
     return (jax.value_and_grad if return_energy else jax.grad)(self.energy)(xhats, xs)
@@ -237,7 +307,10 @@ class VectorizedHAM(eqx.Module):
 
     def init_states(self, bs=None, *, key=None, dtype=None) -> dict:
         "The initial states of `bs` networks: zeros, or random with a key."
-        if not bs: warnings.warn("A vectorized HAM takes batches: give init_states a batch size.", stacklevel=3)
+        if not bs:
+            warnings.warn(
+                "A vectorized HAM takes batches: give init_states a batch size.", stacklevel=3
+            )
         return _init_states(self._ham, bs, key, dtype)
 
     def activations(self, xs) -> dict:
@@ -246,7 +319,9 @@ class VectorizedHAM(eqx.Module):
 
     def neuron_energies(self, xhats, xs) -> dict:
         "Each layer's own energy, one per row."
-        return jax.vmap(self._ham.neuron_energies)(check_batch(xhats, self, "activations"), check_batch(xs, self, "states"))
+        return jax.vmap(self._ham.neuron_energies)(
+            check_batch(xhats, self, "activations"), check_batch(xs, self, "states")
+        )
 
     def connection_energies(self, xhats) -> list:
         "The energy of each connection, one per row."
@@ -254,11 +329,15 @@ class VectorizedHAM(eqx.Module):
 
     def energy_tree(self, xhats, xs) -> dict:
         "The energy of every part, one per row."
-        return jax.vmap(self._ham.energy_tree)(check_batch(xhats, self, "activations"), check_batch(xs, self, "states"))
+        return jax.vmap(self._ham.energy_tree)(
+            check_batch(xhats, self, "activations"), check_batch(xs, self, "states")
+        )
 
     def energy(self, xhats, xs) -> Float[Array, " batch"]:
         "The total energy, one per row."
-        return jax.vmap(self._ham.energy)(check_batch(xhats, self, "activations"), check_batch(xs, self, "states"))
+        return jax.vmap(self._ham.energy)(
+            check_batch(xhats, self, "activations"), check_batch(xs, self, "states")
+        )
 
     def dEdact(self, xhats, xs, return_energy=False):
         "The gradient of each row's total energy in its activations; with `return_energy` the pair (energies, gradients)."
@@ -271,13 +350,21 @@ class VectorizedHAM(eqx.Module):
 # %% ../../nbs/api/network/hypergraph.ipynb #3b8d8ef9
 def check_batch(tree, ham, what):
     "`tree` checked to have one batch axis, the same size in all layers."
-    if not isinstance(tree, Mapping) or set(tree) != set(ham.neurons): return check_states(tree, ham.neurons, what)
-    sizes = {n: jnp.shape(tree[n])[0] for n, layer in ham.neurons.items() if jnp.ndim(tree[n]) == len(layer.shape) + 1}
+    if not isinstance(tree, Mapping) or set(tree) != set(ham.neurons):
+        return check_states(tree, ham.neurons, what)
+    sizes = {
+        n: jnp.shape(tree[n])[0]
+        for n, layer in ham.neurons.items()
+        if jnp.ndim(tree[n]) == len(layer.shape) + 1
+    }
     if len(sizes) < ham.n_neurons:
         flat = [n for n in ham.neurons if n not in sizes]
-        raise ValueError(f"A vectorized HAM takes a batch axis on every layer, and the {what} of {flat} have none (or too many). "
-                         "For single states use ham.unvectorize().")
-    if len(set(sizes.values())) > 1: raise ValueError(f"The {what} have batches of different sizes: {sizes}.")
+        raise ValueError(
+            f"A vectorized HAM takes a batch axis on every layer, and the {what} of {flat} have"
+            " none (or too many). For single states use ham.unvectorize()."
+        )
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"The {what} have batches of different sizes: {sizes}.")
     return check_states(tree, ham.neurons, what, (next(iter(sizes.values())),))
 
 

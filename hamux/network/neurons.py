@@ -33,10 +33,14 @@ def scalar_lagrangian(L, who="The Lagrangian"):
             raise TypeError(f"{who} must return one real floating number, and returned {value!r}.")
         shape, dtype = jnp.shape(value), jnp.result_type(value)
         if shape != ():
-            raise ValueError(f"{who} must return one number for a whole layer, and returned an array of shape {shape} "
-                             f"for a state of shape {jnp.shape(x)}. Sum it over the remaining axes.")
+            raise ValueError(
+                f"{who} must return one number for a whole layer, and returned an array of shape"
+                f" {shape} for a state of shape {jnp.shape(x)}. Sum it over the remaining axes."
+            )
         if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(f"{who} must return one real floating number, and returned dtype {dtype}.")
+            raise TypeError(
+                f"{who} must return one real floating number, and returned dtype {dtype}."
+            )
         return value
     return scalar
 
@@ -49,7 +53,10 @@ def legendre_transform(
     def Fhat(xhat, x):
         xhat, x = jnp.asarray(xhat), jnp.asarray(x)
         if xhat.shape != x.shape:
-            raise ValueError(f"The activation and the state must have the same shape, and are {xhat.shape} and {x.shape}.")
+            raise ValueError(
+                f"The activation and the state must have the same shape, and are {xhat.shape} and"
+                f" {x.shape}."
+            )
         wide = jnp.promote_types(x.dtype, jnp.float32)
         return ((xhat.astype(wide) * x.astype(wide)).sum() - F(x).astype(wide)).astype(x.dtype)
     return Fhat
@@ -59,28 +66,49 @@ def _as_shape(shape):
     "A tuple of positive ints, from an int or a sequence."
     sizes = tuple(shape) if isinstance(shape, Iterable) else (shape,)
     if any(not isinstance(s, numbers.Integral) or isinstance(s, bool) or s < 1 for s in sizes):
-        raise ValueError(f"The shape of a layer is a positive int or a tuple of them, and was given {shape!r}.")
+        raise ValueError(
+            f"The shape of a layer is a positive int or a tuple of them, and was given {shape!r}."
+        )
     return tuple(map(int, sizes))
 
 
 def _as_tau(tau):
-    if not isinstance(tau, (numbers.Real, np.ndarray, jax.Array)) or jnp.shape(tau) != () or isinstance(tau, bool):
-        raise ValueError(f"The time constant tau of a layer is one positive number, and was given {tau!r}.")
+    if (
+        not isinstance(tau, (numbers.Real, np.ndarray, jax.Array))
+        or jnp.shape(tau) != ()
+        or isinstance(tau, bool)
+    ):
+        raise ValueError(
+            f"The time constant tau of a layer is one positive number, and was given {tau!r}."
+        )
     if not isinstance(tau, jax.core.Tracer) and not 0 < float(tau) < math.inf:
-        raise ValueError(f"The time constant tau of a layer must be positive and finite, and was given {tau!r}.")
+        raise ValueError(
+            f"The time constant tau of a layer must be positive and finite, and was given {tau!r}."
+        )
     return tau
 
 
 def check_state(x, shape, what, owner):
     "`x` as an array, if it is a floating one of the given shape."
-    try: x = jnp.asarray(x)
-    except (TypeError, ValueError): raise TypeError(f"{what} {owner!r} should be an array of shape {shape}, and is {x!r}.") from None
+    try:
+        x = jnp.asarray(x)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{what} {owner!r} should be an array of shape {shape}, and is {x!r}."
+        ) from None
     if x.shape == shape and jnp.issubdtype(x.dtype, jnp.floating): return x
     what = f"{what} {owner!r}"
     if x.shape != shape:
-        batched = " It looks batched: use ham.vectorize(), or jax.vmap." if x.shape[x.ndim - len(shape):] == shape else ""
+        batched = (
+            " It looks batched: use ham.vectorize(), or jax.vmap."
+            if x.shape[x.ndim - len(shape) :] == shape
+            else ""
+        )
         raise ValueError(f"{what} should have shape {shape}, and has {x.shape}.{batched}")
-    raise TypeError(f"{what} should hold real floating numbers, and has dtype {x.dtype}. Convert it with .astype(jnp.float32).")
+    raise TypeError(
+        f"{what} should hold real floating numbers, and has dtype {x.dtype}. Convert it with"
+        " .astype(jnp.float32)."
+    )
 
 # %% ../../nbs/api/network/neurons.ipynb #e3958939
 class NeuronLayer(eqx.Module):
@@ -96,32 +124,46 @@ class NeuronLayer(eqx.Module):
                  tau=1.0, # time constant > 0; a number, or an array to learn it
                  leak=True): # whether the layer has its own energy <x̂, x> − L(x)
         if not callable(lagrangian):
-            raise TypeError(f"A layer needs a Lagrangian, a function of its state, and was given {lagrangian!r}.")
+            raise TypeError(
+                "A layer needs a Lagrangian, a function of its state, and was given"
+                f" {lagrangian!r}."
+            )
         self._lagrangian, self._tau = seal(lagrangian), seal(_as_tau(tau))
         self.shape, self.leak = _as_shape(shape), bool(leak)
 
     @property
-    def lagrangian(self): return unseal(self._lagrangian)
+    def lagrangian(self):
+        return unseal(self._lagrangian)
 
     @property
-    def tau(self): return unseal(self._tau)
+    def tau(self):
+        return unseal(self._tau)
 
     def __repr__(self):
-        extras = "".join([f", tau={self.tau}" if _differs(self.tau, 1.0) else "", "" if self.leak else ", leak=False"])
+        extras = "".join(
+            [
+                f", tau={self.tau}" if _differs(self.tau, 1.0) else "",
+                "" if self.leak else ", leak=False",
+            ]
+        )
         return f"NeuronLayer({readable_name(self.lagrangian)}, {self.shape}{extras})"
 
     def activations(self,
                     x: Float[Array, "..."], # state, the layer's shape
                     ) -> Float[Array, "..."]: # ∇L(x), same shape
         "The activation that belongs to a state. Raises for a wrong shape or dtype, or a Lagrangian that is not scalar."
-        return jax.grad(scalar_lagrangian(self.lagrangian))(check_state(x, self.shape, "The state of", self))
+        return jax.grad(scalar_lagrangian(self.lagrangian))(
+            check_state(x, self.shape, "The state of", self)
+        )
 
     def energy(self,
                xhat: Float[Array, "..."], # activation, the layer's shape
                x: Float[Array, "..."], # state, the layer's shape
                ) -> Float[Array, ""]: # <x̂, x> − L(x), or 0 without leak
         "The layer's own energy of a pair of activation and state."
-        xhat, x = check_state(xhat, self.shape, "The activation of", self), check_state(x, self.shape, "The state of", self)
+        xhat, x = check_state(xhat, self.shape, "The activation of", self), check_state(
+            x, self.shape, "The state of", self
+        )
         return legendre_transform(self.lagrangian)(xhat, x) if self.leak else jnp.zeros((), x.dtype)
 
     def init(self,
@@ -134,7 +176,8 @@ class NeuronLayer(eqx.Module):
             raise ValueError(f"The batch size bs is a positive int, and was given {bs!r}.")
         shape = (int(bs), *self.shape) if bs else self.shape
         dtype = jnp.dtype(dtype or jnp.result_type(float))
-        if not jnp.issubdtype(dtype, jnp.floating): raise TypeError(f"A state has a floating dtype, and was asked for {dtype}.")
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"A state has a floating dtype, and was asked for {dtype}.")
         return jnp.zeros(shape, dtype) if key is None else jr.normal(key, shape, dtype)
 
     def sigma(self, x): return self.activations(x)
@@ -192,10 +235,18 @@ def GhostmaxLayer(shape, beta=1.0, axis=-1, *, tau=1.0, leak=True) -> NeuronLaye
     "Neurons that compete along `axis` with each other and with silence."
     return _layer(lg.lagr_ghostmax, shape, tau, leak, beta=beta, axis=axis)
 
-def LayerNormLayer(shape, gamma=1.0, delta=0.0, axis=-1, eps=1e-5, *, tau=1.0, leak=True) -> NeuronLayer:
+
+def LayerNormLayer(
+    shape, gamma=1.0, delta=0.0, axis=-1, eps=1e-5, *, tau=1.0, leak=True
+) -> NeuronLayer:
     "Tokens with layer norm along `axis`: scale `gamma`, shift `delta`."
     return _layer(lg.lagr_layernorm, shape, tau, leak, gamma=gamma, delta=delta, axis=axis, eps=eps)
 
-def SphericalNormLayer(shape, gamma=1.0, delta=0.0, axis=-1, eps=1e-5, *, tau=1.0, leak=True) -> NeuronLayer:
+
+def SphericalNormLayer(
+    shape, gamma=1.0, delta=0.0, axis=-1, eps=1e-5, *, tau=1.0, leak=True
+) -> NeuronLayer:
     "States projected on a sphere of radius `gamma` along `axis`, shifted by `delta`."
-    return _layer(lg.lagr_spherical_norm, shape, tau, leak, gamma=gamma, delta=delta, axis=axis, eps=eps)
+    return _layer(
+        lg.lagr_spherical_norm, shape, tau, leak, gamma=gamma, delta=delta, axis=axis, eps=eps
+    )

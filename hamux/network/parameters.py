@@ -30,15 +30,23 @@ def is_parameter(
 def _token(leaf):
     "Something hashable that is equal for equal constants."
     if isinstance(leaf, jax.core.Tracer):
-        raise TypeError(f"A constant cannot be traced, but an array of dtype {leaf.dtype} is. Make it outside of jit, or make it floating.")
+        raise TypeError(
+            f"A constant cannot be traced, but an array of dtype {leaf.dtype} is. Make it outside"
+            " of jit, or make it floating."
+        )
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return "key", str(jr.key_impl(leaf)), leaf.shape, np.asarray(jr.key_data(leaf)).tobytes()
     if isinstance(leaf, (jax.Array, np.ndarray)):
         if not (jnp.issubdtype(leaf.dtype, jnp.integer) or leaf.dtype == bool):
-            raise TypeError(f"Parameters are arrays of real floating numbers, and was given an array of dtype {leaf.dtype}.")
+            raise TypeError(
+                "Parameters are arrays of real floating numbers, and was given an array of dtype"
+                f" {leaf.dtype}."
+            )
         return "array", str(leaf.dtype), leaf.shape, np.asarray(leaf).tobytes()
-    try: hash(leaf)
-    except TypeError: return "object", id(leaf)
+    try:
+        hash(leaf)
+    except TypeError:
+        return "object", id(leaf)
     return type(leaf), leaf
 
 
@@ -49,7 +57,11 @@ class Frozen:
         self.tree, self.tokens = tree, (treedef, *map(_token, leaves))
         self._hash = hash(self.tokens)
 
-    def __eq__(self, other): return isinstance(other, Frozen) and self._hash == other._hash and self.tokens == other.tokens
+    def __eq__(self, other):
+        return (
+            isinstance(other, Frozen) and self._hash == other._hash and self.tokens == other.tokens
+        )
+
     def __hash__(self): return self._hash
     def __repr__(self): return f"Frozen({self.tree})"
 
@@ -104,8 +116,10 @@ def as_weights(
 ) -> Float[Array, "..."]:
     "Weights as an array of real floating numbers. Raises TypeError or ValueError for anything else."
     refuse_masked(W, who, name)
-    try: W = jnp.asarray(W)
-    except (TypeError, ValueError): raise TypeError(f"{who}: {name} must be an array, got {W!r}.") from None
+    try:
+        W = jnp.asarray(W)
+    except (TypeError, ValueError):
+        raise TypeError(f"{who}: {name} must be an array, got {W!r}.") from None
     if jnp.issubdtype(W.dtype, jnp.complexfloating):
         raise TypeError(f"{who}: {name} must be real, got dtype {W.dtype}.")
     if ndim is not None and W.ndim != ndim:
@@ -129,16 +143,15 @@ def as_mask(
 ) -> Bool[Array, "..."]: # a NumPy array, or a traced one
     "A boolean mask. Raises TypeError or ValueError for another dtype or shape."
     refuse_masked(mask, who, name)
-    try: dtype, shape = jnp.result_type(mask), jnp.shape(mask)
-    except (TypeError, ValueError): dtype = shape = None
-    if dtype != bool:
-        got = f"dtype {dtype}" if dtype else repr(mask)
+    mask = mask if isinstance(mask, jax.Array) else np.asarray(mask)
+    if mask.dtype != bool:
+        got = repr(mask.tolist()) if mask.dtype == object else f"dtype {mask.dtype}"
         raise TypeError(
             f"{who}: {name} must be booleans, got {got}. "
             "For indices write jnp.zeros(shape, bool).at[indices].set(True).")
-    if shapes and shape not in shapes:
+    if shapes and mask.shape not in shapes:
         wanted = " or ".join(map(str, dict.fromkeys(shapes)))
-        raise ValueError(f"{who}: {name} must have shape {wanted}, got {shape}.")
+        raise ValueError(f"{who}: {name} must have shape {wanted}, got {mask.shape}.")
     return mask if isinstance(mask, jax.core.Tracer) else np.array(mask)
 
 

@@ -30,7 +30,8 @@ class Site(NamedTuple):
     others: tuple = () # the sites of the further connections that it serves
 
     def scale(self,
-              terms=None, # how many products the energy sums, a function of the shapes; None for all to all
+              # how many products the energy sums, a function of the shapes; None for all to all
+              terms=None,
               ) -> Float[Array, ""]: # standard deviation of the weights
         "The scale at which the input currents are of order one. Raises ValueError where activations vanish or overflow."
         sizes = math.prod(map(math.prod, self.shapes))
@@ -39,7 +40,10 @@ class Site(NamedTuple):
         into = [n * share * math.prod(q[:l] + q[l + 1:]) for l, n in enumerate(self.ends)]
         scale = jnp.sqrt(k / jnp.asarray(sum(into), jnp.float32))
         if not isinstance(scale, jax.core.Tracer) and not 0 < scale < math.inf:
-            raise ValueError(f"No scale gives currents of order one: at random states the layers have squared activations {[float(v) for v in q]}. Give scale=…")
+            raise ValueError(
+                "No scale gives currents of order one: at random states the layers have squared"
+                f" activations {[float(v) for v in q]}. Give scale=…"
+            )
         return ft.reduce(jnp.minimum, [site.scale(terms) for site in self.others], scale)
 
     def normal(self, key, shape, scale) -> Float[Array, "..."]:
@@ -58,9 +62,11 @@ def _normal(key, shape, scale, dtype):
 @dataclass(frozen=True)
 class Lazy:
     "A hypersynapse that does not know its sizes yet: a recipe for `build`."
-    make: Callable # make(key, *shapes) -> hypersynapse; with a parameter `site` it is given the Site, too
+    # make(key, *shapes) -> hypersynapse; with a parameter `site` it is given the Site, too
+    make: Callable
     name: str = "Lazy(…)" # what it is called in messages
-    sizes: tuple | None = None # the shapes of its layers, if they are known; None to take what it joins
+    # the shapes of its layers, if they are known; None to take what it joins
+    sizes: tuple | None = None
     dtype: object = None # floating dtype of the weights; None for that of `build`
     counts: bool = True # whether it takes a share of the current into its layers (a bias does not)
 
@@ -73,8 +79,13 @@ class Lazy:
         "The hypersynapse for a site. Raises ValueError for a wrong number of layers."
         asks, told = inspect.signature(self.make), {}
         if "site" in asks.parameters: told["site"] = site._replace(dtype=self.dtype or site.dtype)
-        try: asks.bind(key, *site.shapes, **told)
-        except TypeError as e: raise ValueError(f"{self.name} does not join {len(site.shapes)} layer{'s' * (len(site.shapes) != 1)}: {e}.") from e
+        try:
+            asks.bind(key, *site.shapes, **told)
+        except TypeError as e:
+            raise ValueError(
+                f"{self.name} does not join {len(site.shapes)}"
+                f" layer{'s' * (len(site.shapes) != 1)}: {e}."
+            ) from e
         return self.make(key, *site.shapes, **told)
 
 # %% ../../nbs/api/network/recipe.ipynb #9f099bd0
@@ -85,7 +96,9 @@ def vector_sizes(
     "The sizes of layers that are vectors. Raises ValueError where one is not."
     if any(len(s) != 1 for s in shapes):
         raise ValueError(
-            f"{who} joins layers of vectors, got layers of shapes {list(shapes)}. Use DenseSynapse.lazy().")
+            f"{who} joins layers of vectors, got layers of shapes {list(shapes)}. Use"
+            " DenseSynapse.lazy()."
+        )
     return tuple(n for n, in shapes)
 
 

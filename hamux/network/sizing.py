@@ -27,32 +27,50 @@ def square_norm(
 ) -> Float[Array, ""]: # mean of ‖σ(x)‖² over standard normal states x
     "The squared length of a typical activation: the fan-in that the layer is to others."
     draws = math.ceil(4096 / math.prod(layer.shape))
-    xs = np.random.default_rng(0).standard_normal((draws, *layer.shape), np.float32) # drawn without compiling anything
+    # drawn without compiling anything
+    xs = np.random.default_rng(0).standard_normal((draws, *layer.shape), np.float32)
     return _mean_square_norm(layer, xs)
 
 
 @jax.jit
-def _mean_square_norm(layer, xs): return (jax.vmap(layer.activations)(xs).astype(jnp.float32)**2).sum() / len(xs)
+def _mean_square_norm(layer, xs):
+    return (jax.vmap(layer.activations)(xs).astype(jnp.float32) ** 2).sum() / len(xs)
 
 # %% ../../nbs/api/network/sizing.ipynb #de424aaa
 def _sites(s, connections, neurons, squares, dtype):
     "The sites of hypersynapse `s`, one for each connection that it serves, with the names of their layers."
     def site(names):
-        return Site(tuple(neurons[n].shape for n in names), tuple(squares(n)[0] for n in names), tuple(squares(n)[1] for n in names), dtype)
+        return Site(
+            tuple(neurons[n].shape for n in names),
+            tuple(squares(n)[0] for n in names),
+            tuple(squares(n)[1] for n in names),
+            dtype,
+        )
     return [(names, site(names)) for names, t in connections if t == s]
 
 
 def _make(s, lazy, places, key, neurons, dtype):
     "The hypersynapse that the recipe makes for all of its places."
-    if not places: raise ValueError(f"The lazy hypersynapse {s!r} stands in no connection, so nothing gives its sizes.")
+    if not places:
+        raise ValueError(
+            f"The lazy hypersynapse {s!r} stands in no connection, so nothing gives its sizes."
+        )
     (names, site), *others = places
     where = f"The hypersynapse {s!r}, which joins {names} of shapes {list(site.shapes)}"
-    if lazy.sizes not in (None, site.shapes): raise ValueError(f"{where}, is said to have sizes {list(lazy.sizes)}.")
-    try: synapse = lazy.at(key, site._replace(others=tuple(other for _, other in others)))
-    except ValueError as e: raise ValueError(f"{where}, cannot be made: {e}") from e
+    if lazy.sizes not in (None, site.shapes):
+        raise ValueError(f"{where}, is said to have sizes {list(lazy.sizes)}.")
+    try:
+        synapse = lazy.at(key, site._replace(others=tuple(other for _, other in others)))
+    except ValueError as e:
+        raise ValueError(f"{where}, cannot be made: {e}") from e
     for more, _ in others:
-        try: try_connection(more, s, neurons, synapse, dtype)
-        except ValueError as e: raise ValueError(f"{e} It was sized for {names} of shapes {list(site.shapes)}, and has to fit all of its connections.") from e
+        try:
+            try_connection(more, s, neurons, synapse, dtype)
+        except ValueError as e:
+            raise ValueError(
+                f"{e} It was sized for {names} of shapes {list(site.shapes)}, and has to fit all of"
+                " its connections."
+            ) from e
     return synapse
 
 # %% ../../nbs/api/network/sizing.ipynb #da5d15bb
@@ -66,20 +84,41 @@ def build(
 ) -> HAM: # every hypersynapse sized and drawn
     "A network from layers and hypersynapses, of which some may not know their sizes. Raises ValueError where sizes do not fit."
     neurons, hypersynapses = by_name(neurons, "neurons"), by_name(hypersynapses, "hypersynapses")
-    connections, dtype = check_connections(connections, neurons, hypersynapses), jnp.dtype(dtype or jnp.result_type(float))
+    connections, dtype = check_connections(connections, neurons, hypersynapses), jnp.dtype(
+        dtype or jnp.result_type(float)
+    )
     lazy = [s for s, v in hypersynapses.items() if isinstance(v, Lazy)]
-    if lazy and key is None: raise ValueError(f"The hypersynapses {lazy} are lazy: build needs a key to draw them, for instance key=jax.random.key(0).")
-    if not jnp.issubdtype(dtype, jnp.floating): raise TypeError(f"Weights have a floating dtype, and were asked for as {dtype}.")
+    if lazy and key is None:
+        raise ValueError(
+            f"The hypersynapses {lazy} are lazy: build needs a key to draw them, for instance"
+            " key=jax.random.key(0)."
+        )
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"Weights have a floating dtype, and were asked for as {dtype}.")
     for n, v in neurons.items():
-        if not isinstance(v, NeuronLayer): raise TypeError(f"{n!r} should be a neuron layer, and is {v!r}.")
+        if not isinstance(v, NeuronLayer):
+            raise TypeError(f"{n!r} should be a neuron layer, and is {v!r}.")
     pulls = [n for names, s in connections if _counts(hypersynapses[s]) for n in names]
 
     @ft.cache
     def squares(n):
         try_layer(n, neurons[n], jnp.float32)
         return square_norm(neurons[n]), max(1, pulls.count(n))
-    made = {s: _make(s, v, _sites(s, connections, neurons, squares, dtype), jr.fold_in(key, i), neurons, dtype) if s in lazy else v
-            for i, (s, v) in enumerate(hypersynapses.items())}
+    made = {
+        s: (
+            _make(
+                s,
+                v,
+                _sites(s, connections, neurons, squares, dtype),
+                jr.fold_in(key, i),
+                neurons,
+                dtype,
+            )
+            if s in lazy
+            else v
+        )
+        for i, (s, v) in enumerate(hypersynapses.items())
+    }
     return HAM(neurons, made, connections)
 
 

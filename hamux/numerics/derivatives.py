@@ -56,7 +56,9 @@ def repu(x, n):
     "max(x, 0)**n / n for a constant `n`, without the overflow of x**n."
     return x / n * rpow(x, n - 1)
 
-repu.defjvp(lambda n, primals, tangents: (repu(primals[0], n), rpow(primals[0], n - 1) * tangents[0]))
+repu.defjvp(
+    lambda n, primals, tangents: (repu(primals[0], n), rpow(primals[0], n - 1) * tangents[0])
+)
 
 # %% ../../nbs/api/numerics/derivatives.ipynb #0653b965
 @jax.custom_jvp
@@ -68,7 +70,9 @@ def rpow_learned(x, p):
 def _rpow_learned_jvp(primals, tangents):
     (x, p), (dx, dp) = primals, tangents
     y = rpow_learned(x, p)
-    return y, along((lambda: p * rpow_learned(x, p - 1), dx), (lambda: y * jnp.log(jnp.where(x > 0, x, 1)), dp))
+    return y, along(
+        (lambda: p * rpow_learned(x, p - 1), dx), (lambda: y * jnp.log(jnp.where(x > 0, x, 1)), dp)
+    )
 
 
 @jax.custom_jvp
@@ -80,32 +84,48 @@ def repu_learned(x, n):
 def _repu_learned_jvp(primals, tangents):
     (x, n), (dx, dn) = primals, tangents
     y = repu_learned(x, n)
-    return y, along((lambda: rpow_learned(x, n - 1), dx), (lambda: y * (jnp.log(jnp.where(x > 0, x, 1)) - 1 / n), dn))
+    return y, along(
+        (lambda: rpow_learned(x, n - 1), dx),
+        (lambda: y * (jnp.log(jnp.where(x > 0, x, 1)) - 1 / n), dn),
+    )
 
 # %% ../../nbs/api/numerics/derivatives.ipynb #45720aa3
 def tempered(value, slope, curve, dual):
     "The elementwise f(βx)/β, from f(βx)/β, f'(z), w f''(z) and w (z f'(z) - f(z)), with all derivatives in x and β."
-    @jax.custom_jvp
-    def L(x, beta): return value(x, beta)
 
     @jax.custom_jvp
-    def act(x, beta): return slope(beta * x)
+    def L(x, beta):
+        return value(x, beta)
 
     @jax.custom_jvp
-    def warm(x, beta): return dual(beta * x, 1 / beta**2)
+    def act(x, beta):
+        return slope(beta * x)
+
+    @jax.custom_jvp
+    def warm(x, beta):
+        return dual(beta * x, 1 / beta**2)
 
     @ft.partial(L.defjvp, symbolic_zeros=True)
     def L_jvp(primals, tangents):
-        return L(*primals), along((lambda: act(*primals), tangents[0]), (lambda: warm(*primals), tangents[1]))
+        return L(*primals), along(
+            (lambda: act(*primals), tangents[0]), (lambda: warm(*primals), tangents[1])
+        )
 
     def moved(primals, tangents): # w f''(z) for w = dz
         (x, beta), (dx, dbeta) = primals, tangents
         z = beta * x
-        z = jnp.where((z == 0) & (x > 0), jnp.finfo(z.dtype).tiny, z) # a small state is still on the right of a kink at 0
+        # a small state is still on the right of a kink at 0
+        z = jnp.where((z == 0) & (x > 0), jnp.finfo(z.dtype).tiny, z)
         return curve(z, along((lambda: beta, dx), (lambda: x, dbeta)))
 
     act.defjvp(lambda p, t: (act(*p), moved(p, t)), symbolic_zeros=True)
-    warm.defjvp(lambda p, t: (warm(*p), p[0] * moved(p, t) / p[1] - along((lambda: 2 * warm(*p) / p[1], t[1]))), symbolic_zeros=True)
+    warm.defjvp(
+        lambda p, t: (
+            warm(*p),
+            p[0] * moved(p, t) / p[1] - along((lambda: 2 * warm(*p) / p[1], t[1])),
+        ),
+        symbolic_zeros=True,
+    )
     return L
 
 # %% ../../nbs/api/numerics/derivatives.ipynb #862a6708
@@ -127,7 +147,9 @@ def rexp_value(x, beta):
 def logcosh_value(x, beta):
     z = beta * x
     near = jnp.log1p(2 * jnp.sinh(jnp.clip(z, -1, 1) / 2)**2) / beta
-    return jnp.where(abs(z) < 1, near, abs(x) + (jnp.log1p(jnp.exp(-2 * abs(z))) - math.log(2)) / beta)
+    return jnp.where(
+        abs(z) < 1, near, abs(x) + (jnp.log1p(jnp.exp(-2 * abs(z))) - math.log(2)) / beta
+    )
 
 def sech2(z, w):
     tail = jnp.exp(-2 * abs(z))
@@ -137,7 +159,9 @@ def logcosh_dual(z, w):
     small, big = jnp.clip(z, -1, 1), jnp.minimum(abs(z), 1e3)
     tail = jnp.exp(-2 * big)
     near = small * jnp.tanh(small) - jnp.log1p(2 * jnp.sinh(small / 2)**2)
-    return jnp.where(abs(z) < 1, near, math.log(2) - jnp.log1p(tail) - 2 * big * tail / (1 + tail)) * w
+    return (
+        jnp.where(abs(z) < 1, near, math.log(2) - jnp.log1p(tail) - 2 * big * tail / (1 + tail)) * w
+    )
 
 # %% ../../nbs/api/numerics/derivatives.ipynb #c95ff711
 def softplus_dual(z, w):
@@ -153,7 +177,8 @@ def compete(x, beta, axes, ghost):
     ties = at_top.sum(axes, keepdims=True, dtype=x.dtype) + (top == 0 if ghost else 0)
     silent = jnp.exp(-beta * top) if ghost else 0
     total = weights.sum(axes, keepdims=True) + silent
-    small = jnp.where(at_top, 0, weights).sum(axes, keepdims=True) + jnp.where(top > 0, silent, 0) # one at the top, and 1 + it would drown it
+    # one at the top, and 1 + it would drown it
+    small = jnp.where(at_top, 0, weights).sum(axes, keepdims=True) + jnp.where(top > 0, silent, 0)
     return top, at_top, weights, ties, jnp.where(total < 1.5, small, total - 1)
 
 
@@ -175,7 +200,9 @@ def _winners_jvp(axes, ghost, primals, tangents):
     mean = (p * dz).sum(axes, keepdims=True)
     if ghost:
         silent = jnp.exp(-beta * top) / (1 + rest)
-        mean = mean + silent * along((lambda: beta, -dx_top), (lambda: -jnp.where(silent > 0, top, 0), dbeta))
+        mean = mean + silent * along(
+            (lambda: beta, -dx_top), (lambda: -jnp.where(silent > 0, top, 0), dbeta)
+        )
     return p, p * (dz - mean)
 
 # %% ../../nbs/api/numerics/derivatives.ipynb #6e1a61d2
@@ -208,7 +235,8 @@ def _logsumexp_jvp(axes, ghost, primals, tangents):
     (x, beta), (dx, dbeta) = primals, tangents
     y = logsumexp(x, beta, axes, ghost)
     dy = jnp.zeros_like(y)
-    if not isinstance(dx, SymbolicZero): dy = dy + (winners(x, beta, axes, ghost) * dx).sum(axes, keepdims=True)
+    if not isinstance(dx, SymbolicZero):
+        dy = dy + (winners(x, beta, axes, ghost) * dx).sum(axes, keepdims=True)
     return y, dy - along((lambda: entropy(x, beta, axes, ghost) / beta**2, dbeta))
 
 # %% ../../nbs/api/numerics/derivatives.ipynb #12f3e419
@@ -222,10 +250,12 @@ def scaled(x, eps, axes, centre):
     root = jnp.sqrt(eps)
     size = jnp.maximum(abs(x).max(axes, keepdims=True), root)
     power = jnp.frexp(jnp.where(size > 0, size, 1))[1] - 1
-    A = jnp.ldexp(jnp.ones_like(size), jnp.minimum(power, jnp.finfo(x.dtype).maxexp - 2)) # so that 1/A is a normal number too
+    # so that 1/A is a normal number too
+    A = jnp.ldexp(jnp.ones_like(size), jnp.minimum(power, jnp.finfo(x.dtype).maxexp - 2))
     c = x / A
     if centre:
-        c = c - c.max(axes, keepdims=True) # exact for near entries, so that equal ones give exactly zero
+        # exact for near entries, so that equal ones give exactly zero
+        c = c - c.max(axes, keepdims=True)
         c = c - c.mean(axes, keepdims=True)
     return A, c, jnp.sqrt(pool(c * c, axes, centre) + (root / A)**2)
 
@@ -254,7 +284,11 @@ def _direction_jvp(axes, centre, primals, tangents):
     y, n = radius(*primals, axes, centre), direction(*primals, axes, centre)
     dx, deps = dense(tangents[0]), tangents[1]
     dc = dx - dx.mean(axes, keepdims=True) if centre else dx
-    dn = dc - n * pool(n * dx, axes, centre) - along((lambda: n * jnp.where(y > 0, 0.5 / y, 0), deps))
+    dn = (
+        dc
+        - n * pool(n * dx, axes, centre)
+        - along((lambda: n * jnp.where(y > 0, 0.5 / y, 0), deps))
+    )
     return n, jnp.where(y > 0, dn / jnp.where(y > 0, y, 1), 0)
 
 
@@ -270,7 +304,16 @@ def _normed_jvp(axes, centre, primals, tangents):
     x, gamma, delta, eps = primals
     count = math.prod(x.shape[a] for a in axes) if centre else 1
     y, n = radius(x, eps, axes, centre), direction(x, eps, axes, centre)
-    dot = lambda tangent, rate: 0 if isinstance(tangent, SymbolicZero) else (rate() * tangent).sum(axes, keepdims=True)
+    dot = lambda tangent, rate: (
+        0 if isinstance(tangent, SymbolicZero) else (rate() * tangent).sum(axes, keepdims=True)
+    )
     out = normed(x, gamma, delta, eps, axes, centre)
-    return out, (jnp.zeros_like(out) + dot(tangents[0], lambda: gamma * n + delta) + dot(tangents[2], lambda: x)
-                 + along((lambda: count * y, tangents[1]), (lambda: count * gamma * jnp.where(y > 0, 0.5 / y, 0), tangents[3])))
+    return out, (
+        jnp.zeros_like(out)
+        + dot(tangents[0], lambda: gamma * n + delta)
+        + dot(tangents[2], lambda: x)
+        + along(
+            (lambda: count * y, tangents[1]),
+            (lambda: count * gamma * jnp.where(y > 0, 0.5 / y, 0), tangents[3]),
+        )
+    )

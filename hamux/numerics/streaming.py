@@ -26,7 +26,9 @@ def _merge(where, chosen, others):
 
 def _split(where, values):
     "Two tuples from one: those where it is true, and the others."
-    return tuple(v for w, v in zip(where, values, strict=True) if w), tuple(v for w, v in zip(where, values, strict=True) if not w)
+    return tuple(v for w, v in zip(where, values, strict=True) if w), tuple(
+        v for w, v in zip(where, values, strict=True) if not w
+    )
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,18 @@ class _Tangent:
     blocks: tuple # whether each array of rows has one
 
     def __call__(self, size, args, blocks):
-        (args, dargs), (blocks, dblocks) = [(v[:len(w)], v[len(w):]) for v, w in ((args, self.args), (blocks, self.blocks))]
+        (args, dargs), (blocks, dblocks) = [
+            (v[: len(w)], v[len(w) :]) for v, w in ((args, self.args), (blocks, self.blocks))
+        ]
         def f(some_args, some_blocks):
-            return self.body(size, _merge(self.args, some_args, _split(self.args, args)[1]), _merge(self.blocks, some_blocks, _split(self.blocks, blocks)[1]))
-        return jax.jvp(f, (_split(self.args, args)[0], _split(self.blocks, blocks)[0]), (dargs, dblocks))[1]
+            return self.body(
+                size,
+                _merge(self.args, some_args, _split(self.args, args)[1]),
+                _merge(self.blocks, some_blocks, _split(self.blocks, blocks)[1]),
+            )
+        return jax.jvp(
+            f, (_split(self.args, args)[0], _split(self.blocks, blocks)[0]), (dargs, dblocks)
+        )[1]
 
 # %% ../../nbs/api/numerics/streaming.ipynb #fb69dfee
 @dataclass(frozen=True)
@@ -56,9 +66,16 @@ class _Transposed:
         in_args, in_blocks = [[v is not None for v in which] for which in (self.args, self.blocks)]
         n, m = in_args.count(False), in_blocks.count(False)
         def f(some_args, some_blocks):
-            sums, rows = self.body(size, _merge(in_args, some_args, args[:n]), _merge(in_blocks, some_blocks, blocks[:m]))
+            sums, rows = self.body(
+                size,
+                _merge(in_args, some_args, args[:n]),
+                _merge(in_blocks, some_blocks, blocks[:m]),
+            )
             return _split(self.sums, sums)[0], _split(self.rows, rows)[0]
-        like = (tuple(jax.ShapeDtypeStruct(*v) for v in self.args if v), tuple(jax.ShapeDtypeStruct((size, *v[0]), v[1]) for v in self.blocks if v))
+        like = (
+            tuple(jax.ShapeDtypeStruct(*v) for v in self.args if v),
+            tuple(jax.ShapeDtypeStruct((size, *v[0]), v[1]) for v in self.blocks if v),
+        )
         return jax.linear_transpose(f, *like)((args[n:], blocks[m:]))
 
 # %% ../../nbs/api/numerics/streaming.ipynb #f584b644
@@ -70,7 +87,9 @@ class _Mapped:
     blocks: tuple # 1 for each array of rows with a batch axis, None for the others
 
     def __call__(self, size, args, blocks):
-        return jax.vmap(lambda a, b: self.body(size, a, b), (self.args, self.blocks), (0, 1))(tuple(args), tuple(blocks))
+        return jax.vmap(lambda a, b: self.body(size, a, b), (self.args, self.blocks), (0, 1))(
+            tuple(args), tuple(blocks)
+        )
 
 
 @dataclass(frozen=True)
@@ -85,7 +104,8 @@ class _MappedFold:
 # %% ../../nbs/api/numerics/streaming.ipynb #ef8c51e3
 def block_size(
     length, # number of rows
-    width, # numbers that one row takes in the loop: the size of the batch, or of the row if that is more
+    # numbers that one row takes in the loop: the size of the batch, or of the row if that is more
+    width,
 ) -> int: # rows in a block
     "How many rows to take at a time: a power of two between 64 and 16,384."
     return min(length, max(64, min(2**14, 2 ** ((2**19 // max(width, 1)).bit_length() - 1))))
@@ -96,12 +116,23 @@ def _run(*values, body, n_args, n_sums, length, fold, start, block, lanes):
     width = max([lanes, *(b.size // length for b in blocks)])
     size = min(block or block_size(length, width), length)
     def step(at, size, carry):
-        sums, rows = body(size, args, tuple(jax.lax.dynamic_slice_in_dim(b, at, size) for b in blocks))
-        sums = tuple(a + b for a, b in zip(carry[0], sums, strict=True)) if fold is None else fold(args, carry[0], sums)
-        return sums, tuple(jax.lax.dynamic_update_slice_in_dim(all_, new, at, 0) for all_, new in zip(carry[1], rows, strict=True))
+        sums, rows = body(
+            size, args, tuple(jax.lax.dynamic_slice_in_dim(b, at, size) for b in blocks)
+        )
+        sums = (
+            tuple(a + b for a, b in zip(carry[0], sums, strict=True))
+            if fold is None
+            else fold(args, carry[0], sums)
+        )
+        return sums, tuple(
+            jax.lax.dynamic_update_slice_in_dim(all_, new, at, 0)
+            for all_, new in zip(carry[1], rows, strict=True)
+        )
     sums, rows = _shapes(values, body, n_args, length)
     first = (0.0,) * n_sums if start is None else start
-    carry = tuple(jnp.full(s.shape, v, s.dtype) for s, v in zip(sums, first, strict=True)), tuple(jnp.zeros(r.shape, r.dtype) for r in rows)
+    carry = tuple(jnp.full(s.shape, v, s.dtype) for s, v in zip(sums, first, strict=True)), tuple(
+        jnp.zeros(r.shape, r.dtype) for r in rows
+    )
     carry = jax.lax.fori_loop(0, length // size, lambda i, c: step(i * size, size, c), carry)
     if length % size: carry = step(length - length % size, length % size, carry)
     return [*carry[0], *carry[1]]
@@ -110,12 +141,19 @@ def _run(*values, body, n_args, n_sums, length, fold, start, block, lanes):
 def _shapes(values, body, n_args, length):
     "Shapes and dtypes of the sums and rows."
     like = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in values]
-    return jax.eval_shape(lambda a, b: body(length, a, b), tuple(like[:n_args]), tuple(like[n_args:]))
+    return jax.eval_shape(
+        lambda a, b: body(length, a, b), tuple(like[:n_args]), tuple(like[n_args:])
+    )
 
 # %% ../../nbs/api/numerics/streaming.ipynb #59e40513
 stream_p = Primitive("hamux_stream")
 stream_p.multiple_results = True
-stream_p.def_impl(jax.jit(_run, static_argnames=("body", "n_args", "n_sums", "length", "fold", "start", "block", "lanes")))
+stream_p.def_impl(
+    jax.jit(
+        _run,
+        static_argnames=("body", "n_args", "n_sums", "length", "fold", "start", "block", "lanes"),
+    )
+)
 mlir.register_lowering(stream_p, mlir.lower_fun(_run, multiple_results=True))
 
 
@@ -127,11 +165,25 @@ def _abstract(*values, body, n_args, length, **_):
 
 def _push(values, tangents, *, body, n_args, fold, **rest):
     "The directional derivative alone: None where an input has no tangent."
-    if fold is not None: raise NotImplementedError("A streaming sum with a fold has no derivative: write a rule with jax.custom_jvp.")
+    if fold is not None:
+        raise NotImplementedError(
+            "A streaming sum with a fold has no derivative: write a rule with jax.custom_jvp."
+        )
     live = tuple(t is not None for t in tangents)
     body = _Tangent(body, live[:n_args], live[n_args:])
-    dargs, dblocks = [t for t in tangents[:n_args] if t is not None], [t for t in tangents[n_args:] if t is not None]
-    return stream_p.bind(*values[:n_args], *dargs, *values[n_args:], *dblocks, body=body, n_args=n_args + len(dargs), fold=None, **rest)
+    dargs, dblocks = [t for t in tangents[:n_args] if t is not None], [
+        t for t in tangents[n_args:] if t is not None
+    ]
+    return stream_p.bind(
+        *values[:n_args],
+        *dargs,
+        *values[n_args:],
+        *dblocks,
+        body=body,
+        n_args=n_args + len(dargs),
+        fold=None,
+        **rest,
+    )
 
 # %% ../../nbs/api/numerics/streaming.ipynb #65e75817
 def _jvp(primals, tangents, **params):
@@ -142,32 +194,72 @@ def _jvp(primals, tangents, **params):
 def _transpose(cts, *values, body, n_args, n_sums, **rest):
     linear = [ad.is_undefined_primal(v) for v in values]
     live = tuple(type(c) is not ad.Zero for c in cts)
-    avals = [(v.aval.shape, v.aval.dtype) if lin else None for v, lin in zip(values, linear, strict=True)]
+    avals = [
+        (v.aval.shape, v.aval.dtype) if lin else None for v, lin in zip(values, linear, strict=True)
+    ]
     rows = tuple(a and (a[0][1:], a[1]) for a in avals[n_args:])
     body = _Transposed(body, tuple(avals[:n_args]), rows, live[:n_sums], live[n_sums:])
-    args, blocks = ([v for v, lin in zip(vs, ls, strict=True) if not lin] for vs, ls in ((values[:n_args], linear[:n_args]), (values[n_args:], linear[n_args:])))
+    args, blocks = (
+        [v for v, lin in zip(vs, ls, strict=True) if not lin]
+        for vs, ls in ((values[:n_args], linear[:n_args]), (values[n_args:], linear[n_args:]))
+    )
     args += [c for c, on in zip(cts[:n_sums], live, strict=False) if on]
     blocks += [c for c, on in zip(cts[n_sums:], live[n_sums:], strict=True) if on]
-    out = iter(stream_p.bind(*args, *blocks, body=body, n_args=len(args), n_sums=sum(linear[:n_args]), **rest))
+    out = iter(
+        stream_p.bind(
+            *args, *blocks, body=body, n_args=len(args), n_sums=sum(linear[:n_args]), **rest
+        )
+    )
     return [next(out) if lin else None for lin in linear]
 
 
 def _batch(values, dims, *, body, n_args, n_sums, fold, lanes, **rest):
     size = next(v.shape[d] for v, d in zip(values, dims, strict=True) if d is not None)
-    args = [v if d is None else jnp.moveaxis(v, d, 0) for v, d in zip(values[:n_args], dims, strict=False)]
-    blocks = [v if d is None else jnp.moveaxis(v, d, 1) for v, d in zip(values[n_args:], dims[n_args:], strict=True)]
-    arg_axes, block_axes = tuple(None if d is None else 0 for d in dims[:n_args]), tuple(None if d is None else 1 for d in dims[n_args:])
-    out = stream_p.bind(*args, *blocks, body=_Mapped(body, arg_axes, block_axes), n_args=n_args, n_sums=n_sums,
-                        fold=fold and _MappedFold(fold, arg_axes), lanes=lanes * size, **rest)
+    args = [
+        v if d is None else jnp.moveaxis(v, d, 0)
+        for v, d in zip(values[:n_args], dims, strict=False)
+    ]
+    blocks = [
+        v if d is None else jnp.moveaxis(v, d, 1)
+        for v, d in zip(values[n_args:], dims[n_args:], strict=True)
+    ]
+    arg_axes, block_axes = tuple(None if d is None else 0 for d in dims[:n_args]), tuple(
+        None if d is None else 1 for d in dims[n_args:]
+    )
+    out = stream_p.bind(
+        *args,
+        *blocks,
+        body=_Mapped(body, arg_axes, block_axes),
+        n_args=n_args,
+        n_sums=n_sums,
+        fold=fold and _MappedFold(fold, arg_axes),
+        lanes=lanes * size,
+        **rest,
+    )
     return out, [0] * n_sums + [1] * (len(out) - n_sums)
 
 
-ad.primitive_jvps[stream_p], ad.primitive_transposes[stream_p], batching.primitive_batchers[stream_p] = _jvp, _transpose, _batch
+(
+    ad.primitive_jvps[stream_p],
+    ad.primitive_transposes[stream_p],
+    batching.primitive_batchers[stream_p],
+) = (_jvp, _transpose, _batch)
 
 # %% ../../nbs/api/numerics/streaming.ipynb #47f7ff52
 def _params(body, args, blocks, fold, start, block):
-    n_sums = len(jax.eval_shape(lambda a, b: body(blocks[0].shape[0], a, b), tuple(args), tuple(blocks))[0])
-    return dict(body=body, n_args=len(args), n_sums=n_sums, length=blocks[0].shape[0], fold=fold, start=start, block=block, lanes=1)
+    n_sums = len(
+        jax.eval_shape(lambda a, b: body(blocks[0].shape[0], a, b), tuple(args), tuple(blocks))[0]
+    )
+    return dict(
+        body=body,
+        n_args=len(args),
+        n_sums=n_sums,
+        length=blocks[0].shape[0],
+        fold=fold,
+        start=start,
+        block=block,
+        lanes=1,
+    )
 
 
 def stream(
@@ -184,4 +276,8 @@ def stream(
 
 def stream_tangent(body, args, blocks, dargs, dblocks, *, block=None) -> tuple:
     "The directional derivative of `stream` alone; None where an input has no tangent."
-    return tuple(_push((*args, *blocks), (*dargs, *dblocks), **_params(body, args, blocks, None, None, block)))
+    return tuple(
+        _push(
+            (*args, *blocks), (*dargs, *dblocks), **_params(body, args, blocks, None, None, block)
+        )
+    )

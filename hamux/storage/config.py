@@ -37,8 +37,18 @@ def _named_by(face, name_of):
 
 LAGRANGIANS = _named_by(lagrangians, lambda f: facts_of(f).name if callable(f) else None)
 SYNAPSES = _named_by(synapses, lambda c: getattr(c, "config_name", None))
-ALIASES = {"quadratic": ("identity", {}), "lse": ("softmax", {}), "log_cosh": ("tanh", {}), "dense_2": ("dense", {"layers": 2})}
-OURS = {thing.__qualname__: thing for face in (lagrangians, synapses) for thing in vars(face).values() if hasattr(thing, "__qualname__")}
+ALIASES = {
+    "quadratic": ("identity", {}),
+    "lse": ("softmax", {}),
+    "log_cosh": ("tanh", {}),
+    "dense_2": ("dense", {"layers": 2}),
+}
+OURS = {
+    thing.__qualname__: thing
+    for face in (lagrangians, synapses)
+    for thing in vars(face).values()
+    if hasattr(thing, "__qualname__")
+}
 
 
 def _path(thing):
@@ -49,18 +59,31 @@ def _path(thing):
 
 def _find(name, table, known, trust, where):
     "The thing of a name, and settings that the name implies."
-    given = {n: v for v in known for n in (facts_of(v).name, _path(v), getattr(v, "__name__", None)) if n}
+    given = {
+        n: v for v in known for n in (facts_of(v).name, _path(v), getattr(v, "__name__", None)) if n
+    }
     alias, implied = ALIASES.get(name, (name, {})) if isinstance(name, str) else (name, {})
     if isinstance(name, str) and name in given: return given[name], {}
     if isinstance(name, str) and alias in table: return table[alias], implied
     if isinstance(name, str) and ":" in name:
         module, _, attributes = name.partition(":")
-        if module.startswith("hamux.") and attributes in OURS: return OURS[attributes], {} # wherever it lived when it was written
+        # wherever it lived when it was written
+        if module.startswith("hamux.") and attributes in OURS: return OURS[attributes], {}
         if trust:
-            try: return ft.reduce(getattr, attributes.split("."), importlib.import_module(module)), {}
-            except (ImportError, AttributeError) as e: raise ValueError(f"{where}: {name!r} cannot be imported: {e}.") from e
+            try:
+                return (
+                    ft.reduce(getattr, attributes.split("."), importlib.import_module(module)),
+                    {},
+                )
+            except (ImportError, AttributeError) as e:
+                raise ValueError(f"{where}: {name!r} cannot be imported: {e}.") from e
     names = [*table, *(a for a, (n, _) in ALIASES.items() if n in table), *given]
-    how = " Give what it names as known=[…]; or, if you trust who wrote this, trust=True imports it, which runs its module." if ":" in str(name) else ""
+    how = (
+        " Give what it names as known=[…]; or, if you trust who wrote this, trust=True imports it,"
+        " which runs its module."
+        if ":" in str(name)
+        else ""
+    )
     raise ValueError(f"{where}: unknown name {name!r}. Known are: {', '.join(names)}.{how}")
 
 # %% ../../nbs/api/storage/config.ipynb #bbc81c44
@@ -69,7 +92,12 @@ def _value(v, where, strict):
     if isinstance(v, np.generic): v = v.item()
     if v is None or isinstance(v, bool | int | float | str): return v
     if isinstance(v, list | tuple): return [_value(e, where, strict) for e in v]
-    if is_parameter(v): return {"learned": np.asarray(v, float).tolist() if strict else None, "shape": list(v.shape), "dtype": str(v.dtype)}
+    if is_parameter(v):
+        return {
+            "learned": np.asarray(v, float).tolist() if strict else None,
+            "shape": list(v.shape),
+            "dtype": str(v.dtype),
+        }
     if isinstance(v, np.ndarray | jax.Array) and not jnp.issubdtype(v.dtype, jax.dtypes.prng_key):
         return {"constant": np.asarray(v).tolist(), "dtype": str(v.dtype)}
     return _named_thing(v, LAGRANGIANS | SYNAPSES, "type", where, strict)
@@ -78,22 +106,37 @@ def _value(v, where, strict):
 def _named_thing(v, table, word, where, strict):
     "`{word: name, …settings}` for a function, a partial or a module."
     kind, settings = v, {}
-    if isinstance(v, ft.partial | eqx.Partial): kind, settings = v.func, None if v.args else v.keywords
-    elif isinstance(v, eqx.Module): kind, settings = type(v), _settings(v)
+    if isinstance(v, ft.partial | eqx.Partial):
+        kind, settings = v.func, None if v.args else v.keywords
+    elif isinstance(v, eqx.Module):
+        kind, settings = type(v), _settings(v)
     path = _path(kind) if callable(kind) else None
-    name = next((n for n, known in table.items() if path is not None and _path(known) == path), path)
-    if name is not None and settings is not None: return {word: name, **{k: _value(s, f"{where}, {k}", strict) for k, s in settings.items()}}
+    name = next(
+        (n for n, known in table.items() if path is not None and _path(known) == path), path
+    )
+    if name is not None and settings is not None:
+        return {word: name, **{k: _value(s, f"{where}, {k}", strict) for k, s in settings.items()}}
     what = getattr(kind, "__qualname__", None) or repr(kind)
     if not strict: return {"opaque": what}
-    raise ValueError(f"{where} is {what!r}, which a configuration cannot describe. It describes functions and classes of modules with keyword settings; a class whose fields "
-                     "are not its arguments gets a method `config()` that returns them. A network like this is kept with save(path, ham) and load(path, like=ham).")
+    raise ValueError(
+        f"{where} is {what!r}, which a configuration cannot describe. It describes functions and"
+        " classes of modules with keyword settings; a class whose fields are not its arguments"
+        " gets a method `config()` that returns them. A network like this is kept with save(path,"
+        " ham) and load(path, like=ham)."
+    )
 
 
 def _settings(module):
     "The arguments that make a module: what its `config()` says, else its fields; None if these are not its arguments."
     if hasattr(module, "config"): return module.config()
-    fields, asked = [f.name for f in dataclasses.fields(module)], inspect.signature(type(module)).parameters
-    needed = {n for n, p in asked.items() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    fields, asked = [f.name for f in dataclasses.fields(module)], inspect.signature(
+        type(module)
+    ).parameters
+    needed = {
+        n
+        for n, p in asked.items()
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    }
     return {n: getattr(module, n) for n in fields} if needed <= set(fields) <= set(asked) else None
 
 # %% ../../nbs/api/storage/config.ipynb #0380ca7c
@@ -115,8 +158,10 @@ def _synapse_config(name, synapse, ham, strict):
         return _named_thing(synapse, SYNAPSES, "type", where, strict) | sizes | ({"dtype": dtypes.pop()} if dtypes else {})
     known = next((n for n, kind in SYNAPSES.items() if kind is type(synapse)), None)
     if known is None: it = _named_thing(synapse, SYNAPSES, "type", where, strict)
-    else: it = {"type": known, **{f.name: _value(getattr(synapse, f.name), where, strict) for f in dataclasses.fields(synapse)}}
-    return {k: v | {"learned": None} if isinstance(v, dict) and v.get("shape") else v for k, v in it.items()} # weights are drawn
+    else:
+        it = {"type": known, **{f.name: _value(getattr(synapse, f.name), where, strict) for f in dataclasses.fields(synapse)}}
+    # weights are drawn
+    return {k: v | {"learned": None} if isinstance(v, dict) and v.get("shape") else v for k, v in it.items()}
 
 
 def architecture(ham, strict):
@@ -132,24 +177,32 @@ def to_config(
     ham: HAM | VectorizedHAM, # a network
 ) -> dict: # of dictionaries, lists, strings and numbers only
     "Describe a network's architecture. Raises ValueError for parts that have no name."
-    if not isinstance(ham, HAM | VectorizedHAM): raise TypeError(f"to_config describes a HAM, and was given {type(ham).__name__}.")
+    if not isinstance(ham, HAM | VectorizedHAM):
+        raise TypeError(f"to_config describes a HAM, and was given {type(ham).__name__}.")
     return architecture(ham, strict=True)
 
 # %% ../../nbs/api/storage/config.ipynb #232fc3a9
 def available_dtype(name, where):
     "The floating, integer or boolean dtype of a name, if JAX is set to have it."
-    try: dtype = jnp.dtype(name)
-    except TypeError as e: raise ValueError(f"{where}: {name!r} is no dtype.") from e
+    try:
+        dtype = jnp.dtype(name)
+    except TypeError as e:
+        raise ValueError(f"{where}: {name!r} is no dtype.") from e
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        raise ValueError(f"{where} is {dtype}, and JAX is set to 32 bits, which would round it. Call jax.config.update('jax_enable_x64', True) first, or use jax.enable_x64(True).")
+        raise ValueError(
+            f"{where} is {dtype}, and JAX is set to 32 bits, which would round it. Call"
+            " jax.config.update('jax_enable_x64', True) first, or use jax.enable_x64(True)."
+        )
     return dtype
 
 
 def _plain(v, where, find, number=False):
     "The value that a plain one stands for."
     if isinstance(v, str) and number: # YAML reads 1e-5 as a word
-        try: return float(v)
-        except ValueError: raise ValueError(f"{where} is {v!r}, and should be a number.") from None
+        try:
+            return float(v)
+        except ValueError:
+            raise ValueError(f"{where} is {v!r}, and should be a number.") from None
     if isinstance(v, list | tuple): return tuple(_plain(e, where, find, number) for e in v)
     if not isinstance(v, Mapping): return v
     if "constant" in v: return np.asarray(v["constant"], available_dtype(v.get("dtype"), where))
@@ -158,27 +211,49 @@ def _plain(v, where, find, number=False):
         if v["learned"] is not None: return jnp.asarray(np.asarray(v["learned"], float), dtype)
         return jnp.ones(tuple(v.get("shape", ())), dtype)
     if "type" in v: return _thing(v, LAGRANGIANS | SYNAPSES, "type", where, find)
-    raise ValueError(f"{where}: {dict(v)!r} is not understood. A table is {{learned: …}}, {{constant: …, dtype: …}} or {{type: …}}.")
+    raise ValueError(
+        f"{where}: {dict(v)!r} is not understood. A table is {{learned: …}}, {{constant: …, dtype:"
+        " …} or {type: …}."
+    )
 
 
 def _whole(kind, settings):
     "Whether the settings hold the weights themselves: what the class cannot be made without, or any array where there is no such thing."
-    needed = [n for n, p in inspect.signature(kind).parameters.items() if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    return any(n in settings for n in needed) if needed else any(map(eqx.is_array, settings.values()))
+    needed = [
+        n
+        for n, p in inspect.signature(kind).parameters.items()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    return (
+        any(n in settings for n in needed) if needed else any(map(eqx.is_array, settings.values()))
+    )
 
 
 def _thing(v, table, word, where, find, number=False):
     "The function, partial or module that a description names."
-    if "opaque" in v: raise ValueError(f"{where} is {v['opaque']!r}, which has no name that could be looked up. Give the network itself: load(path, like=ham).")
+    if "opaque" in v:
+        raise ValueError(
+            f"{where} is {v['opaque']!r}, which has no name that could be looked up. Give the"
+            " network itself: load(path, like=ham)."
+        )
     if word not in v: raise ValueError(f"{where} needs a {word!r}, and has {list(v)}.")
     kind, implied = find(v[word], table, where)
-    settings = implied | {k: _plain(s, f"{where}, {k}", find, number) for k, s in v.items() if k not in (word, "sizes")}
+    settings = implied | {
+        k: _plain(s, f"{where}, {k}", find, number)
+        for k, s in v.items()
+        if k not in (word, "sizes")
+    }
     is_class, maker = inspect.isclass(kind), kind
     if is_class and hasattr(kind, "lazy") and not _whole(kind, settings):
         maker, _ = kind.lazy, settings.pop("dtype", None)
     takes = inspect.signature(maker)
-    try: (takes.bind if is_class else takes.bind_partial)(**settings)
-    except TypeError as e: raise ValueError(f"{where}: {v[word]!r} does not take these settings: {e}. It takes: {', '.join(takes.parameters)}.") from e
+    try:
+        (takes.bind if is_class else takes.bind_partial)(**settings)
+    except TypeError as e:
+        raise ValueError(
+            f"{where}: {v[word]!r} does not take these settings: {e}. It takes:"
+            f" {', '.join(takes.parameters)}."
+        ) from e
     if is_class: return maker(**settings)
     return eqx.Partial(kind, **settings) if settings else kind
 
@@ -187,7 +262,11 @@ def _only(v, keys, where, needed=()):
     "`v`, a table with no other keys than these."
     if not isinstance(v, Mapping): raise TypeError(f"{where} should be a table, and is {v!r}.")
     unknown, missing = [k for k in v if k not in keys], [k for k in needed if k not in v]
-    if unknown or missing: raise ValueError(f"{where}: unknown entries {unknown}, missing entries {missing}. Known are: {', '.join(keys)}.")
+    if unknown or missing:
+        raise ValueError(
+            f"{where}: unknown entries {unknown}, missing entries {missing}. Known are:"
+            f" {', '.join(keys)}."
+        )
     return v
 
 
@@ -197,7 +276,12 @@ def _layer(name, v, find):
     v = _only(v, ("lagrangian", "shape", "tau", "leak"), where, ("lagrangian", "shape"))
     it = v["lagrangian"] if isinstance(v["lagrangian"], Mapping) else {"name": v["lagrangian"]}
     lagrangian = _thing(it, LAGRANGIANS, "name", f"{where}, Lagrangian", find, number=True)
-    return NeuronLayer(lagrangian, v["shape"], _plain(v.get("tau", 1.0), f"{where}, tau", find, number=True), v.get("leak", True))
+    return NeuronLayer(
+        lagrangian,
+        v["shape"],
+        _plain(v.get("tau", 1.0), f"{where}, tau", find, number=True),
+        v.get("leak", True),
+    )
 
 
 def _synapse(name, v, find, key):
@@ -206,24 +290,40 @@ def _synapse(name, v, find, key):
     if not isinstance(v, Mapping): v = {"type": v}
     made = _thing(v, SYNAPSES, "type", where, find)
     if isinstance(made, Lazy):
-        sizes = tuple((s,) if isinstance(s, int) else tuple(s) for s in v["sizes"]) if "sizes" in v else None
-        return dataclasses.replace(made, sizes=sizes, dtype=available_dtype(v["dtype"], where) if "dtype" in v else None)
-    if "sizes" in v: raise ValueError(f"{where} is given sizes, and {v['type']!r} has no lazy form to use them.")
+        sizes = (
+            tuple((s,) if isinstance(s, int) else tuple(s) for s in v["sizes"])
+            if "sizes" in v
+            else None
+        )
+        return dataclasses.replace(
+            made, sizes=sizes, dtype=available_dtype(v["dtype"], where) if "dtype" in v else None
+        )
+    if "sizes" in v:
+        raise ValueError(f"{where} is given sizes, and {v['type']!r} has no lazy form to use them.")
     return _drawn(made, v, key, where) if isinstance(made, eqx.Module) else made
 
 
 def _drawn(module, v, key, where):
     "The module with the arrays drawn whose values the description leaves out."
     blank = [k for k, s in v.items() if isinstance(s, Mapping) and s.get("learned", 0) is None]
-    if blank and key is None: raise ValueError(f"{where} has weights to draw: from_config needs a key, for instance key=jax.random.key(0).")
+    if blank and key is None:
+        raise ValueError(
+            f"{where} has weights to draw: from_config needs a key, for instance"
+            " key=jax.random.key(0)."
+        )
     for i, k in enumerate(blank):
         old = getattr(module, k)
-        module = eqx.tree_at(lambda m, k=k: getattr(m, k), module, 0.02 * jr.normal(jr.fold_in(key, i), old.shape, old.dtype))
+        module = eqx.tree_at(
+            lambda m, k=k: getattr(m, k),
+            module,
+            0.02 * jr.normal(jr.fold_in(key, i), old.shape, old.dtype),
+        )
     return module
 
 # %% ../../nbs/api/storage/config.ipynb #8deb29d5
 def from_config(
-    config: Mapping, # neurons, hypersynapses and connections, as `to_config` writes them or a person does
+    # neurons, hypersynapses and connections, as `to_config` writes them or a person does
+    config: Mapping,
     *,
     key=None, # a PRNG key for the weights
     known: Sequence = (), # functions and classes of your own that the description may name
@@ -235,9 +335,14 @@ def from_config(
     find = lambda name, table, where: _find(name, table, known, trust, where)
     def each(what, make):
         given = config[what]
-        if isinstance(given, Mapping): return {n: make(i, n, v) for i, (n, v) in enumerate(given.items())}
+        if isinstance(given, Mapping):
+            return {n: make(i, n, v) for i, (n, v) in enumerate(given.items())}
         if isinstance(given, list | tuple): return [make(i, i, v) for i, v in enumerate(given)]
         raise TypeError(f"The {what} are a table by name or a list, and were given as {given!r}.")
     keys = (lambda i: None) if key is None else ft.partial(jr.fold_in, jr.fold_in(key, 1))
-    return build(each("neurons", lambda i, n, v: _layer(n, v, find)),
-                 each("hypersynapses", lambda i, s, v: _synapse(s, v, find, keys(i))), config["connections"], key=key)
+    return build(
+        each("neurons", lambda i, n, v: _layer(n, v, find)),
+        each("hypersynapses", lambda i, s, v: _synapse(s, v, find, keys(i))),
+        config["connections"],
+        key=key,
+    )

@@ -49,23 +49,33 @@ _ADVICE = {
     errno.EROFS: "its file system is read-only; choose another place",
     errno.ENOSPC: "the disk is full; free some space, or choose another place",
     errno.EDQUOT: "your disk quota is used up; free some space, or choose another place",
-    errno.EFBIG: "is larger than a file may be here; raise the limit (ulimit -f), or choose another place",
+    errno.EFBIG: (
+        "is larger than a file may be here; raise the limit (ulimit -f), or choose another place"
+    ),
 }
+
 
 @contextmanager
 def file_problems(
-    path: str | os.PathLike, # the file that the block works on
-) -> Iterator[None]: # a context; raises `FileProblem` for OSError, MemoryError, and damaged or undecodable files
+    path: str | os.PathLike,  # the file that the block works on
+) -> Iterator[
+    None
+]:  # a context; raises `FileProblem` for OSError, MemoryError, and damaged or undecodable files
     "Turn what the operating system, memory or an archive refuses inside the block into a `FileProblem` of `path`"
-    try: yield
+    try:
+        yield
     except OSError as e:
-        what = _ADVICE.get(e.errno) or f"cannot be used ({e.strerror or type(e).__name__}); check the disk and the path"
+        what = (
+            _ADVICE.get(e.errno)
+            or f"cannot be used ({e.strerror or type(e).__name__}); check the disk and the path"
+        )
         raise FileProblem.at(path, what) from e
     except MemoryError as e:
         raise FileProblem.at(path, "does not fit in memory; ask for smaller batches") from e
     except UnicodeDecodeError as e:
         raise FileProblem.at(path, "is not UTF-8 text; save it as comma-separated UTF-8") from e
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as e: # the last: a zip version that does not exist
+    # the last: a zip version that does not exist
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as e:
         raise FileProblem.at(path, "is damaged or cut short; make it or copy it again") from e
 
 # %% ../../nbs/api/storage/files.ipynb #b0239cce
@@ -81,7 +91,8 @@ def check_finite(
     *,
     allow_nan: bool, # whether NaN stands for an unknown entry here
     first_row: int = 0, # where the batch begins in its file
-    what: str | os.PathLike = "the array", # the file, or what else the message should call the array
+    # the file, or what else the message should call the array
+    what: str | os.PathLike = "the array",
 ) -> None: # raises `FileProblem` at the first inf, and at the first NaN unless it is allowed
     "Refuse infinities, and NaN unless it is allowed, naming the first offending row and column"
     if rows.dtype.kind != "f": return
@@ -89,8 +100,14 @@ def check_finite(
     if not bad.any(): return
     row, column = (int(i) for i in np.argwhere(bad)[0])
     value = rows[row, column]
-    advice = "NaN marks an unknown entry in queries only, so fill it in" if np.isnan(value) else "give a finite number"
-    raise FileProblem.at(what, f"row {first_row + row}, column {column} (counted from 0) is {value}; {advice}")
+    advice = (
+        "NaN marks an unknown entry in queries only, so fill it in"
+        if np.isnan(value)
+        else "give a finite number"
+    )
+    raise FileProblem.at(
+        what, f"row {first_row + row}, column {column} (counted from 0) is {value}; {advice}"
+    )
 
 # %% ../../nbs/api/storage/files.ipynb #6a8b1f4f
 class _Layout(NamedTuple):
@@ -113,14 +130,33 @@ class _Layout(NamedTuple):
         "Refuse what are not real numbers, not rows, or none at all"
         shape, kind = self.shape, self.dtype.kind
         if kind not in "biuf" or self.dtype.itemsize > 8:
-            called = {"c": "complex numbers", "f": "extended-precision numbers", "O": "Python objects", "S": "text", "U": "text",
-                      "M": "dates", "m": "durations"}.get(kind, "records or raw bytes")
-            raise FileProblem.at(path, f"holds {called}; save real numbers of at most 64 bits, such as float32")
+            called = {
+                "c": "complex numbers",
+                "f": "extended-precision numbers",
+                "O": "Python objects",
+                "S": "text",
+                "U": "text",
+                "M": "dates",
+                "m": "durations",
+            }.get(kind, "records or raw bytes")
+            raise FileProblem.at(
+                path, f"holds {called}; save real numbers of at most 64 bits, such as float32"
+            )
         if len(shape) < 2:
-            hint = "save array[None, :] if it is one pattern, array[:, None] if every pattern has one feature"
-            raise FileProblem.at(path, f"holds a {len(shape)}-D array of shape {shape}, and a pattern is a row of a 2-D one; {hint}")
+            hint = (
+                "save array[None, :] if it is one pattern, array[:, None] if every pattern has one"
+                " feature"
+            )
+            raise FileProblem.at(
+                path,
+                f"holds a {len(shape)}-D array of shape {shape}, and a pattern is a row of a 2-D"
+                f" one; {hint}",
+            )
         if min(shape) < 1:
-            raise FileProblem.at(path, f"holds no values (shape {shape}); give at least one row of at least one feature")
+            raise FileProblem.at(
+                path,
+                f"holds no values (shape {shape}); give at least one row of at least one feature",
+            )
         return self
 
 # %% ../../nbs/api/storage/files.ipynb #ff093d94
@@ -130,17 +166,28 @@ def _npy_header(
     size: int, # bytes of header and values together
 ) -> _Layout: # raises `FileProblem`
     "Read a `.npy` header, and hold the size of the file or member against it"
-    try: # a header of version 3 is laid out as one of version 2; they differ in the names of fields, and records are refused
-        read = {1: npy_format.read_array_header_1_0, 2: npy_format.read_array_header_2_0, 3: npy_format.read_array_header_2_0}
+    # a header of version 3 is laid out as one of version 2; they differ in the names of fields, and
+    # records are refused
+    try:
+        read = {
+            1: npy_format.read_array_header_1_0,
+            2: npy_format.read_array_header_2_0,
+            3: npy_format.read_array_header_2_0,
+        }
         shape, fortran, dtype = read[npy_format.read_magic(file)[0]](file)
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error): raise
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error):
+        raise
     except Exception as e: # whatever a mangled header makes of the parser
-        raise FileProblem.at(path, "its .npy header cannot be read; save it again with numpy.save") from e
+        raise FileProblem.at(
+            path, "its .npy header cannot be read; save it again with numpy.save"
+        ) from e
     layout = _Layout(shape, dtype, fortran, file.tell()).checked(path)
     expected = layout.offset + shape[0] * layout.row_bytes
     if size != expected:
         state = "is cut short" if size < expected else "holds more than one array"
-        raise FileProblem.at(path, f"{state} ({size} bytes, and {expected} by its header); make it or copy it again")
+        raise FileProblem.at(
+            path, f"{state} ({size} bytes, and {expected} by its header); make it or copy it again"
+        )
     return layout
 
 # %% ../../nbs/api/storage/files.ipynb #5eb0a280
@@ -156,8 +203,14 @@ class _Npy:
         "Batches of rows"
         if layout.fortran:
             for start in range(0, layout.shape[0], size):
-                if os.fstat(file.fileno()).st_size < layout.offset + layout.shape[0] * layout.row_bytes: raise EOFError
-                rows = np.memmap(file, layout.dtype, "r", layout.offset, layout.shape, "F")[start:start + size]
+                if (
+                    os.fstat(file.fileno()).st_size
+                    < layout.offset + layout.shape[0] * layout.row_bytes
+                ):
+                    raise EOFError
+                rows = np.memmap(file, layout.dtype, "r", layout.offset, layout.shape, "F")[
+                    start : start + size
+                ]
                 yield np.array(rows, order="C").reshape(-1, layout.features)
         else:
             file.seek(layout.offset)
@@ -173,7 +226,9 @@ class _Npy:
 
     @staticmethod
     @contextmanager
-    def writer(file: BinaryIO, path: Path, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[Callable[[np.ndarray], object]]:
+    def writer(
+        file: BinaryIO, path: Path, shape: tuple[int, ...], dtype: np.dtype
+    ) -> Iterator[Callable[[np.ndarray], object]]:
         "A function that appends a batch of shape (n, features)"
         header = {"descr": npy_format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
         with file_problems(path): npy_format.write_array_header_1_0(file, header)
@@ -187,14 +242,29 @@ class _Npz:
     def layout(file: BinaryIO, path: Path, name: str | None) -> _Layout:
         "Choose an array, and read its header"
         with zipfile.ZipFile(file) as archive:
-            arrays = {info.filename[:-4]: info for info in archive.infolist() if info.filename.endswith(".npy")}
+            arrays = {
+                info.filename[:-4]: info
+                for info in archive.infolist()
+                if info.filename.endswith(".npy")
+            }
             wanted = name or (next(iter(arrays)) if len(arrays) == 1 else "rows")
             if wanted not in arrays:
                 listed = ", ".join(map(repr, arrays)) or "none at all"
-                raise FileProblem.at(path, f"{f'has no array {name!r}' if name else 'needs a choice between its arrays'}; it holds {listed}")
+                raise FileProblem.at(
+                    path,
+                    f"{f'has no array {name!r}' if name else 'needs a choice between its arrays'};"
+                    f" it holds {listed}",
+                )
             info = arrays[wanted]
-            if info.flag_bits & 0x61 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise FileProblem.at(path, "is encrypted, or packed in a way that NumPy does not use; save it again with numpy.savez")
+            if info.flag_bits & 0x61 or info.compress_type not in (
+                zipfile.ZIP_STORED,
+                zipfile.ZIP_DEFLATED,
+            ):
+                raise FileProblem.at(
+                    path,
+                    "is encrypted, or packed in a way that NumPy does not use; save it again with"
+                    " numpy.savez",
+                )
             with archive.open(info) as member:
                 return _npy_header(member, path, info.file_size)._replace(member=info.filename)
 
@@ -204,28 +274,36 @@ class _Npz:
             member.read(layout.offset) # and no seek, which would give up the checksum
             if layout.fortran:
                 whole = np.frombuffer(member.read(), layout.dtype).reshape(layout.shape, order="F")
-                for start in range(0, len(whole), size): yield np.array(whole[start:start + size], order="C").reshape(-1, layout.features)
+                for start in range(0, len(whole), size):
+                    yield np.array(whole[start : start + size], order="C").reshape(
+                        -1, layout.features
+                    )
             else:
                 yield from _Npy.in_order(member, layout, size)
 
     @staticmethod
     @contextmanager
-    def writer(file: BinaryIO, path: Path, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[Callable[[np.ndarray], object]]:
+    def writer(
+        file: BinaryIO, path: Path, shape: tuple[int, ...], dtype: np.dtype
+    ) -> Iterator[Callable[[np.ndarray], object]]:
         archive = zipfile.ZipFile(file, "w")
         member = archive.open(zipfile.ZipInfo("rows.npy"), "w", force_zip64=True)
         try:
             with _Npy.writer(member, path, shape, dtype) as write: yield write
             with file_problems(path): member.close(), archive.close()
-        except BaseException: # close both in silence, or the garbage collector does so later and aloud
+        # close both in silence, or the garbage collector does so later and aloud
+        except BaseException:
             with suppress(OSError): member.close()
             with suppress(OSError): archive.close()
             raise
 
 # %% ../../nbs/api/storage/files.ipynb #e25256fe
 def _csv_lines(
-    file: BinaryIO, # the open file, at its beginning
-    path: Path, # its name, for the message
-) -> Iterator[tuple[int, str]]: # line number, counted from 1, and text; raises `FileProblem` at a ragged row
+    file: BinaryIO,  # the open file, at its beginning
+    path: Path,  # its name, for the message
+) -> Iterator[
+    tuple[int, str]
+]:  # line number, counted from 1, and text; raises `FileProblem` at a ragged row
     "The lines that hold a row: not blank, no comment, no header"
     def is_header(row):
         cells = [cell for cell in row.split(",") if cell.strip()]
@@ -243,7 +321,10 @@ def _csv_lines(
             if header: continue
             if commas is None: commas = row.count(",")
             if row.count(",") != commas:
-                what = f"line {number} has {row.count(',') + 1} values, and the rows before it {commas + 1}; give every row as many"
+                what = (
+                    f"line {number} has {row.count(',') + 1} values, and the rows before it"
+                    f" {commas + 1}; give every row as many"
+                )
                 raise FileProblem.at(path, what)
             yield number, row
     finally:
@@ -259,7 +340,10 @@ class _Csv:
         with closing(_csv_lines(file, path)) as lines:
             _, first = next(lines, (0, ""))
             n = bool(first) + sum(1 for _ in lines)
-        if not n: raise FileProblem.at(path, "holds no rows (a first line without numbers is a header); give at least one")
+        if not n:
+            raise FileProblem.at(
+                path, "holds no rows (a first line without numbers is a header); give at least one"
+            )
         return _Layout((n, first.count(",") + 1), np.dtype(float))
 
     @staticmethod
@@ -267,7 +351,8 @@ class _Csv:
         with closing(_csv_lines(file, path)) as lines:
             for start in range(0, layout.shape[0], size):
                 rows = np.empty((min(size, layout.shape[0] - start), layout.features))
-                for row, (number, text) in zip(rows, lines): row[:] = _Csv.numbers(text, number, path)
+                for row, (number, text) in zip(rows, lines):
+                    row[:] = _Csv.numbers(text, number, path)
                 yield rows
 
     @staticmethod
@@ -280,13 +365,18 @@ class _Csv:
                 numbers.append(float(cell) if cell.strip() else math.nan)
         except ValueError:
             where = f"on line {line}, column {len(numbers) + 1} (counted from 1)"
-            what = f"{cell.strip()[:20]!r} {where} is not a number; put commas between values, and a point before decimals"
+            what = (
+                f"{cell.strip()[:20]!r} {where} is not a number; put commas between values, and a"
+                " point before decimals"
+            )
             raise FileProblem.at(path, what) from None
         return numbers
 
     @staticmethod
     @contextmanager
-    def writer(file: BinaryIO, path: Path, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[Callable[[np.ndarray], object]]:
+    def writer(
+        file: BinaryIO, path: Path, shape: tuple[int, ...], dtype: np.dtype
+    ) -> Iterator[Callable[[np.ndarray], object]]:
         digits = {"float16": "%.5g", "float32": "%.9g", "float64": "%.17g"}.get(dtype.name, "%d")
         yield lambda rows: np.savetxt(file, rows, digits, delimiter=",")
 
@@ -300,17 +390,23 @@ class RowSource:
     _stamp: tuple[int, ...] = field(repr=False) # what the file was when it was looked at
 
     @property
-    def shape(self) -> tuple[int, int]: return self._layout.shape[0], self._layout.features # rows, features in each
+    def shape(self) -> tuple[int, int]:
+        return self._layout.shape[0], self._layout.features  # rows, features in each
 
     @property
-    def row_shape(self) -> tuple[int, ...]: return self._layout.shape[1:] # of one row, before it was flattened
+    def row_shape(self) -> tuple[int, ...]:
+        return self._layout.shape[1:]  # of one row, before it was flattened
 
     @property
-    def dtype(self) -> np.dtype: return self._layout.dtype.newbyteorder("=") # of the batches, in the machine's byte order
+    def dtype(self) -> np.dtype:
+        return self._layout.dtype.newbyteorder("=")  # of the batches, in the machine's byte order
 
-    def batches(self,
-        size: int, # rows in a batch; the last may have fewer
-    ) -> Iterator[np.ndarray]: # arrays (up to size, features); raises `FileProblem` for what only reading shows
+    def batches(
+        self,
+        size: int,  # rows in a batch; the last may have fewer
+    ) -> Iterator[
+        np.ndarray
+    ]:  # arrays (up to size, features); raises `FileProblem` for what only reading shows
         "The rows in order, a batch at a time, from the first"
         if size < 1: raise ValueError(f"a batch needs at least one row, and size is {size}")
         return self._stream(size)
@@ -324,12 +420,14 @@ class RowSource:
         "A generator over a file that is open while it runs"
         with file_problems(self.path), open(self.path, "rb") as file:
             self._check_unchanged(file)
-            for rows in self._format.chunks(file, self.path, self._layout, size): yield rows.astype(self.dtype, copy=False)
+            for rows in self._format.chunks(file, self.path, self._layout, size):
+                yield rows.astype(self.dtype, copy=False)
             self._check_unchanged(file)
 
     def _check_unchanged(self, file):
         "Refuse a file that is no longer the one that was looked at"
-        if _stamp(file) != self._stamp: raise FileProblem.at(self.path, "was changed while it was in use; run it again")
+        if _stamp(file) != self._stamp:
+            raise FileProblem.at(self.path, "was changed while it was in use; run it again")
 
 # %% ../../nbs/api/storage/files.ipynb #812656a1
 _FORMATS = {".npy": _Npy, ".npz": _Npz, ".csv": _Csv}
@@ -342,47 +440,67 @@ def _stamp(file):
 def _suffix(path):
     "The extension of a path, if it names a format"
     if (suffix := path.suffix.lower()) in _FORMATS: return suffix
-    raise FileProblem.at(path, f"{suffix or 'a name without extension'} is no known format; name a .npy, .npz or .csv file")
+    raise FileProblem.at(
+        path,
+        f"{suffix or 'a name without extension'} is no known format; name a .npy, .npz or .csv"
+        " file",
+    )
 
 def _check_content(path, suffix, start):
     "Refuse a file whose first bytes belie its extension"
     if not start: raise FileProblem.at(path, "is empty (0 bytes); make it or copy it again")
     found = next((s for magic, s in _MAGIC.items() if start.startswith(magic)), None)
-    if found and found != suffix: raise FileProblem.at(path, f"is a {found} file by its content; rename it to end in {found}")
-    if not found and suffix != ".csv": raise FileProblem.at(path, f"is not a {suffix} file; save it with numpy.save or numpy.savez")
+    if found and found != suffix:
+        raise FileProblem.at(path, f"is a {found} file by its content; rename it to end in {found}")
+    if not found and suffix != ".csv":
+        raise FileProblem.at(
+            path, f"is not a {suffix} file; save it with numpy.save or numpy.savez"
+        )
 
 # %% ../../nbs/api/storage/files.ipynb #1c777e98
 def open_rows(
     path: str | os.PathLike, # a .npy, .npz or .csv file of at least two dimensions, rows first
     *,
-    name: str | None = None, # which array of a .npz file; needed if it holds several and none is called `rows`
+    # which array of a .npz file; needed if it holds several and none is called `rows`
+    name: str | None = None,
 ) -> RowSource: # raises `FileProblem` for all that can be known without reading the values
     "Look at a file of rows, without loading it"
     path = Path(path)
     suffix = _suffix(path)
-    if name and suffix != ".npz": raise FileProblem.at(path, f"has no array {name!r}; only the arrays of a .npz file have names")
+    if name and suffix != ".npz":
+        raise FileProblem.at(
+            path, f"has no array {name!r}; only the arrays of a .npz file have names"
+        )
     with file_problems(path):
         if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
-            raise FileProblem.at(path, "is a pipe or a device, which cannot be read twice; save it to a file first")
+            raise FileProblem.at(
+                path, "is a pipe or a device, which cannot be read twice; save it to a file first"
+            )
         with open(path, "rb") as file:
             _check_content(path, suffix, file.read(6))
             file.seek(0)
-            return RowSource(path, _FORMATS[suffix], _FORMATS[suffix].layout(file, path, name), _stamp(file))
+            return RowSource(
+                path, _FORMATS[suffix], _FORMATS[suffix].layout(file, path, name), _stamp(file)
+            )
 
 # %% ../../nbs/api/storage/files.ipynb #a144d6c8
 @contextmanager
 def atomic_file(
-    path: str | os.PathLike, # the file to make or to replace
-) -> Iterator[BinaryIO]: # a seekable binary file to fill; raises `FileProblem`, at once if there is no place for it
+    path: str | os.PathLike,  # the file to make or to replace
+) -> Iterator[
+    BinaryIO
+]:  # a seekable binary file to fill; raises `FileProblem`, at once if there is no place for it
     "A new file that takes the place of `path` when the block ends, unless it ends in an exception"
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".hamux-{secrets.token_hex(8)}.tmp")
     with file_problems(path):
-        if not target.parent.is_dir(): raise FileProblem.at(path, "its folder does not exist; make the folder first")
+        if not target.parent.is_dir():
+            raise FileProblem.at(path, "its folder does not exist; make the folder first")
         mode = None
         with suppress(FileNotFoundError): mode = os.stat(target).st_mode
         if mode and stat.S_ISDIR(mode): raise IsADirectoryError(errno.EISDIR, "")
-        if mode and not stat.S_ISREG(mode): raise FileProblem.at(path, "is a pipe or a device; name an ordinary file")
+        if mode and not stat.S_ISREG(mode):
+            raise FileProblem.at(path, "is a pipe or a device; name an ordinary file")
         if mode and not os.access(target, os.W_OK): raise PermissionError(errno.EACCES, "")
         file = open(temporary, "xb") # noqa: SIM115 (what closes it is below)
     try:
@@ -403,27 +521,41 @@ class RowWriter:
     def __init__(self, path: Path, layout: _Layout, emit: Callable[[np.ndarray], object]):
         self.path, self.layout, self.emit, self.written = path, layout, emit, 0
 
-    def write(self,
-        batch: np.ndarray, # (any number of rows, features) or (any number, *row_shape)
-    ) -> None: # raises ValueError or TypeError for a batch that does not fit, `FileProblem` if it cannot be stored
+    def write(
+        self,
+        batch: np.ndarray,  # (any number of rows, features) or (any number, *row_shape)
+    ) -> (
+        None
+    ):  # raises ValueError or TypeError for a batch that does not fit, `FileProblem` if it cannot be stored
         "Append a batch of rows"
         rows, layout = np.asarray(batch), self.layout
         if rows.shape[1:] not in (layout.shape[1:], (layout.features,)):
-            raise ValueError(f"a batch of shape {rows.shape} does not fit rows of shape {layout.shape[1:]}; its first axis counts the rows")
+            raise ValueError(
+                f"a batch of shape {rows.shape} does not fit rows of shape {layout.shape[1:]}; its"
+                " first axis counts the rows"
+            )
         if self.written + len(rows) > layout.shape[0]:
-            raise ValueError(f"{self.written + len(rows)} rows were written where {layout.shape[0]} were announced")
-        rows = rows.reshape(len(rows), layout.features).astype(layout.dtype, order="C", casting="same_kind", copy=False)
+            raise ValueError(
+                f"{self.written + len(rows)} rows were written where {layout.shape[0]} were"
+                " announced"
+            )
+        rows = rows.reshape(len(rows), layout.features).astype(
+            layout.dtype, order="C", casting="same_kind", copy=False
+        )
         with file_problems(self.path): self.emit(rows)
         self.written += len(rows)
 
 # %% ../../nbs/api/storage/files.ipynb #d4fe975f
 @contextmanager
 def write_rows(
-    path: str | os.PathLike, # a .npy, .npz (its array is called `rows`) or .csv file to make or to replace
-    n_rows: int, # how many rows will be written
-    row_shape: int | tuple[int, ...], # features of a row, or its axes
-    dtype: np.dtype | str, # of the values in the file; a real one of at most 64 bits
-) -> Iterator[RowWriter]: # raises `FileProblem` if there is no place for it, ValueError if fewer rows were written
+    # a .npy, .npz (its array is called `rows`) or .csv file to make or to replace
+    path: str | os.PathLike,
+    n_rows: int,  # how many rows will be written
+    row_shape: int | tuple[int, ...],  # features of a row, or its axes
+    dtype: np.dtype | str,  # of the values in the file; a real one of at most 64 bits
+) -> Iterator[
+    RowWriter
+]:  # raises `FileProblem` if there is no place for it, ValueError if fewer rows were written
     "Write a file of rows in batches; it appears when the block ends, unless it ends in an exception"
     path = Path(path)
     form = _FORMATS[_suffix(path)]
@@ -433,7 +565,14 @@ def write_rows(
         with file_problems(path): free = shutil.disk_usage(os.path.dirname(file.name)).free
         needed = n_rows * layout.row_bytes
         if form is not _Csv and needed > free:
-            raise FileProblem.at(path, f"needs {needed:,} bytes, and its disk has {free:,} left; free some space, or choose another place")
+            raise FileProblem.at(
+                path,
+                f"needs {needed:,} bytes, and its disk has {free:,} left; free some space, or"
+                " choose another place",
+            )
         with form.writer(file, path, layout.shape, layout.dtype) as emit:
             yield (writer := RowWriter(path, layout, emit))
-            if writer.written != n_rows: raise ValueError(f"{writer.written} rows were written where {n_rows} were announced")
+            if writer.written != n_rows:
+                raise ValueError(
+                    f"{writer.written} rows were written where {n_rows} were announced"
+                )

@@ -46,12 +46,24 @@ def array_table(arrays):
 
 def write_saved(path, kind, network, arrays, **more):
     "Write a file of a kind: what it says of a network, arrays by name, and more that JSON holds."
-    header = {"format": kind, "version": _VERSION, "network": network, "parameters": array_table(arrays), **more}
-    with atomic_file(path) as file, file_problems(path), zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    header = {
+        "format": kind,
+        "version": _VERSION,
+        "network": network,
+        "parameters": array_table(arrays),
+        **more,
+    }
+    with (
+        atomic_file(path) as file,
+        file_problems(path),
+        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+    ):
         archive.writestr("hamux.json", json.dumps(header, ensure_ascii=False))
         for i, v in enumerate(arrays.values()):
             with archive.open(f"{i}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, np.asarray(v, order="C").view(_stored(v.dtype)), allow_pickle=False)
+                np.lib.format.write_array(
+                    member, np.asarray(v, order="C").view(_stored(v.dtype)), allow_pickle=False
+                )
 
 
 def save(
@@ -59,12 +71,16 @@ def save(
     ham: HAM | VectorizedHAM, # the network
 ) -> None: # raises `FileProblem` if it cannot be written
     "Save a network, architecture and weights, in one file. The file is replaced whole or not at all."
-    if not isinstance(ham, HAM | VectorizedHAM): raise TypeError(f"save keeps a HAM, and was given {type(ham).__name__}.")
+    if not isinstance(ham, HAM | VectorizedHAM):
+        raise TypeError(f"save keeps a HAM, and was given {type(ham).__name__}.")
     ham = ham.unvectorize()
     write_saved(path, "hamux network", architecture(ham, strict=False), named_parameters(ham))
 
 # %% ../../nbs/api/storage/saving.ipynb #07cf8ce0
-_KINDS = {"hamux network": "network saved by hamux", "hamux training": "training run saved by hamux"}
+_KINDS = {
+    "hamux network": "network saved by hamux",
+    "hamux training": "training run saved by hamux",
+}
 
 
 def _header(archive, path, wanted):
@@ -75,12 +91,21 @@ def _header(archive, path, wanted):
         if archive.getinfo("hamux.json").file_size > os.path.getsize(path): raise ValueError
         header = json.loads(archive.read("hamux.json"))
         kind, version = header["format"], header["version"]
-    except (ValueError, KeyError, TypeError): raise foreign from None
+    except (ValueError, KeyError, TypeError):
+        raise foreign from None
     if kind != wanted or not isinstance(version, int): raise foreign
     if version > _VERSION:
-        raise FileProblem.at(path, f"was saved by a newer hamux (file version {version}, and this one reads up to {_VERSION}); upgrade hamux")
-    if not isinstance(header.get("network"), dict) or not isinstance(header.get("parameters"), list):
-        raise FileProblem.at(path, "is damaged: its description is incomplete; make it or copy it again")
+        raise FileProblem.at(
+            path,
+            f"was saved by a newer hamux (file version {version}, and this one reads up to"
+            f" {_VERSION}); upgrade hamux",
+        )
+    if not isinstance(header.get("network"), dict) or not isinstance(
+        header.get("parameters"), list
+    ):
+        raise FileProblem.at(
+            path, "is damaged: its description is incomplete; make it or copy it again"
+        )
     return header
 
 
@@ -88,15 +113,29 @@ def _read(archive, i, row, path):
     "The parameter `i`, as its row in the table says."
     where = f"{path}: the parameter {row['name']}"
     dtype = available_dtype(row["dtype"], where)
-    member, size = archive.getinfo(f"{i}.npy"), dtype.itemsize * int(np.prod(row["shape"], dtype=object))
-    if member.compress_type != zipfile.ZIP_STORED or not size < member.file_size < min(size + 1024, os.path.getsize(path)):
-        raise FileProblem.at(path, f"is damaged: the parameter {row['name']} does not have its size; make it or copy it again")
+    member, size = archive.getinfo(f"{i}.npy"), dtype.itemsize * int(
+        np.prod(row["shape"], dtype=object)
+    )
+    if member.compress_type != zipfile.ZIP_STORED or not size < member.file_size < min(
+        size + 1024, os.path.getsize(path)
+    ):
+        raise FileProblem.at(
+            path,
+            f"is damaged: the parameter {row['name']} does not have its size; make it or copy it"
+            " again",
+        )
     with archive.open(member) as file:
-        try: said = np.lib.format.read_magic(file), *np.lib.format.read_array_header_1_0(file)
-        except ValueError: said = None
+        try:
+            said = np.lib.format.read_magic(file), *np.lib.format.read_array_header_1_0(file)
+        except ValueError:
+            said = None
         data = file.read() # to the end, where the checksum is compared
     if said != ((1, 0), tuple(row["shape"]), False, _stored(dtype)) or len(data) != size:
-        raise FileProblem.at(path, f"is damaged: the parameter {row['name']} does not have its shape or dtype; make it or copy it again")
+        raise FileProblem.at(
+            path,
+            f"is damaged: the parameter {row['name']} does not have its shape or dtype; make it or"
+            " copy it again",
+        )
     return jnp.asarray(np.frombuffer(data, _stored(dtype)).view(dtype).reshape(row["shape"]))
 
 # %% ../../nbs/api/storage/saving.ipynb #022ef780
@@ -104,26 +143,41 @@ def _read(archive, i, row, path):
 def open_saved(path, kind):
     "The archive and the header of a file of a kind; what goes wrong in the block is a `FileProblem` of the file."
     with file_problems(path), open(path, "rb") as file:
-        if file.read(4) != b"PK\x03\x04": raise FileProblem.at(path, f"is not a {_KINDS[kind]}, or is cut short; check the name")
+        if file.read(4) != b"PK\x03\x04":
+            raise FileProblem.at(path, f"is not a {_KINDS[kind]}, or is cut short; check the name")
         with zipfile.ZipFile(file) as archive: yield archive, _header(archive, path, kind)
 
 
 def read_arrays(archive, path, header):
     "All arrays of a file."
-    try: return [_read(archive, i, row, path) for i, row in enumerate(header["parameters"])]
-    except KeyError as e: raise FileProblem.at(path, f"is damaged: {e.args[0]}; make it or copy it again") from e
+    try:
+        return [_read(archive, i, row, path) for i, row in enumerate(header["parameters"])]
+    except KeyError as e:
+        raise FileProblem.at(path, f"is damaged: {e.args[0]}; make it or copy it again") from e
 
 # %% ../../nbs/api/storage/saving.ipynb #e4005f56
 def first_difference(here, there, where=""):
     "The first place in which two descriptions differ, in words; None if there is none."
     if isinstance(here, dict) and isinstance(there, dict):
         for k in [*here, *(k for k in there if k not in here)]:
-            if k not in there or k not in here: return f"{where}/{k} is {'missing from' if k in here else 'only in'} the file"
+            if k not in there or k not in here:
+                return f"{where}/{k} is {'missing from' if k in here else 'only in'} the file"
             if (d := first_difference(here[k], there[k], f"{where}/{k}")) is not None: return d
         return None
     if isinstance(here, list) and isinstance(there, list) and len(here) == len(there):
-        return next((d for i, (a, b) in enumerate(zip(here, there)) if (d := first_difference(a, b, f"{where}/{i}")) is not None), None)
-    return None if here == there and type(here) is type(there) else f"{where} is {there!r} in the file, and {here!r} here"
+        return next(
+            (
+                d
+                for i, (a, b) in enumerate(zip(here, there))
+                if (d := first_difference(a, b, f"{where}/{i}")) is not None
+            ),
+            None,
+        )
+    return (
+        None
+        if here == there and type(here) is type(there)
+        else f"{where} is {there!r} in the file, and {here!r} here"
+    )
 
 
 def json_architecture(ham):
@@ -134,15 +188,23 @@ def json_architecture(ham):
 def _skeleton(header, path, like, known, trust):
     "The network of the file with shapes for weights."
     if like is None:
-        try: return jax.eval_shape(lambda: from_config(header["network"], key=jr.key(0), known=known, trust=trust))
-        except (ValueError, TypeError, KeyError, AttributeError) as e: raise FileProblem.at(path, f"holds a network that cannot be made here: {e}") from e
-    if (d := first_difference(json_architecture(like), header["network"])) is not None: raise FileProblem.at(path, f"holds another network: {d}; load it without like=, or give one like it")
+        try:
+            return jax.eval_shape(
+                lambda: from_config(header["network"], key=jr.key(0), known=known, trust=trust)
+            )
+        except (ValueError, TypeError, KeyError, AttributeError) as e:
+            raise FileProblem.at(path, f"holds a network that cannot be made here: {e}") from e
+    if (d := first_difference(json_architecture(like), header["network"])) is not None:
+        raise FileProblem.at(
+            path, f"holds another network: {d}; load it without like=, or give one like it"
+        )
     return like.unvectorize()
 
 # %% ../../nbs/api/storage/saving.ipynb #d1232454
 def load(
     path: str | os.PathLike, # a file that `save` made
-    like: HAM | VectorizedHAM | None = None, # a network of the same architecture; None to take it from the file
+    # a network of the same architecture; None to take it from the file
+    like: HAM | VectorizedHAM | None = None,
     known: Sequence = (), # functions and classes of your own that the file may name
     trust=False, # whether import paths in it are imported, which runs code
 ) -> HAM: # with the saved weights
@@ -150,6 +212,7 @@ def load(
     with open_saved(path, "hamux network") as (archive, header):
         skeleton = _skeleton(header, path, like, known, trust)
         rows = array_table(named_parameters(skeleton))
-        if (d := first_difference(rows, header["parameters"], "parameters")) is not None: raise FileProblem.at(path, f"holds other parameters than its network has: {d}")
+        if (d := first_difference(rows, header["parameters"], "parameters")) is not None:
+            raise FileProblem.at(path, f"holds other parameters than its network has: {d}")
         leaves = read_arrays(archive, path, header)
     return jtu.tree_unflatten(jtu.tree_structure(skeleton), leaves)

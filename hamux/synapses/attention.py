@@ -20,15 +20,28 @@ from fastcore.basics import patch
 from jaxtyping import Array, Float, PyTree
 
 from ..numerics.derivatives import logsumexp, total, winners
-from ..network.parameters import as_mask, as_weights, seal, seal_mask, trained, unseal, unseal_mask
+from hamux.network.parameters import (
+    as_mask,
+    as_weights,
+    seal,
+    seal_mask,
+    trained,
+    unseal,
+    unseal_mask,
+)
 from ..network.recipe import Lazy, trainable_config
 
 # %% ../../nbs/api/synapses/attention.ipynb #c2211639
 def _as_beta(beta, heads):
     "`beta`, if it is one positive number or one per head."
     if isinstance(beta, (bool, str)) or jnp.shape(beta) not in ((), (heads,)):
-        raise ValueError(f"AttentionSynapse: beta is a positive number, or an array of one per head ({heads}), and was {beta!r}.")
-    if not isinstance(beta, jax.core.Tracer) and not np.all((np.asarray(beta) > 0) & (np.asarray(beta) < np.inf)):
+        raise ValueError(
+            f"AttentionSynapse: beta is a positive number, or an array of one per head ({heads}),"
+            f" and was {beta!r}."
+        )
+    if not isinstance(beta, jax.core.Tracer) and not np.all(
+        (np.asarray(beta) > 0) & (np.asarray(beta) < np.inf)
+    ):
         raise ValueError(f"AttentionSynapse: beta must be positive and finite, and was {beta!r}.")
     return beta
 
@@ -36,14 +49,20 @@ def _as_beta(beta, heads):
 def _tokens(x, size, role):
     "A grid of tokens as a list (n, size), and the shape of the grid."
     if jnp.ndim(x) < 2 or jnp.shape(x)[-1] != size:
-        raise ValueError(f"AttentionSynapse: the {role} are tokens of shape (…, {size}) with at least one axis before the last, and have shape {jnp.shape(x)}.")
+        raise ValueError(
+            f"AttentionSynapse: the {role} are tokens of shape (…, {size}) with at least one axis"
+            f" before the last, and have shape {jnp.shape(x)}."
+        )
     return x.reshape(-1, size), x.shape[:-1]
 
 # %% ../../nbs/api/synapses/attention.ipynb #b310f489
 def _fitting(mask, name, *shapes):
     "`mask`, if it has one of the shapes, in the last of them."
     if mask.shape not in shapes:
-        raise ValueError(f"AttentionSynapse: {name} should have shape {' or '.join(map(str, dict.fromkeys(shapes)))}, and has {mask.shape}.")
+        raise ValueError(
+            f"AttentionSynapse: {name} should have shape"
+            f" {' or '.join(map(str, dict.fromkeys(shapes)))}, and has {mask.shape}."
+        )
     return mask.reshape(shapes[-1])
 
 
@@ -51,7 +70,11 @@ def _allowed(syn, queries, keys):
     "The table (queries, keys) of who may look at whom, from the shapes of the grids; `keys` is None within one layer."
     within, keys = keys is None, queries if keys is None else keys
     n, m = math.prod(queries), math.prod(keys)
-    if syn.causal and not within: raise ValueError("AttentionSynapse: causal=True is for tokens of one layer. Between two layers give a mask.")
+    if syn.causal and not within:
+        raise ValueError(
+            "AttentionSynapse: causal=True is for tokens of one layer. Between two layers give a"
+            " mask."
+        )
     seen = jnp.ones((n, m), bool)
     if within and not syn.include_self: seen &= ~jnp.eye(n, dtype=bool)
     if syn.causal: seen &= jnp.tri(n, dtype=bool)
@@ -77,31 +100,50 @@ class AttentionSynapse(eqx.Module):
     def __init__(self,
                  Wq: Float[Array, "heads d_head d_query"], # query projections, one matrix per head
                  Wk: Float[Array, "heads d_head d_key"], # key projections, same heads and d_head
-                 beta=None, # inverse temperature > 0, one or one per head; an array learns; None for 1/√d_head
+                 # inverse temperature > 0, one or one per head; an array learns; None for 1/√d_head
+                 beta=None,
                  *,
-                 mask=None, # boolean (queries, keys), or (*query grid, *key grid): True where a query may look
-                 key_mask=None, # boolean, the shape of the key grid: True for tokens that are there, False for padding
-                 causal=False, # whether a token sees only those before it (one layer; row by row in a grid)
+                 # boolean (queries, keys), or (*query grid, *key grid): True where a query may look
+                 mask=None,
+                 # boolean, the shape of the key grid: True for tokens that are there, False for
+                 # padding
+                 key_mask=None,
+                 # whether a token sees only those before it (one layer; row by row in a grid)
+                 causal=False,
                  include_self=False, # whether a token sees itself (one layer)
                  trainable=True): # whether gradients reach the projections and beta
-        self.Wq, self.Wk = as_weights(Wq, "Wq", "AttentionSynapse", 3), as_weights(Wk, "Wk", "AttentionSynapse", 3)
+        self.Wq, self.Wk = as_weights(Wq, "Wq", "AttentionSynapse", 3), as_weights(
+            Wk, "Wk", "AttentionSynapse", 3
+        )
         if self.Wq.shape[:2] != self.Wk.shape[:2]:
-            raise ValueError("AttentionSynapse: Wq and Wk are (heads, d_head, d_token) and should have the same heads and d_head; "
-                             f"their shapes are {self.Wq.shape} and {self.Wk.shape}.")
+            raise ValueError(
+                "AttentionSynapse: Wq and Wk are (heads, d_head, d_token) and should have the same"
+                f" heads and d_head; their shapes are {self.Wq.shape} and {self.Wk.shape}."
+            )
         heads, d_head, _ = self.Wq.shape
         self._beta = seal(d_head**-0.5 if beta is None else _as_beta(beta, heads))
         mask, key_mask = (
-            None if m is None else as_mask(m, "AttentionSynapse", n) for m, n in ((mask, "mask"), (key_mask, "key_mask")))
-        self._mask, self._key_mask = seal_mask(mask, self.Wq.dtype), seal_mask(key_mask, self.Wq.dtype)
-        self.causal, self.include_self, self.trainable = bool(causal), bool(include_self), bool(trainable)
+            None if m is None else as_mask(m, "AttentionSynapse", n)
+            for m, n in ((mask, "mask"), (key_mask, "key_mask"))
+        )
+        self._mask, self._key_mask = seal_mask(mask, self.Wq.dtype), seal_mask(
+            key_mask, self.Wq.dtype
+        )
+        self.causal, self.include_self, self.trainable = (
+            bool(causal),
+            bool(include_self),
+            bool(trainable),
+        )
 
     beta = property(lambda self: unseal(self._beta))
     mask = property(lambda self: unseal_mask(self._mask))
     key_mask = property(lambda self: unseal_mask(self._key_mask))
 
     def __call__(self,
-                 queries: Float[Array, "... d_query"], # activation of the tokens that look, in a grid of any shape
-                 keys: Float[Array, "... d_key"] = None, # activation of those looked at; None for the same layer
+                 # activation of the tokens that look, in a grid of any shape
+                 queries: Float[Array, "... d_query"],
+                 # activation of those looked at; None for the same layer
+                 keys: Float[Array, "... d_key"] = None,
                  ) -> Float[Array, ""]: # the energy
         "The energy of attention. Raises ValueError where tokens or masks do not fit."
         scores, beta, seen, dtype = _scores(self, queries, keys)
@@ -116,7 +158,9 @@ def _scores(syn, queries, keys):
     if keys is None: _tokens(queries, syn.Wk.shape[2], "keys (of the same layer)")
     dtype = jnp.result_type(q, k, syn.Wq, syn.Wk)
     wide = jnp.promote_types(dtype, jnp.float32)
-    Wq, Wk, beta = (trained(jnp.asarray(v).astype(wide), syn.trainable) for v in (syn.Wq, syn.Wk, syn.beta))
+    Wq, Wk, beta = (
+        trained(jnp.asarray(v).astype(wide), syn.trainable) for v in (syn.Wq, syn.Wk, syn.beta)
+    )
     Q, K = (jnp.einsum("nd,hed->hne", x.astype(wide), W) for x, W in ((q, Wq), (k, Wk)))
     seen = _allowed(syn, q_grid, k_grid)
     scores = jnp.where(seen, jnp.einsum("hqe,hke->hqk", Q, K), jnp.finfo(wide).min / 4)
@@ -124,10 +168,12 @@ def _scores(syn, queries, keys):
 
 # %% ../../nbs/api/synapses/attention.ipynb #7bc6bd1a
 @patch
-def attention(self: AttentionSynapse,
-              queries: Float[Array, "... d_query"], # activation of the tokens that look
-              keys: Float[Array, "... d_key"] = None, # activation of those looked at; None for the same layer
-              ) -> Float[Array, "heads queries keys"]: # weights: rows sum to 1, or are 0 where nothing is seen
+def attention(
+    self: AttentionSynapse,
+    queries: Float[Array, "... d_query"],  # activation of the tokens that look
+    # activation of those looked at; None for the same layer
+    keys: Float[Array, "... d_key"] = None,
+) -> Float[Array, "heads queries keys"]:  # weights: rows sum to 1, or are 0 where nothing is seen
     "Who looks at whom: softmax(β k·q) over the keys."
     scores, beta, seen, dtype = _scores(self, queries, keys)
     return jnp.where(seen, winners(scores, beta, (2,), False), 0).astype(dtype)
@@ -147,7 +193,10 @@ def rand_init(cls: AttentionSynapse,
               ) -> AttentionSynapse: # projections of standard deviation scale·(d heads d_head)^(−¼)
     "Normal projections with currents of order one for tokens with entries of order one."
     sizes = (d_token, d_token if d_key is None else d_key)
-    Wq, Wk = (scale * (d * heads * d_head)**-0.25 * jr.normal(k, (heads, d_head, d)) for k, d in zip(jr.split(key), sizes))
+    Wq, Wk = (
+        scale * (d * heads * d_head) ** -0.25 * jr.normal(k, (heads, d_head, d))
+        for k, d in zip(jr.split(key), sizes)
+    )
     return cls(Wq, Wk, beta, **settings)
 
 # %% ../../nbs/api/synapses/attention.ipynb #95e3e0bb
@@ -161,20 +210,38 @@ def lazy(cls: AttentionSynapse,
     "Energy attention whose projections `build` sizes from the tokens."
     def make(key, queries, keys=None):
         if min(len(queries), len(keys or queries)) < 2:
-            raise ValueError(f"AttentionSynapse joins layers of tokens (…, d) with at least one axis before the last, and these have shapes {queries} and {keys}.")
-        return cls.rand_init(key, queries[-1], heads, d_head or -(-queries[-1] // heads), d_key=(keys or queries)[-1], scale=scale, **settings)
+            raise ValueError(
+                "AttentionSynapse joins layers of tokens (…, d) with at least one axis before the"
+                f" last, and these have shapes {queries} and {keys}."
+            )
+        return cls.rand_init(
+            key,
+            queries[-1],
+            heads,
+            d_head or -(-queries[-1] // heads),
+            d_key=(keys or queries)[-1],
+            scale=scale,
+            **settings,
+        )
     return Lazy(make, f"AttentionSynapse.lazy({heads})")
 
 
 @patch
 def config(self: AttentionSynapse) -> dict:
     "What `AttentionSynapse.lazy` needs to make it again."
-    masks = {name: mask.tolist() for name in ("mask", "key_mask") if (mask := getattr(self, name)) is not None}
+    masks = {
+        name: mask.tolist()
+        for name in ("mask", "key_mask")
+        if (mask := getattr(self, name)) is not None
+    }
     flags = {name: True for name in ("causal", "include_self") if getattr(self, name)}
-    return trainable_config(self, heads=len(self.Wq), d_head=self.Wq.shape[1], beta=self.beta, **masks, **flags)
+    return trainable_config(
+        self, heads=len(self.Wq), d_head=self.Wq.shape[1], beta=self.beta, **masks, **flags
+    )
 
 
 @patch
 def alone(self: AttentionSynapse, position: int) -> str | None:
     "How the energy depends on one layer alone, as `Relaxation` asks."
-    return "concave" # between two layers; within one it meets its layer twice, which relaxation refuses
+    # between two layers; within one it meets its layer twice, which relaxation refuses
+    return "concave"

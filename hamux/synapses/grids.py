@@ -28,28 +28,48 @@ from ..network.recipe import Lazy, given_scale, trainable_config
 def _per_axis(value, n, who, name):
     "`value`, one positive int or one for each of `n` axes, as a tuple of `n`."
     sizes = (value,) * n if isinstance(value, numbers.Integral) else value
-    if (not isinstance(sizes, tuple | list) or len(sizes) != n
-            or any(not isinstance(s, numbers.Integral) or isinstance(s, bool) or s < 1 for s in sizes)):
-        raise ValueError(f"{who}: {name} is a positive int, or one for each of the {n} spatial axes, and was {value!r}.")
+    if (
+        not isinstance(sizes, tuple | list)
+        or len(sizes) != n
+        or any(not isinstance(s, numbers.Integral) or isinstance(s, bool) or s < 1 for s in sizes)
+    ):
+        raise ValueError(
+            f"{who}: {name} is a positive int, or one for each of the {n} spatial axes, and was"
+            f" {value!r}."
+        )
     return tuple(map(int, sizes))
 
 
 def _as_padding(padding, n, who):
     "`padding` as one of the known names in capitals, or as a tuple of `n` pairs of ints."
-    if isinstance(padding, str) and padding.upper() in ("SAME", "SAME_LOWER", "VALID"): return padding.upper()
+    if isinstance(padding, str) and padding.upper() in ("SAME", "SAME_LOWER", "VALID"):
+        return padding.upper()
     pairs = [] if isinstance(padding, str) or not hasattr(padding, "__len__") else list(padding)
     if (len(pairs) != n or any(not hasattr(p, "__len__") or len(p) != 2 for p in pairs)
             or any(not isinstance(v, numbers.Integral) or v < 0 for p in pairs for v in p)):
-        raise ValueError(f"{who}: padding is 'SAME', 'SAME_LOWER', 'VALID', or a pair (low, high) of ints from 0 up for each of the {n} spatial axes, "
-                         f"and was {padding!r}.")
+        raise ValueError(
+            f"{who}: padding is 'SAME', 'SAME_LOWER', 'VALID', or a pair (low, high) of ints from 0"
+            f" up for each of the {n} spatial axes, and was {padding!r}."
+        )
     return tuple((int(low), int(high)) for low, high in pairs)
 
 
 def _sizes(size, window, strides, padding, who):
     "The (low, high) pads and the number of places along every axis, for a window that spans `window`."
-    pads = jax.lax.padtype_to_pads(size, window, strides, padding) if isinstance(padding, str) else padding
-    places = tuple((s + low + high - w) // t + 1 for s, w, t, (low, high) in zip(size, window, strides, pads, strict=True))
-    if min(places) < 1: raise ValueError(f"{who}: a window that spans {window} does not fit into a grid of {size} with padding {padding!r}.")
+    pads = (
+        jax.lax.padtype_to_pads(size, window, strides, padding)
+        if isinstance(padding, str)
+        else padding
+    )
+    places = tuple(
+        (s + low + high - w) // t + 1
+        for s, w, t, (low, high) in zip(size, window, strides, pads, strict=True)
+    )
+    if min(places) < 1:
+        raise ValueError(
+            f"{who}: a window that spans {window} does not fit into a grid of {size} with padding"
+            f" {padding!r}."
+        )
     return [tuple(map(int, p)) for p in pads], places
 
 # %% ../../nbs/api/synapses/grids.ipynb #3010e2d4
@@ -71,18 +91,35 @@ class PoolSynapse(eqx.Module):
 
     def __init__(self,
                  window, # size of the window: an int for every spatial axis, or a tuple
-                 strides=None, # how far the window moves: an int or a tuple; None for the window's size, so that none overlap
-                 padding="VALID", # "VALID", "SAME", "SAME_LOWER", or a (low, high) pair per axis, each smaller than the window
-                 kind="average"): # "average" (of the entries that exist) or "max" (ties share the gradient)
-        if kind not in ("average", "max"): raise ValueError(f"PoolSynapse: kind is 'average' or 'max', and was {kind!r}.")
+                 # how far the window moves: an int or a tuple; None for the window's size, so that
+                 # none overlap
+                 strides=None,
+                 # "VALID", "SAME", "SAME_LOWER", or a (low, high) pair per axis, each smaller than
+                 # the window
+                 padding="VALID",
+                 # "average" (of the entries that exist) or "max" (ties share the gradient)
+                 kind="average"):
+        if kind not in ("average", "max"):
+            raise ValueError(f"PoolSynapse: kind is 'average' or 'max', and was {kind!r}.")
         strides = window if strides is None else strides
-        known = [len(v) for v in (window, strides, padding) if not isinstance(v, str) and hasattr(v, "__len__")]
+        known = [
+            len(v)
+            for v in (window, strides, padding)
+            if not isinstance(v, str) and hasattr(v, "__len__")
+        ]
         n = known[0] if known else 1
-        sizes, steps = _per_axis(window, n, "PoolSynapse", "window"), _per_axis(strides, n, "PoolSynapse", "strides")
+        sizes, steps = _per_axis(window, n, "PoolSynapse", "window"), _per_axis(
+            strides, n, "PoolSynapse", "strides"
+        )
         self.window, self.strides = (sizes, steps) if known else (sizes[0], steps[0])
         self.padding, self.kind = _as_padding(padding, n, "PoolSynapse"), kind
-        if not isinstance(self.padding, str) and any(max(p) >= w for p, w in zip(self.padding, sizes, strict=True)):
-            raise ValueError(f"PoolSynapse: padding {padding} reaches as far as the window {window}, which would see nothing there.")
+        if not isinstance(self.padding, str) and any(
+            max(p) >= w for p, w in zip(self.padding, sizes, strict=True)
+        ):
+            raise ValueError(
+                f"PoolSynapse: padding {padding} reaches as far as the window {window}, which would"
+                " see nothing there."
+            )
 
     def __call__(self,
                  xhat1: Float[Array, "*spatial C"], # activation of the fine layer
@@ -101,7 +138,10 @@ class PoolSynapse(eqx.Module):
 def _overlap(who, what, xhat1, made, xhat2):
     "−<x̂₂, made>, checked."
     if xhat2.shape == made.shape: return -(made * xhat2).sum()
-    raise ValueError(f"{who}: this {what} makes a grid of shape {made.shape} from {xhat1.shape}, and the second layer has {xhat2.shape}.")
+    raise ValueError(
+        f"{who}: this {what} makes a grid of shape {made.shape} from {xhat1.shape}, and the second"
+        f" layer has {xhat2.shape}."
+    )
 
 # %% ../../nbs/api/synapses/grids.ipynb #e08ff8be
 @patch
@@ -111,10 +151,17 @@ def pool(self: PoolSynapse,
     "The pooling itself, of one grid. Raises ValueError for a grid that does not fit."
     n = x.ndim - 1
     if n < 1 or not isinstance(self.window, int) and len(self.window) != n:
-        raise ValueError(f"PoolSynapse: a window of {self.window} needs a grid with as many spatial axes and then the channels, and was given shape {x.shape}.")
-    window, strides = _per_axis(self.window, n, "PoolSynapse", "window"), _per_axis(self.strides, n, "PoolSynapse", "strides")
+        raise ValueError(
+            f"PoolSynapse: a window of {self.window} needs a grid with as many spatial axes and"
+            f" then the channels, and was given shape {x.shape}."
+        )
+    window, strides = _per_axis(self.window, n, "PoolSynapse", "window"), _per_axis(
+        self.strides, n, "PoolSynapse", "strides"
+    )
     pads, places = _sizes(x.shape[:-1], window, strides, self.padding, "PoolSynapse")
-    cut, axes = lambda x, fill: _windows(x, window, strides, pads, places, fill), tuple(range(1, 2 * n, 2))
+    cut, axes = lambda x, fill: _windows(x, window, strides, pads, places, fill), tuple(
+        range(1, 2 * n, 2)
+    )
     if self.kind == "max": return cut(x, -jnp.inf).max(axes)
     return cut(x, 0).sum(axes) / cut(jnp.ones((*x.shape[:-1], 1), x.dtype), 0).sum(axes)
 
@@ -122,7 +169,12 @@ def pool(self: PoolSynapse,
 @patch
 def config(self: PoolSynapse) -> dict:
     "What makes a `PoolSynapse` again: it has no sizes to find."
-    return {"window": self.window, "strides": self.strides, "padding": self.padding, "kind": self.kind}
+    return {
+        "window": self.window,
+        "strides": self.strides,
+        "padding": self.padding,
+        "kind": self.kind,
+    }
 
 
 @patch
@@ -143,7 +195,8 @@ class ConvSynapse(eqx.Module):
     config_name: ClassVar[str] = "conv"
 
     def __init__(self,
-                 W: Float[Array, "out in_per_group *window"], # filters, with one, two or three spatial axes
+                 # filters, with one, two or three spatial axes
+                 W: Float[Array, "out in_per_group *window"],
                  window_strides=1, # steps of the window: an int for every spatial axis, or a tuple
                  padding="SAME", # "SAME", "SAME_LOWER", "VALID", or a (low, high) pair per axis
                  trainable=True, # whether gradients reach the filters
@@ -152,13 +205,23 @@ class ConvSynapse(eqx.Module):
                  pool=None): # a PoolSynapse that pools the features; None for none
         self.W, n = as_weights(W, "W", "ConvSynapse"), jnp.ndim(W) - 2
         if n not in (1, 2, 3) or 0 in self.W.shape:
-            raise ValueError(f"ConvSynapse needs filters W of shape (out, in, *window) with one to three spatial axes, and was given shape {self.W.shape}.")
+            raise ValueError(
+                "ConvSynapse needs filters W of shape (out, in, *window) with one to three spatial"
+                f" axes, and was given shape {self.W.shape}."
+            )
         self.window_strides = _per_axis(window_strides, n, "ConvSynapse", "window_strides")
-        self.dilation, self.padding = _per_axis(dilation, n, "ConvSynapse", "dilation"), _as_padding(padding, n, "ConvSynapse")
+        self.dilation, self.padding = _per_axis(
+            dilation, n, "ConvSynapse", "dilation"
+        ), _as_padding(padding, n, "ConvSynapse")
         if not isinstance(groups, numbers.Integral) or groups < 1 or self.W.shape[0] % groups:
-            raise ValueError(f"ConvSynapse: groups is a positive int that divides the {self.W.shape[0]} output channels, and was {groups!r}.")
-        if pool is not None and not isinstance(pool, PoolSynapse): raise TypeError(f"ConvSynapse: pool is a PoolSynapse or None, and was {pool!r}.")
-        if pool is not None and not isinstance(pool.window, int): _per_axis(pool.window, n, "ConvSynapse", "the window of pool")
+            raise ValueError(
+                f"ConvSynapse: groups is a positive int that divides the {self.W.shape[0]} output"
+                f" channels, and was {groups!r}."
+            )
+        if pool is not None and not isinstance(pool, PoolSynapse):
+            raise TypeError(f"ConvSynapse: pool is a PoolSynapse or None, and was {pool!r}.")
+        if pool is not None and not isinstance(pool.window, int):
+            _per_axis(pool.window, n, "ConvSynapse", "the window of pool")
         self.trainable, self.groups, self.pool = trainable, int(groups), pool
 
     def __call__(self,
@@ -167,8 +230,17 @@ class ConvSynapse(eqx.Module):
                  ) -> Float[Array, ""]: # the energy
         "The energy −<x̂₂, pool(W * x̂₁)>. Raises ValueError where the sizes do not fit."
         if xhat1.ndim != self.W.ndim - 1 or xhat1.shape[-1] != self.W.shape[1] * self.groups:
-            raise ValueError(f"ConvSynapse: xhat1 is one grid ({', '.join('xyz'[:self.W.ndim - 2])}, {self.W.shape[1] * self.groups}), and has shape {xhat1.shape}.")
-        return _overlap("ConvSynapse", "convolution" + " and pooling" * (self.pool is not None), xhat1, self.forward(xhat1[None])[0], xhat2)
+            raise ValueError(
+                f"ConvSynapse: xhat1 is one grid ({', '.join('xyz'[:self.W.ndim - 2])},"
+                f" {self.W.shape[1] * self.groups}), and has shape {xhat1.shape}."
+            )
+        return _overlap(
+            "ConvSynapse",
+            "convolution" + " and pooling" * (self.pool is not None),
+            xhat1,
+            self.forward(xhat1[None])[0],
+            xhat2,
+        )
 
 # %% ../../nbs/api/synapses/grids.ipynb #5833d58a
 @patch
@@ -178,13 +250,22 @@ def forward_conv(self: ConvSynapse,
     "The convolution itself, without pooling. Raises ValueError for other shapes."
     W, space = self.W, "xyz"[:self.W.ndim - 2]
     if x.ndim != W.ndim or x.shape[-1] != W.shape[1] * self.groups:
-        raise ValueError(f"ConvSynapse: forward_conv takes grids (n, {', '.join(space)}, {W.shape[1] * self.groups}), and was given {x.shape}.")
+        raise ValueError(
+            f"ConvSynapse: forward_conv takes grids (n, {', '.join(space)},"
+            f" {W.shape[1] * self.groups}), and was given {x.shape}."
+        )
     span = tuple((w - 1) * d + 1 for w, d in zip(W.shape[2:], self.dilation, strict=True))
     pads, _ = _sizes(x.shape[1:-1], span, self.window_strides, self.padding, "ConvSynapse")
     dtype = jnp.promote_types(x.dtype, W.dtype)
     return jax.lax.conv_general_dilated(
-        x.astype(dtype), trained(W, self.trainable).astype(dtype), self.window_strides, pads, rhs_dilation=self.dilation,
-        feature_group_count=self.groups, dimension_numbers=(f"N{space}C", f"OI{space}", f"N{space}C"))
+        x.astype(dtype),
+        trained(W, self.trainable).astype(dtype),
+        self.window_strides,
+        pads,
+        rhs_dilation=self.dilation,
+        feature_group_count=self.groups,
+        dimension_numbers=(f"N{space}C", f"OI{space}", f"N{space}C"),
+    )
 
 
 @patch
@@ -208,7 +289,11 @@ def from_conv_params(cls: ConvSynapse,
                      *, groups=1, # number of parts that the channels are split in
                      **settings): # dilation, pool and trainable, passed on
     "Normal filters for the given convolution. Raises ValueError where groups do not divide the channels."
-    if channels_in % groups: raise ValueError(f"ConvSynapse: groups is a positive int that divides the {channels_in} input channels, and was {groups!r}.")
+    if channels_in % groups:
+        raise ValueError(
+            f"ConvSynapse: groups is a positive int that divides the {channels_in} input channels,"
+            f" and was {groups!r}."
+        )
     W = mu + sigma * jr.normal(key, (channels_out, channels_in // groups, *filter_shape))
     return cls(W, window_strides, padding, groups=groups, **settings)
 
@@ -227,15 +312,26 @@ def lazy(cls: ConvSynapse,
     "A convolution whose channels `build` finds."
     window = (filter_shape,) * 2 if isinstance(filter_shape, int) else tuple(filter_shape)
     pool = PoolSynapse(**pool) if isinstance(pool, Mapping) else pool
-    convolve = ft.partial(cls, window_strides=strides, padding=padding, dilation=dilation, pool=pool)
+    convolve = ft.partial(
+        cls, window_strides=strides, padding=padding, dilation=dilation, pool=pool
+    )
     def terms(grid, features):
         ones = convolve(jnp.ones((1, 1, *window))).forward(jnp.ones((1, *grid[:-1], 1)))
         return ones.sum() * (grid[-1] // groups * features[-1])
     def make(key, grid, features, *, site):
-        if {len(grid), len(features)} != {len(window) + 1} or grid[-1] % groups or features[-1] % groups:
-            raise ValueError(f"ConvSynapse with filters of shape {window} in {groups} group{'s' * (groups > 1)} joins an image (h, w, channels) to "
-                             f"features (h, w, channels), as many axes as the filters have and one more, and these have shapes {grid} and {features}.")
-        W = site.normal(key, (features[-1], grid[-1] // groups, *window), given_scale(scale, site, terms))
+        if (
+            {len(grid), len(features)} != {len(window) + 1}
+            or grid[-1] % groups
+            or features[-1] % groups
+        ):
+            raise ValueError(
+                f"ConvSynapse with filters of shape {window} in {groups} group{'s' * (groups > 1)}"
+                " joins an image (h, w, channels) to features (h, w, channels), as many axes as"
+                f" the filters have and one more, and these have shapes {grid} and {features}."
+            )
+        W = site.normal(
+            key, (features[-1], grid[-1] // groups, *window), given_scale(scale, site, terms)
+        )
         return convolve(W, trainable=trainable, groups=groups)
     return Lazy(make, f"ConvSynapse.lazy({window})")
 
@@ -246,7 +342,13 @@ def config(self: ConvSynapse) -> dict:
     more = {"dilation": self.dilation} if set(self.dilation) != {1} else {}
     if self.groups != 1: more["groups"] = self.groups
     if self.pool is not None: more["pool"] = self.pool
-    return trainable_config(self, filter_shape=self.W.shape[2:], strides=self.window_strides, padding=self.padding, **more)
+    return trainable_config(
+        self,
+        filter_shape=self.W.shape[2:],
+        strides=self.window_strides,
+        padding=self.padding,
+        **more,
+    )
 
 
 @patch

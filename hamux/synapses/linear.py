@@ -25,10 +25,14 @@ def _fits(who, *sides):
     "Check that each (name, array, trailing shape) fits, and that their leading axes are the same."
     for name, x, shape in sides:
         if x.shape[x.ndim - len(shape):] != shape or x.ndim < len(shape):
-            raise ValueError(f"{who}: the layer {name} should have shape {shape}, and has {x.shape}.")
+            raise ValueError(
+                f"{who}: the layer {name} should have shape {shape}, and has {x.shape}."
+            )
     leading = [x.shape[:x.ndim - len(shape)] for _, x, shape in sides]
     if len(set(leading)) > 1:
-        raise ValueError(f"{who}: the layers should have the same leading (batch) axes, and have {leading}.")
+        raise ValueError(
+            f"{who}: the layers should have the same leading (batch) axes, and have {leading}."
+        )
 
 # %% ../../nbs/api/synapses/linear.ipynb #4fab1707
 class LinearSynapse(eqx.Module):
@@ -47,7 +51,9 @@ class LinearSynapse(eqx.Module):
                  xhat2: Float[Array, "... d2"], # activation of the second layer, same leading axes
                  ) -> Float[Array, "..."]: # one energy per row
         "The energy −x̂₁ᵀ W x̂₂. Raises ValueError where the sizes do not fit."
-        _fits("LinearSynapse", ("xhat1", xhat1, self.W.shape[:1]), ("xhat2", xhat2, self.W.shape[1:]))
+        _fits(
+            "LinearSynapse", ("xhat1", xhat1, self.W.shape[:1]), ("xhat2", xhat2, self.W.shape[1:])
+        )
         return -((xhat1 @ trained(self.W, self.trainable)) * xhat2).sum(-1)
 
     @classmethod
@@ -67,7 +73,12 @@ def lazy(cls: LinearSynapse,
          ) -> Lazy: # for two layers of vectors
     "A linear synapse that `build` sizes."
     def make(key, shape1, shape2, *, site):
-        return cls(site.normal(key, vector_sizes("LinearSynapse", shape1, shape2), given_scale(scale, site)), trainable)
+        return cls(
+            site.normal(
+                key, vector_sizes("LinearSynapse", shape1, shape2), given_scale(scale, site)
+            ),
+            trainable,
+        )
     return Lazy(make, "LinearSynapse.lazy()")
 
 
@@ -100,7 +111,9 @@ class BiasSynapse(eqx.Module):
                  ) -> Float[Array, "..."]: # one energy per row
         "The energy −<b, x̂>. Raises ValueError where the shape does not fit."
         _fits("BiasSynapse", ("xhat", xhat, self.b.shape))
-        return -(xhat * trained(self.b, self.trainable)).sum(tuple(range(xhat.ndim - self.b.ndim, xhat.ndim)))
+        return -(xhat * trained(self.b, self.trainable)).sum(
+            tuple(range(xhat.ndim - self.b.ndim, xhat.ndim))
+        )
 
 # %% ../../nbs/api/synapses/linear.ipynb #32997385
 @patch(cls_method=True)
@@ -109,7 +122,11 @@ def lazy(cls: BiasSynapse,
          trainable=True, # whether gradients reach the bias
          ) -> Lazy: # for one layer of any shape
     "A bias that `build` sizes, zero at first."
-    return Lazy(lambda key, shape, *, site: cls(site.normal(key, shape, scale), trainable), "BiasSynapse.lazy()", counts=False)
+    return Lazy(
+        lambda key, shape, *, site: cls(site.normal(key, shape, scale), trainable),
+        "BiasSynapse.lazy()",
+        counts=False,
+    )
 
 
 @patch
@@ -135,9 +152,14 @@ class LinearSynapseWithBias(eqx.Module):
                  W: Float[Array, "d1 d2"], # weights, one row per neuron of the first layer
                  b: Float[Array, " d2"], # bias of the second layer
                  trainable=True): # whether gradients reach weights and bias
-        self.W, self.b = as_weights(W, "W", "LinearSynapseWithBias", 2), as_weights(b, "b", "LinearSynapseWithBias", 1)
+        self.W, self.b = as_weights(W, "W", "LinearSynapseWithBias", 2), as_weights(
+            b, "b", "LinearSynapseWithBias", 1
+        )
         if self.b.shape != self.W.shape[1:]:
-            raise ValueError(f"LinearSynapseWithBias: the bias of shape {self.b.shape} does not fit W of shape {self.W.shape}.")
+            raise ValueError(
+                f"LinearSynapseWithBias: the bias of shape {self.b.shape} does not fit W of shape"
+                f" {self.W.shape}."
+            )
         self.trainable = trainable
 
     def __call__(self,
@@ -145,7 +167,11 @@ class LinearSynapseWithBias(eqx.Module):
                  xhat2: Float[Array, "... d2"], # activation of the second layer, same leading axes
                  ) -> Float[Array, "..."]: # one energy per row
         "The energy −x̂₁ᵀ W x̂₂ − b·x̂₂. Raises ValueError where the sizes do not fit."
-        _fits("LinearSynapseWithBias", ("xhat1", xhat1, self.W.shape[:1]), ("xhat2", xhat2, self.W.shape[1:]))
+        _fits(
+            "LinearSynapseWithBias",
+            ("xhat1", xhat1, self.W.shape[:1]),
+            ("xhat2", xhat2, self.W.shape[1:]),
+        )
         W, b = trained(self.W, self.trainable), trained(self.b, self.trainable)
         return -((xhat1 @ W + b) * xhat2).sum(-1)
 
@@ -164,7 +190,11 @@ def lazy(cls: LinearSynapseWithBias,
     "A linear synapse with a bias, zero at first, that `build` sizes."
     def make(key, shape1, shape2, *, site):
         sizes = vector_sizes("LinearSynapseWithBias", shape1, shape2)
-        return cls(site.normal(key, sizes, given_scale(scale, site)), jnp.zeros(sizes[1:], site.dtype), trainable)
+        return cls(
+            site.normal(key, sizes, given_scale(scale, site)),
+            jnp.zeros(sizes[1:], site.dtype),
+            trainable,
+        )
     return Lazy(make, "LinearSynapseWithBias.lazy()")
 
 
@@ -187,7 +217,8 @@ class DenseSynapse(eqx.Module):
     config_name: ClassVar[str] = "dense"
 
     def __init__(self,
-                 W: Float[Array, "..."], # weights: the axes of the first layer, then of the second, …
+                 # weights: the axes of the first layer, then of the second, …
+                 W: Float[Array, "..."],
                  trainable=True): # whether gradients reach the weights
         self.W, self.trainable = as_weights(W, "W", "DenseSynapse"), trainable
 
@@ -197,8 +228,10 @@ class DenseSynapse(eqx.Module):
         "The energy −<W, x̂₁ ⊗ … ⊗ x̂ₖ>. Raises ValueError where the shapes do not fit."
         shapes = [x.shape for x in xhats]
         if sum(shapes, ()) != self.W.shape:
-            raise ValueError(f"DenseSynapse: layers of shapes {shapes} do not fit W of shape {self.W.shape}, "
-                             "which should have their axes one after the other.")
+            raise ValueError(
+                f"DenseSynapse: layers of shapes {shapes} do not fit W of shape {self.W.shape}, "
+                "which should have their axes one after the other."
+            )
         rest = trained(self.W, self.trainable)
         for x in xhats[::-1]: rest = jnp.tensordot(rest, x, x.ndim)
         return -rest
@@ -209,7 +242,13 @@ class DenseSynapse(eqx.Module):
                   *shapes, # the shape of each layer, an int or a tuple
                   scale=0.02): # standard deviation of the weights
         "Normal weights of mean 0 for layers of the given shapes."
-        return cls(scale * jr.normal(key, sum(((s,) if isinstance(s, numbers.Integral) else tuple(s) for s in shapes), ())))
+        return cls(
+            scale
+            * jr.normal(
+                key,
+                sum(((s,) if isinstance(s, numbers.Integral) else tuple(s) for s in shapes), ()),
+            )
+        )
 
 # %% ../../nbs/api/synapses/linear.ipynb #03d6438d
 @patch(cls_method=True)
@@ -220,7 +259,11 @@ def lazy(cls: DenseSynapse,
          ) -> Lazy: # for layers of any shapes
     "A dense synapse that `build` sizes."
     def make(key, *shapes, site):
-        if layers is not None and len(shapes) != layers: raise ValueError(f"This DenseSynapse joins {layers} layers, and was given {len(shapes)}: {list(shapes)}.")
+        if layers is not None and len(shapes) != layers:
+            raise ValueError(
+                f"This DenseSynapse joins {layers} layers, and was given {len(shapes)}:"
+                f" {list(shapes)}."
+            )
         return cls(site.normal(key, sum(shapes, ()), given_scale(scale, site)), trainable)
     return Lazy(make, "DenseSynapse.lazy()")
 

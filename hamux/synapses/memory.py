@@ -29,7 +29,15 @@ from ..lagrangians.arguments import hyperparameter, reduced_axes
 from ..lagrangians.competitions import lagr_softmax
 from ..lagrangians.facts import facts_of, setting_of, taken_apart
 from ..network.neurons import readable_name, scalar_lagrangian
-from ..network.parameters import as_mask, as_weights, seal, seal_mask, trained, unseal, unseal_mask
+from hamux.network.parameters import (
+    as_mask,
+    as_weights,
+    seal,
+    seal_mask,
+    trained,
+    unseal,
+    unseal_mask,
+)
 from ..network.recipe import Lazy, trainable_config
 from ..numerics.streaming import stream, stream_tangent
 
@@ -55,9 +63,13 @@ class _Terms:
         (x, *numbers), (Xi, *rest) = args, blocks
         own, mask = rest[:len(self.per_memory)], rest[len(self.per_memory):]
         s = _similarities(x, Xi, self.similarity, *mask)
-        keywords = dict(self.constants) | dict(zip(self.shared, numbers[:len(self.shared)], strict=True))
+        keywords = dict(self.constants) | dict(
+            zip(self.shared, numbers[: len(self.shared)], strict=True)
+        )
         function = unseal(jtu.tree_unflatten(self.tree, numbers[len(self.shared):]))
-        one = lambda s, *own: function(s, **keywords, **dict(zip(self.per_memory, own, strict=True)))
+        one = lambda s, *own: function(
+            s, **keywords, **dict(zip(self.per_memory, own, strict=True))
+        )
         terms = jax.vmap(one)(s, *own)
         return ((jnp.where(mask[0], terms, 0) if mask else terms).sum(),), ()
 
@@ -74,7 +86,11 @@ class _Rivals:
         top = (jnp.where(mask[0], s, low) if mask else s).max()
         p = jnp.exp(beta * (s - top))
         if mask: p = jnp.where(mask[0], p, 0)
-        return (top, p.sum(), p @ (jnp.where(mask[0][:, None], Xi, 0) if mask else Xi).astype(x.dtype)), ()
+        return (
+            top,
+            p.sum(),
+            p @ (jnp.where(mask[0][:, None], Xi, 0) if mask else Xi).astype(x.dtype),
+        ), ()
 
 
 def _merge_rivals(args, old, new):
@@ -97,7 +113,8 @@ class _Weighted:
         if mask: gap = jnp.where(mask[0], gap, 0)
         p = jnp.exp(beta * gap - z)
         if mask: p = jnp.where(mask[0], p, 0)
-        if self.what == "mean": return (p @ (jnp.where(mask[0][:, None], Xi, 0) if mask else Xi).astype(x.dtype),), ()
+        if self.what == "mean":
+            return (p @ (jnp.where(mask[0][:, None], Xi, 0) if mask else Xi).astype(x.dtype),), ()
         return ((p if self.what == "mass" else p * gap).sum(),), ()
 
 # %% ../../nbs/api/synapses/memory.ipynb #cc47288c
@@ -106,7 +123,14 @@ def _compete(how, x, beta, *blocks):
     "z, the maximum t, the mean memory and the mass of all weights; `how` is (similarity, silent, block)."
     similarity, silent, block = how
     low = 0.0 if silent else float(jnp.finfo(x.dtype).min)
-    top, weight, mean = stream(_Rivals(similarity), (x, beta), blocks, fold=_merge_rivals, start=(low, 0.0, 0.0), block=block)
+    top, weight, mean = stream(
+        _Rivals(similarity),
+        (x, beta),
+        blocks,
+        fold=_merge_rivals,
+        start=(low, 0.0, 0.0),
+        block=block,
+    )
     whole = weight + silent * jnp.exp(-beta * top) if silent else weight
     return jnp.log(whole), top, mean / whole, weight / whole
 
@@ -119,11 +143,27 @@ def _compete_jvp(how, primals, tangents):
     z, top, mean, mass = out = _compete(how, x, beta, *blocks)
     args, dz = (x, beta, z, top), jnp.zeros_like(z)
     unheard = silent * jnp.exp(-beta * top - z) if silent else 0
-    if dx is not None: dz = dz + beta * ((mean if similarity == "dot" else mean - mass * x) * dx).sum()
-    if dbeta is not None: dz = dz + (stream(_Weighted("heat", similarity), args, blocks, block=block)[0] - unheard * top) * dbeta
-    if dblocks[0] is not None: dz = dz + stream_tangent(_Weighted("mass", similarity), args, blocks, (None,) * 4, dblocks, block=block)[0]
-    dmean, = stream_tangent(_Weighted("mean", similarity), args, blocks, (dx, dbeta, dz, None), dblocks, block=block)
-    dmass = jnp.zeros_like(mass) + (unheard * (dz + (0 if dbeta is None else top * dbeta)) if silent else 0)
+    if dx is not None:
+        dz = dz + beta * ((mean if similarity == "dot" else mean - mass * x) * dx).sum()
+    if dbeta is not None:
+        dz = (
+            dz
+            + (stream(_Weighted("heat", similarity), args, blocks, block=block)[0] - unheard * top)
+            * dbeta
+        )
+    if dblocks[0] is not None:
+        dz = (
+            dz
+            + stream_tangent(
+                _Weighted("mass", similarity), args, blocks, (None,) * 4, dblocks, block=block
+            )[0]
+        )
+    (dmean,) = stream_tangent(
+        _Weighted("mean", similarity), args, blocks, (dx, dbeta, dz, None), dblocks, block=block
+    )
+    dmass = jnp.zeros_like(mass) + (
+        unheard * (dz + (0 if dbeta is None else top * dbeta)) if silent else 0
+    )
     return out, (dz, jnp.zeros_like(top), dmean, dmass)
 
 # %% ../../nbs/api/synapses/memory.ipynb #0350ecd1
@@ -160,7 +200,10 @@ def _separation(lagrangian, similarity, x, Xi, masks, block):
         return top + z / beta
     if facts.form == "function of a sum":
         names = [n for n in inspect.signature(function).parameters][1:]
-        settings = {n: hyperparameter(v, n, who, (), x.dtype) for n, v in _settings(lagrangian, names).items()}
+        settings = {
+            n: hyperparameter(v, n, who, (), x.dtype)
+            for n, v in _settings(lagrangian, names).items()
+        }
         total = _sum_of(eqx.Partial(facts.terms, **settings), similarity, x, Xi, masks, block)
         return facts.outer(total, **settings)
     return None
@@ -178,33 +221,46 @@ class MemorySynapse(eqx.Module):
     config_name: ClassVar[str] = "memory"
 
     def __init__(self,
-                 Xi: Float[Array, "K ..."], # memories, one per row, each of the layer's shape (or of a token's)
+                 # memories, one per row, each of the layer's shape (or of a token's)
+                 Xi: Float[Array, "K ..."],
                  lagrangian: Callable = lagr_softmax, # function of the K similarities to one number
                  similarity="dot", # "dot", ξ·x̂, or "euclidean", −½‖x̂ − ξ‖²
                  *,
                  mask=None, # booleans (K,), False for an empty slot; None where all are used
                  trainable=True, # whether gradients reach the memories
                  block=None, # memories to take at a time; None to choose
-                 over="all"): # axes of the layer over which a memory extends: "all", or "last" for each token by itself
+                 # axes of the layer over which a memory extends: "all", or "last" for each token by
+                 # itself
+                 over="all"):
         self.Xi = as_weights(Xi, "Xi", "MemorySynapse")
         _check_memories(self.Xi, lagrangian, similarity, block, over)
         self._mask = seal_mask(_memory_mask(mask, len(self.Xi)), self.Xi.dtype)
         self._lagrangian, self.similarity, self.over = seal(lagrangian), similarity, over
         self.trainable, self.block = bool(trainable), block and int(block)
-        scalar = scalar_lagrangian(self.lagrangian, f"MemorySynapse: the Lagrangian {readable_name(self.lagrangian)}")
+        scalar = scalar_lagrangian(
+            self.lagrangian, f"MemorySynapse: the Lagrangian {readable_name(self.lagrangian)}"
+        )
         jax.eval_shape(scalar, jax.ShapeDtypeStruct(self.Xi.shape[:1], self.Xi.dtype))
 
     @property
-    def lagrangian(self): return unseal(self._lagrangian)
+    def lagrangian(self):
+        return unseal(self._lagrangian)
+
     @property
-    def mask(self): return unseal_mask(self._mask)
+    def mask(self):
+        return unseal_mask(self._mask)
 
     def __call__(self,
-                 xhat: Float[Array, "..."], # activation, the shape of one memory, after the axes of tokens if any
+                 # activation, the shape of one memory, after the axes of tokens if any
+                 xhat: Float[Array, "..."],
                  ) -> Float[Array, ""]: # the energy
         "The energy −L(similarity(Ξ, x̂)), summed over tokens. Raises ValueError where the shape does not fit."
         tokens = _memory_tokens(self, xhat)
-        return jax.vmap(lambda x: _energy(self, x))(tokens).sum() if self.over == "last" else _energy(self, tokens)
+        return (
+            jax.vmap(lambda x: _energy(self, x))(tokens).sum()
+            if self.over == "last"
+            else _energy(self, tokens)
+        )
 
 # %% ../../nbs/api/synapses/memory.ipynb #d238abb1
 def _check_memories(Xi, lagrangian, similarity, block, over):
@@ -212,17 +268,29 @@ def _check_memories(Xi, lagrangian, similarity, block, over):
     shape = Xi.shape
     if len(shape) < 2 or 0 in shape:
         raise ValueError(
-            f"MemorySynapse: Xi must have one memory per row, (K, d) or (K, *shape), got shape {shape}.")
+            "MemorySynapse: Xi must have one memory per row, (K, d) or (K, *shape), got shape"
+            f" {shape}."
+        )
     if similarity not in ("dot", "euclidean"):
-        raise ValueError(f"MemorySynapse: similarity must be 'dot' or 'euclidean', got {similarity!r}.")
-    if block is not None and (not isinstance(block, numbers.Integral) or isinstance(block, bool) or block < 1):
-        raise ValueError(f"MemorySynapse: block must be a positive int, or None to choose, got {block!r}.")
+        raise ValueError(
+            f"MemorySynapse: similarity must be 'dot' or 'euclidean', got {similarity!r}."
+        )
+    if block is not None and (
+        not isinstance(block, numbers.Integral) or isinstance(block, bool) or block < 1
+    ):
+        raise ValueError(
+            f"MemorySynapse: block must be a positive int, or None to choose, got {block!r}."
+        )
     if not callable(lagrangian):
-        raise TypeError(f"MemorySynapse: lagrangian must be a function of the similarities, got {lagrangian!r}.")
+        raise TypeError(
+            f"MemorySynapse: lagrangian must be a function of the similarities, got {lagrangian!r}."
+        )
     if over not in ("all", "last"):
         raise ValueError(f"MemorySynapse: over must be 'all' or 'last', got {over!r}.")
     if over == "last" and len(shape) != 2:
-        raise ValueError(f"MemorySynapse: with over='last' a memory is one token, Xi (K, d), got shape {shape}.")
+        raise ValueError(
+            f"MemorySynapse: with over='last' a memory is one token, Xi (K, d), got shape {shape}."
+        )
 
 
 def _memory_mask(mask, K):
@@ -239,11 +307,20 @@ def _memory_tokens(synapse, xhat):
     shape, xhat = synapse.Xi.shape[1:], jnp.asarray(xhat)
     tokens = synapse.over == "last"
     if (xhat.shape[-1:] if tokens else xhat.shape) != shape or tokens and xhat.ndim < 2:
-        wanted = f"(…, {shape[0]}), tokens of one memory's size," if tokens else f"{shape}, one memory's,"
+        wanted = (
+            f"(…, {shape[0]}), tokens of one memory's size,"
+            if tokens
+            else f"{shape}, one memory's,"
+        )
         raise ValueError(
-            f"MemorySynapse: the layer must have shape {wanted} got {xhat.shape}. For batches use jax.vmap.")
+            f"MemorySynapse: the layer must have shape {wanted} got {xhat.shape}. For batches use"
+            " jax.vmap."
+        )
     if not jnp.issubdtype(xhat.dtype, jnp.floating):
-        raise TypeError(f"MemorySynapse: the activation must hold real floating numbers, got dtype {xhat.dtype}.")
+        raise TypeError(
+            "MemorySynapse: the activation must hold real floating numbers, got dtype"
+            f" {xhat.dtype}."
+        )
     return xhat.reshape(-1, *shape) if tokens else xhat
 
 
@@ -257,8 +334,10 @@ def _energy(synapse, xhat):
     if L is None:
         if isinstance(mask, jax.core.Tracer):
             raise TypeError(
-                f"MemorySynapse: a traced mask needs a Lagrangian that says how it streams, got "
-                f"{readable_name(synapse.lagrangian)}, which declares no form. Declare it with hamux.with_facts.")
+                "MemorySynapse: a traced mask needs a Lagrangian that says how it streams, got"
+                f" {readable_name(synapse.lagrangian)}, which declares no form. Declare it with"
+                " hamux.with_facts."
+            )
         s = _similarities(x, Xi if mask is None else Xi[np.flatnonzero(mask)], synapse.similarity)
         L = scalar_lagrangian(synapse.lagrangian, readable_name(synapse.lagrangian))(s)
     return -L.astype(dtype)
@@ -287,7 +366,11 @@ def lazy(cls: MemorySynapse,
 @patch
 def config(self: MemorySynapse) -> dict:
     "What `MemorySynapse.lazy` needs to make it again."
-    settings = {"memories": len(self.Xi), "lagrangian": self.lagrangian, "similarity": self.similarity}
+    settings = {
+        "memories": len(self.Xi),
+        "lagrangian": self.lagrangian,
+        "similarity": self.similarity,
+    }
     if self.mask is not None: settings["mask"] = np.asarray(self.mask).tolist()
     if self.block: settings["block"] = self.block
     if self.over != "all": settings["over"] = self.over

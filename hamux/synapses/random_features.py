@@ -30,7 +30,10 @@ def _features(x, frequencies):
 
 def _sum_of_features(patterns, frequencies, block=256):
     "The sum of the features of all patterns, a block of them at a time."
-    return sum(_features(patterns[i:i + block], frequencies).sum(0) for i in range(0, len(patterns), block))
+    return sum(
+        _features(patterns[i : i + block], frequencies).sum(0)
+        for i in range(0, len(patterns), block)
+    )
 
 # %% ../../nbs/api/synapses/random_features.ipynb #4c7c352a
 class RandomFeatureMemory(eqx.Module):
@@ -45,13 +48,21 @@ class RandomFeatureMemory(eqx.Module):
     def __init__(self,
                  T: Float[Array, " 2m"], # summed features of what is stored: m cosines, m sines
                  frequencies: Float[Array, "m d"], # drawn from N(0, β I); they take no gradient
-                 beta: float, # inverse temperature in units of 1/distance²: a number, since T was made for it
+                 # inverse temperature in units of 1/distance²: a number, since T was made for it
+                 beta: float,
                  floor=1.0, # what the sum is not allowed to undercut, in units of its noise
                  trainable=True): # whether gradients reach T
         self.beta, self.floor = _positive(beta, "beta"), _positive(floor, "floor")
-        self.T, self.frequencies, self.trainable = jnp.asarray(T), jnp.asarray(frequencies), trainable
+        self.T, self.frequencies, self.trainable = (
+            jnp.asarray(T),
+            jnp.asarray(frequencies),
+            trainable,
+        )
         if self.frequencies.ndim != 2 or self.T.shape != (2 * len(self.frequencies),):
-            raise ValueError(f"RandomFeatureMemory: T has two numbers for each row of frequencies, and their shapes are {self.T.shape} and {self.frequencies.shape}.")
+            raise ValueError(
+                "RandomFeatureMemory: T has two numbers for each row of frequencies, and their"
+                f" shapes are {self.T.shape} and {self.frequencies.shape}."
+            )
 
     @property
     def noise(self) -> Float[Array, ""]:
@@ -63,7 +74,10 @@ class RandomFeatureMemory(eqx.Module):
                  ) -> Float[Array, ""]: # the energy
         "The energy −(1/β) log max(φ(x̂)ᵀT, floor). Raises ValueError for another shape."
         if xhat.shape != self.frequencies.shape[1:]:
-            raise ValueError(f"RandomFeatureMemory: the layer should have shape {self.frequencies.shape[1:]}, and has {xhat.shape}.")
+            raise ValueError(
+                f"RandomFeatureMemory: the layer should have shape {self.frequencies.shape[1:]},"
+                f" and has {xhat.shape}."
+            )
         T, frequencies = trained(self.T, self.trainable), jax.lax.stop_gradient(self.frequencies)
         floor = jnp.maximum(jax.lax.stop_gradient(self.floor * self.noise), jnp.finfo(T.dtype).tiny)
         return -jnp.log(jnp.maximum(_features(xhat, frequencies) @ T, floor)) / self.beta
@@ -71,7 +85,11 @@ class RandomFeatureMemory(eqx.Module):
 
 def _positive(value, name):
     "`value` as a positive finite Python number."
-    if isinstance(value, jax.core.Tracer): raise TypeError(f"RandomFeatureMemory: {name} is a constant and cannot be traced; what is stored was made for it.")
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(
+            f"RandomFeatureMemory: {name} is a constant and cannot be traced; what is stored was"
+            " made for it."
+        )
     if isinstance(value, bool) or jnp.shape(value) != () or not 0 < float(value) < math.inf:
         raise ValueError(f"RandomFeatureMemory: {name} is one positive number, and was {value!r}.")
     return float(value)
@@ -81,9 +99,23 @@ def _patterns(patterns, d, dtype):
     "`patterns` as a floating array of one pattern per row."
     patterns = jnp.asarray(patterns)
     if patterns.ndim != 2 or 0 in patterns.shape or d is not None and patterns.shape[1] != d:
-        raise ValueError("RandomFeatureMemory: patterns are one per row" + (f", {d} numbers each" if d else "") + f", and were given with shape {patterns.shape}.")
-    if jnp.issubdtype(patterns.dtype, jnp.complexfloating): raise TypeError(f"RandomFeatureMemory: patterns are real, and were given with dtype {patterns.dtype}.")
-    return patterns.astype(dtype or (patterns.dtype if jnp.issubdtype(patterns.dtype, jnp.floating) else jnp.result_type(float)))
+        raise ValueError(
+            "RandomFeatureMemory: patterns are one per row"
+            + (f", {d} numbers each" if d else "")
+            + f", and were given with shape {patterns.shape}."
+        )
+    if jnp.issubdtype(patterns.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"RandomFeatureMemory: patterns are real, and were given with dtype {patterns.dtype}."
+        )
+    return patterns.astype(
+        dtype
+        or (
+            patterns.dtype
+            if jnp.issubdtype(patterns.dtype, jnp.floating)
+            else jnp.result_type(float)
+        )
+    )
 
 
 @patch(cls_method=True)
@@ -91,14 +123,24 @@ def store(cls: RandomFeatureMemory,
           key, # a PRNG key for the frequencies
           patterns: Float[Array, "K d"], # what to store, one pattern per row
           beta: float, # inverse temperature in units of 1/distance²
-          n_features: int, # number m of frequencies; each is kept as a cosine and a sine, so the memory is 2m numbers
+          # number m of frequencies; each is kept as a cosine and a sine, so the memory is 2m
+          # numbers
+          n_features: int,
           floor=1.0, # what the sum is not allowed to undercut, in units of its noise
           trainable=True): # whether gradients reach T
     "A memory of the given patterns. Raises ValueError for numbers and shapes that do not fit."
     patterns, beta = _patterns(patterns, None, None), _positive(beta, "beta")
-    if not isinstance(n_features, numbers.Integral) or isinstance(n_features, bool) or n_features < 1:
-        raise ValueError(f"RandomFeatureMemory: n_features is a positive int, and was {n_features!r}.")
-    frequencies = math.sqrt(beta) * jr.normal(key, (int(n_features), patterns.shape[1]), patterns.dtype)
+    if (
+        not isinstance(n_features, numbers.Integral)
+        or isinstance(n_features, bool)
+        or n_features < 1
+    ):
+        raise ValueError(
+            f"RandomFeatureMemory: n_features is a positive int, and was {n_features!r}."
+        )
+    frequencies = math.sqrt(beta) * jr.normal(
+        key, (int(n_features), patterns.shape[1]), patterns.dtype
+    )
     return cls(_sum_of_features(patterns, frequencies), frequencies, beta, floor, trainable)
 
 
@@ -107,7 +149,9 @@ def add(self: RandomFeatureMemory,
         patterns: Float[Array, "K d"], # what to add, one pattern per row
         ) -> RandomFeatureMemory: # a memory of the same size
     "A memory that holds these patterns too. Raises ValueError for a wrong shape."
-    more = _sum_of_features(_patterns(patterns, self.frequencies.shape[1], self.T.dtype), self.frequencies)
+    more = _sum_of_features(
+        _patterns(patterns, self.frequencies.shape[1], self.T.dtype), self.frequencies
+    )
     return eqx.tree_at(lambda memory: memory.T, self, self.T + more)
 
 
@@ -116,5 +160,7 @@ def remove(self: RandomFeatureMemory,
            patterns: Float[Array, "K d"], # what to forget: patterns that were stored, one per row
            ) -> RandomFeatureMemory: # a memory of the same size
     "A memory without these patterns. That they were stored cannot be checked. Raises ValueError for a wrong shape."
-    less = _sum_of_features(_patterns(patterns, self.frequencies.shape[1], self.T.dtype), self.frequencies)
+    less = _sum_of_features(
+        _patterns(patterns, self.frequencies.shape[1], self.T.dtype), self.frequencies
+    )
     return eqx.tree_at(lambda memory: memory.T, self, self.T - less)
