@@ -112,8 +112,8 @@ def test_which_memory_copies_signs_single_patterns_and_scale():
 @pytest.mark.parametrize(
     "states, patterns, settings, error, says",
     [
-        (np.zeros(3), np.zeros((2, 4)), {}, ValueError, "should have shape"),
-        (np.zeros((2, 2, 4)), np.zeros((2, 4)), {}, ValueError, "should have shape"),
+        (np.zeros(3), np.zeros((2, 4)), {}, ValueError, "must have shape"),
+        (np.zeros((2, 2, 4)), np.zeros((2, 4)), {}, ValueError, "must have shape"),
         (np.zeros(4), np.zeros((0, 4)), {}, ValueError, "one per row"),
         (np.zeros(4) * 1j, np.zeros((2, 4)), {}, TypeError, "real numbers"),
         ("abcd", np.zeros((2, 4)), {}, TypeError, "are an array"),
@@ -389,7 +389,7 @@ def test_basins_of_a_named_layer_start_with_the_others_settled():
 
 
 @pytest.mark.parametrize("change, error, says", [
-    (dict(n=0), ValueError, "n is a positive int"),
+    (dict(n=0), ValueError, "n must be a positive int"),
     (dict(levels=0.1), ValueError, "sequence of numbers"),
     (dict(layer="z"), ValueError, "unknown layer"),
     (dict(clamp="a"), ValueError, "no clamp"),
@@ -411,7 +411,7 @@ def test_basin_bad_input(change, error, says):
 
 
 @pytest.mark.parametrize("change, error, says", [
-    (dict(steps=0), ValueError, "steps is a positive int"),
+    (dict(steps=0), ValueError, "steps must be a positive int"),
     (dict(tol=0.0), ValueError, "tol is positive"),
     (dict(clamp=["a", "b"]), ValueError, "nothing moves"),
     (dict(clamp="c"), ValueError, "unknown layer"),

@@ -765,13 +765,13 @@ BAD = {
         ValueError,
         "different sizes.*'v': 2.*'h': 3",
     ),
-    "solver": (lambda h: descend(h, X, solver=0.1), TypeError, "solver should be.*Euler.*0.1"),
-    "solver class": (lambda h: descend(h, X, solver=Euler), TypeError, "solver should be.*Euler"),
+    "solver": (lambda h: descend(h, X, solver=0.1), TypeError, "solver must be.*Euler.*0.1"),
+    "solver class": (lambda h: descend(h, X, solver=Euler), TypeError, "solver must be.*Euler"),
     **{
         f"max_steps {n!r}": (
             lambda h, n=n: descend(h, X, max_steps=n),
             ValueError,
-            f"max_steps is a positive int.*{n}",
+            f"max_steps must be a positive int.*{n}",
         )
         for n in (0, -1, 2.0, "3")
     },
@@ -796,7 +796,7 @@ BAD = {
     "dt per layer": (
         lambda h: Euler(jnp.ones(2)),
         ValueError,
-        r"dt is one positive number.*\(2,\)",
+        r"dt must be one positive number.*\(2,\)",
     ),
     "dt a word": (lambda h: Euler("fast"), TypeError | ValueError, "dt.*'?fast"),
     "dt none": (lambda h: Euler(None), TypeError | ValueError, "dt.*None"),
@@ -835,12 +835,12 @@ BAD = {
     "mask shape": (
         lambda h: descend(h, X, clamp={"v": np.ones(4, bool)}),
         ValueError,
-        r"clamp of the layer 'v' should have shape \(5,\), and has \(4,\)",
+        r"mask of the layer 'v' must have shape \(5,\), got \(4,\)",
     ),
     "mask batched": (
         lambda h: descend(h, X, clamp={"v": np.ones((2, 5), bool)}),
         ValueError,
-        r"shape \(5,\), and has \(2, 5\)",
+        r"shape \(5,\), got \(2, 5\)",
     ),
     "mask rows": (
         lambda h: descend(
@@ -849,7 +849,7 @@ BAD = {
             clamp={"v": np.ones((2, 5), bool)},
         ),
         ValueError,
-        r"shape \(5,\) or \(3, 5\), and has \(2, 5\)",
+        r"shape \(5,\) or \(3, 5\), got \(2, 5\)",
     ),
     "mask one row": (
         lambda h: descend(
@@ -858,7 +858,7 @@ BAD = {
             clamp={"v": np.ones((1, 5), bool)},
         ),
         ValueError,
-        r"and has \(1, 5\)",
+        r"got \(1, 5\)",
     ),
     "mask of floats": (
         lambda h: descend(h, X, clamp={"v": np.ones(5)}),

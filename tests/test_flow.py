@@ -341,15 +341,15 @@ def test_under_jit_and_without_compiling_twice():
 
 @pytest.mark.parametrize("change, error, says", [
     (dict(t1=math.nan), ValueError, "t1 is NaN"),
-    (dict(t1="late"), TypeError, "t1 is one number"),
+    (dict(t1="late"), TypeError, "t1 must be one number"),
     (dict(t1=0.0), ValueError, "later than t0"),
     (dict(t0=-math.inf), ValueError, "t0 is a finite time"),
-    (dict(dt0=[0.1]), TypeError, "dt0 is one number"),
-    (dict(saveat=[0.5, 0.1]), ValueError, "should increase"),
+    (dict(dt0=[0.1]), TypeError, "dt0 must be one number"),
+    (dict(saveat=[0.5, 0.1]), ValueError, "must increase"),
     (dict(saveat=[[0.5]]), TypeError, "sequence of times"),
     (dict(stepsize_controller=0.1), TypeError, "AbstractStepSizeController"),
     (dict(adjoint="implicit"), TypeError, "AbstractAdjoint"),
-    (dict(atol=-1.0), ValueError, "not negative"),
+    (dict(atol=-1.0), ValueError, "must not be negative"),
     (dict(max_steps=1.5), ValueError, "positive int"),
     (dict(adjoint=diffrax.ImplicitAdjoint(), saveat=[0.5]), ValueError, "SaveAt"),
 ])

@@ -59,7 +59,7 @@ def which_memory(
     shape = patterns.shape[1:]
     if patterns.ndim < 1 or not len(patterns):
         raise ValueError(
-            f"which_memory: the patterns are one per row, and have shape {patterns.shape}."
+            f"which_memory: the patterns must be one per row, got shape {patterns.shape}."
         )
     if states.shape != shape and states.shape[1:] != shape:
         raise ValueError(
@@ -67,12 +67,12 @@ def which_memory(
             f" there is one, and they have shape {states.shape}."
         )
     if measure not in _GOOD:
-        raise ValueError(f"which_memory: measure is 'overlap' or 'distance', and was {measure!r}.")
+        raise ValueError(f"which_memory: measure must be 'overlap' or 'distance', got {measure!r}.")
     if either_sign and measure == "distance":
         raise ValueError("which_memory: either_sign goes with measure='overlap'.")
     threshold = _GOOD[measure] if threshold is None else threshold
     if not isinstance(threshold, numbers.Real) or not threshold >= 0:
-        raise ValueError(f"which_memory: threshold is a number ≥ 0, and is {threshold!r}.")
+        raise ValueError(f"which_memory: threshold must be a number ≥ 0, got {threshold!r}.")
     flat = patterns.reshape(len(patterns), -1)
     found = _reached(
         states.reshape(-1, flat.shape[1]), flat, measure, float(threshold), bool(either_sign)
@@ -86,10 +86,10 @@ def _as_floats(x, what):
         x = jnp.asarray(x)
     except (TypeError, ValueError):
         raise TypeError(
-            f"which_memory: the {what} are an array, and were given as {type(x).__name__}."
+            f"which_memory: the {what} must be an array, got {type(x).__name__}."
         ) from None
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        raise TypeError(f"which_memory: the {what} are real numbers, and have dtype {x.dtype}.")
+        raise TypeError(f"which_memory: the {what} must be real numbers, got dtype {x.dtype}.")
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 # %% ../../nbs/api/analysis/attractors.ipynb #b88a9213
@@ -284,7 +284,7 @@ def stability(
         if tol is None
         else tol
     )
-    if not tol > 0: raise ValueError(f"stability: tol is positive, and is {tol}.")
+    if not tol > 0: raise ValueError(f"stability: tol must be positive, got {tol}.")
     return _stability(start, int(steps), tol, jr.key(0) if key is None else key)
 
 
@@ -336,7 +336,9 @@ def _softest(ham, xs, masks, free, steps, tol, key):
     problem = Problem(ham, xs, masks, free)
     # a residual that a descent to its own tolerance stays well below
     loose = jnp.finfo(dtype).eps**0.5
-    residual, _, at_rest = check_rest(problem, problem.evaluate({n: xs[n] for n in free}), loose, loose)
+    residual, _, at_rest = check_rest(
+        problem, problem.evaluate({n: xs[n] for n in free}), loose, loose
+    )
     return Stability(theta, unravel(v), jnp.where(blind, 0, error), residual, at_rest, space.count)
 
 # %% ../../nbs/api/analysis/attractors.ipynb #1e45c9df
@@ -447,15 +449,15 @@ def basin_size(
     shape, patterns = ham.neurons[layer].shape, jnp.asarray(patterns)
     if patterns.shape[1:] != shape or not len(patterns):
         raise ValueError(
-            f"basin_size: the patterns are states of the layer {layer!r} of shape {shape}, one per"
-            f" row, and have shape {patterns.shape}."
+            f"basin_size: the patterns must be states of the layer {layer!r} of shape {shape}, one"
+            f" per row, got shape {patterns.shape}."
         )
     if not isinstance(n, numbers.Integral) or n < 1:
-        raise ValueError(f"basin_size: n is a positive int, and is {n!r}.")
+        raise ValueError(f"basin_size: n must be a positive int, got {n!r}.")
     levels = jnp.asarray(levels, jnp.result_type(float))
     if levels.ndim != 1 or not len(levels):
         raise ValueError(
-            f"basin_size: the levels are a sequence of numbers, and have shape {levels.shape}."
+            f"basin_size: the levels must be a sequence of numbers, got shape {levels.shape}."
         )
     if "clamp" in settings:
         raise ValueError("basin_size: every layer is free in the end, so there is no clamp.")

@@ -74,13 +74,13 @@ def _signs(x, what, least, most=None):
     try:
         x = jnp.asarray(x)
     except (TypeError, ValueError):
-        raise TypeError(f"{what} should be an array of +1 and -1, and was given {x!r}.") from None
+        raise TypeError(f"{what} must be an array of +1 and -1, got {x!r}.") from None
     if x.dtype == bool:
         raise TypeError(
-            f"{what} should hold +1 and -1, and has dtype bool. Write jnp.where(bits, 1, -1)."
+            f"{what} must hold +1 and -1, got dtype bool. Write jnp.where(bits, 1, -1)."
         )
     if not (jnp.issubdtype(x.dtype, jnp.integer) or jnp.issubdtype(x.dtype, jnp.floating)):
-        raise TypeError(f"{what} should hold +1 and -1, and has dtype {x.dtype}.")
+        raise TypeError(f"{what} must hold +1 and -1, got dtype {x.dtype}.")
     axes = f"{least} axes" if most is None else f"{least} to {most} axes"
     if (
         not least <= x.ndim <= (most or least)
@@ -88,13 +88,13 @@ def _signs(x, what, least, most=None):
         or (most is None and 0 in x.shape)
     ):
         raise ValueError(
-            f"{what} should have {axes}, the last of them the neurons, none of size 0, and has"
+            f"{what} must have {axes}, the last of them the neurons, none of size 0, got"
             f" shape {x.shape}."
         )
     known = _known(x)
     if known is not None and not (abs(known) == 1).all():
         raise ValueError(
-            f"{what} should hold only +1 and -1, and holds {known[abs(known) != 1][0]}. For bits 0"
+            f"{what} must hold only +1 and -1, got {known[abs(known) != 1][0]}. For bits 0"
             " and 1 write 2 * bits - 1."
         )
     return x.astype(jnp.int8)
@@ -104,13 +104,13 @@ def _states(memory, states, most=2):
     "`states` as int8, checked against the memory's size."
     if not isinstance(memory, AbstractDiscreteMemory):
         raise TypeError(
-            "A discrete memory is needed, such as DiscreteMemory(patterns, 3), and was given"
+            "memory must be a discrete one, such as DiscreteMemory(patterns, 3), got"
             f" {memory!r}."
         )
     s = _signs(states, "The states", 1, most)
     if s.shape[-1] != memory.size:
         raise ValueError(
-            f"The states should have {memory.size} neurons each, one state per row, and have shape"
+            f"The states must have {memory.size} neurons each, one state per row, got shape"
             f" {s.shape}."
         )
     return s
@@ -173,7 +173,7 @@ def _real(x, what):
         x = np.asarray(None)
     if not (jnp.issubdtype(x.dtype, jnp.integer) or jnp.issubdtype(x.dtype, jnp.floating)):
         raise TypeError(
-            f"DiscreteHopfield: {what} should be an array of real numbers, and has dtype {x.dtype}."
+            f"DiscreteHopfield: {what} must be an array of real numbers, got dtype {x.dtype}."
         )
     known = _known(x)
     if known is not None and not np.isfinite(known.astype(float)).all():
@@ -186,12 +186,12 @@ def _couplings(W, b):
     W, known = _real(W, "W")
     if W.ndim != 2 or W.shape[0] != W.shape[1] or not W.size:
         raise ValueError(
-            f"DiscreteHopfield: W should be square, one row per neuron, and has shape {W.shape}."
+            f"DiscreteHopfield: W must be square, one row per neuron, got shape {W.shape}."
         )
     b, field = _real(np.zeros(len(W), int) if b is None else b, "b")
     if b.shape != W.shape[:1]:
         raise ValueError(
-            f"DiscreteHopfield: b should have shape {W.shape[:1]}, one number per neuron, and has"
+            f"DiscreteHopfield: b must have shape {W.shape[:1]}, one number per neuron, got"
             f" {b.shape}."
         )
     if known is not None:
@@ -203,7 +203,7 @@ def _couplings(W, b):
             )
         if np.diag(known).any():
             raise ValueError(
-                "DiscreteHopfield: W should have a zero diagonal, and holds"
+                "DiscreteHopfield: W must have a zero diagonal, got"
                 f" {abs(np.diag(known)).max():.3g} there, which is a constant of the energy. Write"
                 " W - np.diag(np.diag(W))."
             )
@@ -315,8 +315,8 @@ def _as_beta(beta, K):
     known = _known(beta)
     if known is not None and not (known.shape == () and 0 < known <= most):
         raise ValueError(
-            f"DiscreteMemory: beta should be one number between 0 and {most:.1f} (at which only the"
-            f" nearest patterns count), and is {beta!r}."
+            f"DiscreteMemory: beta must be one number between 0 and {most:.1f} (at which only the"
+            f" nearest patterns count), got {beta!r}."
         )
     return jnp.asarray(beta, dtype)
 
@@ -328,13 +328,13 @@ def _table(F, N, K):
         with np.errstate(over="ignore"): y = x ** int(F)
     elif not callable(F):
         raise ValueError(
-            f"DiscreteMemory: F should be a power n > 0, 'exp', or a function, and is {F!r}."
+            f"DiscreteMemory: F must be a power n > 0, 'exp', or a function, got {F!r}."
         )
     else:
         with np.errstate(all="ignore"): y = np.asarray(F(x), dtype=float)
     if y.shape != x.shape:
         raise ValueError(
-            f"DiscreteMemory: F should be elementwise, and made shape {y.shape} of overlaps of"
+            f"DiscreteMemory: F must be elementwise, got shape {y.shape} of overlaps of"
             f" shape {x.shape}."
         )
     if np.isnan(y).any() or (callable(F) and np.isinf(y).any()):
@@ -502,9 +502,9 @@ def recall_bits(
         or isinstance(max_sweeps, bool)
         or max_sweeps < 1
     ):
-        raise ValueError(f"max_sweeps is a positive int, and is {max_sweeps!r}.")
+        raise ValueError(f"max_sweeps must be a positive int, got {max_sweeps!r}.")
     if order not in ("cyclic", "random"):
-        raise ValueError(f"order is 'cyclic' or 'random', and is {order!r}.")
+        raise ValueError(f"order must be 'cyclic' or 'random', got {order!r}.")
     if (order == "random") != (key is not None):
         raise ValueError(
             "The random order needs a key, such as key=jax.random.key(0)."

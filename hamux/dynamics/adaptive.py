@@ -9,16 +9,16 @@ __all__ = ['Adaptive']
 
 # %% ../../nbs/api/dynamics/adaptive.ipynb #07c8d5bb
 import itertools
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .backtracking import same_states
-from .problem import Point
-from .solver import AbstractSolver, Move, rounding
+from .problem import Point, shortened
+from .solver import AbstractSolver, Move, choose, rounding, same_states
+from ..lagrangians.facts import facts_of, setting_of
 
 # %% ../../nbs/api/dynamics/adaptive.ipynb #aeac60c8
 def _flat(tree, dtype):
@@ -72,25 +72,109 @@ class _Path(eqx.Module):
     "What the solver carries from trial to trial."
     held: Point # the last accepted point
     lowest: jax.Array # the lowest energy so far
-    # (m, N): the last differences of states, activations and gradients
-    dx: jax.Array; da: jax.Array; dg: jax.Array
-    time: jax.Array; last: jax.Array # length of the trial under way, and of the last accepted step
-    # ∂E/∂x̂/τ expected at the trial, without and with the bend
-    model: jax.Array; expected: jax.Array
+    dx: jax.Array # (m, N): the last differences of states
+    da: jax.Array # (m, N): of activations
+    dg: jax.Array # (m, N): of gradients
+    time: jax.Array # length of the trial under way
+    last: jax.Array # length of the last accepted step
+    model: jax.Array # ∂E/∂x̂/τ expected at the trial, without the bend
+    expected: jax.Array # and with it
     bend: jax.Array # second divided difference of what the model missed
     count: jax.Array # points accepted
 
 
-def _fell(old, new, lowest, work, size):
-    "Whether the energy did not rise: by its difference, or where that is rounding, by the trapezoid rule, whose sign does not cancel."
-    eps = jnp.finfo(new.energy.dtype).eps
-    rise = new.energy - old.energy
-    whole = jnp.stack([jnp.isfinite(v).all() for v in jtu.tree_leaves(new)]).all()
-    return (
-        whole
-        & (new.energy <= lowest + rounding(new))
-        & jnp.where(abs(rise) > 8 * eps * (new.size + old.size), rise < 0, work <= 4 * eps * size)
+class _Trial(NamedTuple):
+    "The new point and the held one as flat vectors."
+    tau: jax.Array
+    leak: jax.Array # 1 where a neuron leaks, 0 where not
+    x: jax.Array # states, activations and gradients of the new point
+    a: jax.Array
+    g: jax.Array
+    x0: jax.Array # state and gradient of the held one
+    g0: jax.Array
+    dx: jax.Array # the differences
+    da: jax.Array
+    dg: jax.Array
+
+
+def _trial(problem, now, held, dtype):
+    "The trial as vectors."
+    neurons = problem.ham.neurons
+    taus = {
+        n: jnp.broadcast_to(jnp.asarray(problem.taus[n], dtype), x.shape) for n, x in now.xs.items()
+    }
+    leaks = {
+        n: jnp.full(x.shape, neurons[n].leak and n not in problem.cut, dtype)
+        for n, x in now.xs.items()
+    }
+    tau, leak, x, a, g = (_flat(t, dtype) for t in (taus, leaks, now.xs, now.duals, now.grads))
+    x0, a0, g0 = (_flat(t, dtype) for t in (held.xs, held.duals, held.grads))
+    return _Trial(tau, leak, x, a, g, x0, g0, x - x0, a - a0, g - g0)
+
+# %% ../../nbs/api/dynamics/adaptive.ipynb #5dbebd2e
+def _resolved(old, new):
+    "Whether the difference of two energies is more than rounding."
+    return abs(new.energy - old.energy) > 8 * jnp.finfo(new.energy.dtype).eps * (
+        new.size + old.size
     )
+
+
+def _fell(old, new, lowest, trial):
+    "Whether the energy did not rise."
+    work = (trial.g + trial.g0) @ trial.da / 2
+    noise = 4 * jnp.finfo(new.energy.dtype).eps * ((abs(trial.g) + abs(trial.g0)) @ abs(trial.a))
+    finite = jnp.stack([jnp.isfinite(v).all() for v in jtu.tree_leaves(new)]).all()
+    not_higher = finite & (new.energy <= lowest + rounding(new))
+    return not_higher & jnp.where(_resolved(old, new), new.energy < old.energy, work <= noise)
+
+
+def _steepness(problem, point):
+    "The square of what still moves the activations of the layers without leak, in units of their states."
+    total = jnp.zeros((), jnp.float32)
+    for n in problem.free:
+        layer = problem.ham.neurons[n]
+        if layer.leak or n in problem.cut: continue
+        axis = setting_of(layer.lagrangian, facts_of(layer.lagrangian).axis)
+        push = jax.jvp(layer.activations, (point.xs[n],), (point.grads[n],))[1]
+        total += ((push * abs(point.xs[n]).max(axis, keepdims=True)).astype(jnp.float32) ** 2).sum()
+    return total
+
+# %% ../../nbs/api/dynamics/adaptive.ipynb #bd2b92a7
+def _remember(path, trial, goes):
+    "The last differences, and the bend of the path, after a trial."
+    news, olds = (trial.dx, trial.da, trial.dg), (path.dx, path.da, path.dg)
+    rows = [
+        jnp.where(goes, jnp.concatenate([new[None], old[:-1]]), old)
+        for new, old in zip(news, olds, strict=True)
+    ]
+    missed = trial.g / trial.tau - path.model
+    return rows, jnp.where(goes, missed / (path.time * (path.time + path.last)), path.bend)
+
+
+class _Ahead(NamedTuple):
+    "Where a step leads, and the gradient by τ that is expected there."
+    move: jax.Array
+    model: jax.Array
+    expected: jax.Array
+
+
+def _ahead(r, trial, modes, h, last, bend, fade):
+    "The flow of the linear model over a time, and its bend."
+    (rates, currents, duals), (tau, leak) = modes, trial[:2]
+    c, short = duals @ (r * tau), jnp.minimum(h, 30 * tau.max())
+    fade = jnp.exp(-((short * jnp.maximum(1 / tau, rates[-1])) ** 2)) * fade
+    # what each neuron would do by itself
+    travel, stays = _travel(leak / tau, h), jnp.exp(-h * leak / tau)
+    same = jnp.where(leak > 0, travel - h * stays, h * h / (2 * tau))
+    bent = fade * bend * (short**3 / 3 + jnp.minimum(last, short) * short**2 / 2)
+    move = (
+        travel * r
+        + _together(c, rates, tau, leak, _travel(rates, h), travel, same, currents)
+        + bent
+    )
+    together = _together(c, rates, tau, leak, jnp.exp(-rates * h), stays, h / tau * stays, currents)
+    model = stays * r + together
+    return _Ahead(move, model, model + fade * bend * short * (short + jnp.minimum(last, short)))
 
 # %% ../../nbs/api/dynamics/adaptive.ipynb #5e65f784
 class Adaptive(AbstractSolver):
@@ -102,133 +186,96 @@ class Adaptive(AbstractSolver):
     exact_steps: ClassVar[bool] = False
 
     def __check_init__(self):
-        if not (
-            isinstance(self.tol, float)
-            and 0 < self.tol < 1
-            and isinstance(self.first, float)
-            and 0 < self.first < float("inf")
-        ):
+        if not (isinstance(self.tol, float) and 0 < self.tol < 1):
+            raise ValueError(f"Adaptive: tol must be a float between 0 and 1, got {self.tol!r}.")
+        if not (isinstance(self.first, float) and 0 < self.first < float("inf")):
             raise ValueError(
-                "Adaptive: tol is a number between 0 and 1 and first a positive number, and they"
-                f" are {self.tol!r} and {self.first!r}."
+                f"Adaptive: first must be a positive finite float, got {self.first!r}."
             )
         if not isinstance(self.m, int) or self.m < 1:
-            raise ValueError(f"Adaptive: m is a positive int, and is {self.m!r}.")
+            raise ValueError(f"Adaptive: m must be a positive int, got {self.m!r}.")
 
     def init(self, problem, xs):
         dtype = jnp.result_type(jnp.float32, *xs.values())
         size = sum(x.size for x in xs.values())
-        zero, one, rows = (
+        zero, one, none = (
             jnp.zeros(size, dtype),
             jnp.zeros((), dtype),
             jnp.zeros((self.m, size), dtype),
         )
-        held = jtu.tree_map(
-            lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(problem.evaluate, xs)
-        )
+        shapes = jax.eval_shape(problem.evaluate, xs)
+        held = jtu.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        least = jnp.stack([jnp.asarray(problem.taus[n], dtype) for n in xs]).min()
         return _Path(
             held,
             jnp.full_like(held.energy, jnp.inf),
-            rows,
-            rows,
-            rows,
-            one + self.first * jnp.stack([jnp.asarray(problem.taus[n], dtype) for n in xs]).min(),
+            none,
+            none,
+            none,
+            one + self.first * least,
             one,
-            zero,
-            zero,
-            zero,
-            jnp.array(0, jnp.int32),
+            model=zero,
+            expected=zero,
+            bend=zero,
+            count=jnp.array(0, jnp.int32),
         )
 
     def step(self, problem, now, path, step, key):
-        h, last, begun, dtype = path.time, path.last, path.count > 0, path.time.dtype
-        taus = {
-            n: jnp.broadcast_to(jnp.asarray(problem.taus[n], dtype), x.shape)
-            for n, x in now.xs.items()
-        }
-        leaks = {
-            n: jnp.full(x.shape, problem.ham.neurons[n].leak and n not in problem.cut, dtype)
-            for n, x in now.xs.items()
-        }
-        tau, leak, *new = (_flat(t, dtype) for t in (taus, leaks, now.xs, now.duals, now.grads))
-        old = [_flat(t, dtype) for t in (path.held.xs, path.held.duals, path.held.grads)]
-        (x, a, g), (x0, _, g0), (dx, da, dg) = (
-            new,
-            old,
-            [u - v for u, v in zip(new, old, strict=True)],
+        # no derivative goes through lengths and modes
+        still, dtype = jax.lax.stop_gradient, path.time.dtype
+        trial = _trial(problem, now, path.held, dtype)
+        error, fell = self.judge(problem, now, path, trial)
+        ok = (path.count == 0) | (fell & (error <= 4 * self.tol))
+        goes = (path.count > 0) & ok
+        held = choose(ok, now, path.held)
+        x, r = jnp.where(ok, trial.x, trial.x0), jnp.where(ok, trial.g, trial.g0) / trial.tau
+        rows, bend = _remember(path, trial, goes)
+        modes = _modes(*still(rows), still(trial.tau), trial.leak)
+        last, h = self.length(path, trial, modes, error, fell, ok)
+        ahead = _ahead(r, trial, modes, h, last, bend, path.count >= 2)
+        xs = shortened(problem, _unflat(x - ahead.move, now.xs))
+        path = _Path(
+            held, jnp.minimum(path.lowest, held.energy), *rows, h, last,
+            ahead.model, ahead.expected, bend, path.count + ok)
+        return Move(held, xs, path, same_states(xs, held.xs))
+
+    def judge(self, problem, now, path, trial):
+        "The error of the trial, and whether the energy did not rise."
+        tau, h = trial.tau, path.time
+        unexpected = _travel(trial.leak / tau, h) / 2 * (trial.g / tau - path.expected)
+        error = self.error(problem, *jax.lax.stop_gradient((now, _unflat(unexpected, now.xs))))
+        fell = _fell(path.held, now, path.lowest, trial)
+        if all(layer.leak for layer in problem.ham.neurons.values()): return error, fell
+        calmer = _steepness(problem, now) <= 1.5 * _steepness(problem, path.held)
+        return error, fell & (_resolved(path.held, now) | calmer)
+
+    def length(self, path, trial, modes, error, fell, ok):
+        "The lengths of the step that was accepted last, and of the next."
+        still, h, tau, eps = (
+            jax.lax.stop_gradient,
+            path.time,
+            trial.tau,
+            jnp.finfo(path.time.dtype).eps,
         )
-
-        # is the trial accepted?
-        still = jax.lax.stop_gradient # no derivative goes through the choice of lengths and modes
-        error = self.error(
-            problem,
-            *still((now, _unflat(_travel(leak / tau, h) / 2 * (g / tau - path.expected), now.xs))),
-        )
-        fell = _fell(path.held, now, path.lowest, (g + g0) @ da / 2, (abs(g) + abs(g0)) @ abs(a))
-        ok = ~begun | (fell & (error <= 4 * self.tol))
-        goes = begun & ok
-        held = jtu.tree_map(lambda n, o: jnp.where(ok, n, o), now, path.held)
-        x, r = jnp.where(ok, x, x0), jnp.where(ok, g, g0) / tau
-
-        # what it teaches
-        rows = [
-            jnp.where(goes, jnp.concatenate([d[None], old[:-1]]), old)
-            for d, old in zip((dx, da, dg), (path.dx, path.da, path.dg), strict=True)
-        ]
-        bend = jnp.where(goes, (g / tau - path.model) / (h * (h + last)), path.bend)
-
-        # how long the next step is
+        begun = path.count > 0
         factor = jnp.clip(0.9 * jnp.sqrt(self.tol / error), 0.2, 3)
-        # the time in which the flow would have gone as far
-        reach = jnp.linalg.norm(still(dx)) / jnp.linalg.norm(still(g0 / tau))
+        # the flow's time to go as far
+        reach = jnp.linalg.norm(still(trial.dx)) / jnp.linalg.norm(still(trial.g0 / tau))
         shorter = jnp.where(fell, jnp.minimum(factor, 0.5) * h, jnp.fmin(h, reach) / 4)
-        last, h = jnp.where(goes, h, last), jnp.where(goes, factor * h, jnp.where(ok, h, shorter))
-        rates, currents, duals = _modes(*still(rows), still(tau), leak)
+        last = jnp.where(begun & ok, h, path.last)
+        h = jnp.where(begun & ok, factor * h, jnp.where(ok, h, shorter))
         # without leak a state may grow for ever, and time with it
-        most = jnp.where(leak.all(), 1e3 * tau.max(), float(jnp.finfo(dtype).max)**0.4)
-        h = jnp.clip(
-            jnp.minimum(h, 2 / jnp.maximum(-rates[0], 1e-30)), jnp.finfo(dtype).eps ** 2, most
-        )
-
-        # the flow of the linear model over that time, and its bend
-        c, short = duals @ (r * tau), jnp.minimum(h, 30 * tau.max())
-        fade = jnp.exp(-((short * jnp.maximum(1 / tau, rates[-1])) ** 2)) * (path.count >= 2)
-        # what each neuron would do by itself
-        alone, stays = _travel(leak / tau, h), jnp.exp(-h * leak / tau)
-        same = jnp.where(leak > 0, alone - h * stays, h * h / (2 * tau))
-        move = (
-            alone * r
-            + _together(c, rates, tau, leak, _travel(rates, h), alone, same, currents)
-            + fade * bend * (short**3 / 3 + jnp.minimum(last, short) * short**2 / 2)
-        )
-        model = stays * r + _together(
-            c, rates, tau, leak, jnp.exp(-rates * h), stays, h / tau * stays, currents
-        )
-        expected = model + fade * bend * short * (short + jnp.minimum(last, short))
-        ahead = _unflat(x - move, now.xs)
-        return Move(
-            held,
-            ahead,
-            _Path(
-                held,
-                jnp.minimum(path.lowest, held.energy),
-                *rows,
-                h,
-                last,
-                model,
-                expected,
-                bend,
-                path.count + ok,
-            ),
-            same_states(ahead, held.xs),
-        )
+        endless = float(jnp.finfo(h.dtype).max) ** 0.4
+        most = jnp.where(trial.leak.all(), 1e3 * tau.max(), endless)
+        growing = 2 / jnp.maximum(-modes[0][0], 1e-30)
+        return last, jnp.clip(jnp.minimum(h, growing), eps**2, most)
 
     def error(self, problem, now, dxs):
-        "The relative error that `dxs` is, in the activations, or a tenth of that in the states, of the layer where it is largest. Not a number counts as infinite."
+        "The relative error that `dxs` is in the layer where it is largest; infinite if not a number."
         size = lambda v: jnp.linalg.norm(v.astype(jnp.promote_types(v.dtype, jnp.float32)).ravel())
         wrong = jax.jvp(problem.duals, (now.xs,), (dxs,))[1]
         seen = [size(d) / (size(now.duals[n]) + 1e-6) for n, d in wrong.items()]
-        # states that no activation shows, as in a saturated layer
+        # a tenth of the error in states that no activation shows, as in a saturated layer
         unseen = [0.1 * size(d) / (size(now.xs[n]) + 1e-6) for n, d in dxs.items()]
         worst = jnp.stack(seen + unseen).max()
         return jnp.maximum(jnp.where(jnp.isfinite(worst), worst, jnp.inf), 1e-12)

@@ -146,7 +146,7 @@ class CheckpointedAdjoint(AbstractAdjoint):
             not isinstance(self.checkpoints, numbers.Integral) or self.checkpoints < 1
         ):
             raise ValueError(
-                "CheckpointedAdjoint: checkpoints is a positive int or None, and is"
+                "CheckpointedAdjoint: checkpoints must be a positive int or None, got"
                 f" {self.checkpoints!r}."
             )
 
@@ -196,20 +196,20 @@ class ImplicitAdjoint(AbstractAdjoint):
     def __check_init__(self):
         if self.unconverged not in _POLICIES:
             raise ValueError(
-                f"ImplicitAdjoint: unconverged is one of {', '.join(map(repr, _POLICIES))}, and is"
-                f" {self.unconverged!r}."
+                f"ImplicitAdjoint: unconverged must be one of {', '.join(map(repr, _POLICIES))},"
+                f" got {self.unconverged!r}."
             )
         if not (
             self.linear_solver is None or isinstance(self.linear_solver, lx.AbstractLinearSolver)
         ):
             raise TypeError(
-                "ImplicitAdjoint: linear_solver is one of Lineax, such as lineax.GMRES(1e-5,"
-                f" 1e-5), and is {self.linear_solver!r}."
+                "ImplicitAdjoint: linear_solver must be one of Lineax, such as lineax.GMRES(1e-5,"
+                f" 1e-5), got {self.linear_solver!r}."
             )
         if self.rtol is not None and not (
             isinstance(self.rtol, numbers.Real) and 0 < self.rtol < 1
         ):
-            raise ValueError(f"ImplicitAdjoint: rtol is between 0 and 1, and is {self.rtol!r}.")
+            raise ValueError(f"ImplicitAdjoint: rtol must be between 0 and 1, got {self.rtol!r}.")
 
     def ends(self, setup, last):
         usable = (
@@ -295,9 +295,9 @@ class OneStepAdjoint(AbstractAdjoint):
 
     def __check_init__(self):
         if not isinstance(self.steps, numbers.Integral) or self.steps < 1:
-            raise ValueError(f"OneStepAdjoint: steps is a positive int, and is {self.steps!r}.")
+            raise ValueError(f"OneStepAdjoint: steps must be a positive int, got {self.steps!r}.")
         if not (isinstance(self.dt, numbers.Real) and 0 < self.dt <= 1):
-            raise ValueError(f"OneStepAdjoint: dt is in (0, 1], and is {self.dt!r}.")
+            raise ValueError(f"OneStepAdjoint: dt must be in (0, 1], got {self.dt!r}.")
 
     def ends(self, setup, last):
         ends = jax.lax.stop_gradient(last.ahead)
@@ -329,7 +329,9 @@ def as_adjoint(
     if isinstance(adjoint, AbstractAdjoint): return adjoint
     if isinstance(adjoint, str):
         if adjoint in ADJOINTS: return ADJOINTS[adjoint]
-        raise ValueError(f"adjoint is one of {', '.join(map(repr, ADJOINTS))}, and is {adjoint!r}.")
+        raise ValueError(
+            f"adjoint must be one of {', '.join(map(repr, ADJOINTS))}, got {adjoint!r}."
+        )
     if isinstance(adjoint, optx.RecursiveCheckpointAdjoint):
         return CheckpointedAdjoint(adjoint.checkpoints)
     if isinstance(adjoint, optx.ImplicitAdjoint):
@@ -339,8 +341,8 @@ def as_adjoint(
             else adjoint.linear_solver
         )
     raise TypeError(
-        "adjoint is 'unrolled', 'checkpointed', 'implicit', 'one-step' or an object such as"
-        f" ImplicitAdjoint(), and is {adjoint!r}."
+        "adjoint must be 'unrolled', 'checkpointed', 'implicit', 'one-step' or an object such as"
+        f" ImplicitAdjoint(), got {adjoint!r}."
     )
 
 # %% ../../nbs/api/dynamics/adjoints.ipynb #dc2fd46c

@@ -17,7 +17,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
 from ..network.hypergraph import HAM
-from .problem import Point, Problem
+from .problem import Point, Problem, shortened
 from hamux.dynamics.solver import (
     AbstractSolver,
     Move,
@@ -50,7 +50,7 @@ class Backtracking(AbstractSolver):
             raise TypeError("Backtracking finds its step by itself: dt is the first one, a number.")
         if not (self.grow >= 1 and 0 < self.shrink < 1 and 0 < self.share < 1):
             raise ValueError(
-                "Backtracking: grow ≥ 1, 0 < shrink < 1 and 0 < share < 1 are needed, and were"
+                "Backtracking: grow must be ≥ 1, and shrink and share between 0 and 1, got"
                 f" {self.grow}, {self.shrink}, {self.share}."
             )
 
@@ -69,7 +69,7 @@ class Backtracking(AbstractSolver):
         slowest = jnp.stack([jnp.asarray(t, length.dtype) for t in problem.taus.values()]).max()
         leaks = all(problem.ham.neurons[n].leak for n in problem.free)
         length = jnp.minimum(length, slowest if leaks else jnp.finfo(length.dtype).max / 8)
-        ahead = plain_step(problem, held, length, 1)
+        ahead = shortened(problem, plain_step(problem, held, length, 1))
         return Move(
             held,
             ahead,

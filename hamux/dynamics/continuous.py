@@ -100,7 +100,7 @@ def _as_time(name, t, dtype):
         or isinstance(t, bool)
         or jnp.shape(t) != ()
     ):
-        raise TypeError(f"flow: {name} is one number, and is {t!r}.")
+        raise TypeError(f"flow: {name} must be one number, got {t!r}.")
     if not isinstance(t, jax.core.Tracer) and math.isnan(float(t)):
         raise ValueError(f"flow: {name} is NaN.")
     return jnp.asarray(t, dtype)
@@ -117,7 +117,7 @@ def _as_saveat(saveat, dtype):
             ts = None
         if ts is None or ts.ndim != 1 or not len(ts):
             raise TypeError(
-                f"flow: saveat is a sequence of times or a diffrax.SaveAt, and is {saveat!r}."
+                f"flow: saveat must be a sequence of times or a diffrax.SaveAt, got {saveat!r}."
             )
         return diffrax.SaveAt(ts=ts)
     if saveat.subs is None or not isinstance(saveat.subs, diffrax.SubSaveAt):
@@ -131,10 +131,10 @@ def _as_saveat(saveat, dtype):
 def _check_times(t0, t1, ts, steady):
     "Raise unless time goes forward and the saved times lie in between. What is traced is left to diffrax."
     if any(isinstance(t, jax.core.Tracer) for t in (t0, t1)): return
-    if not math.isfinite(t0): raise ValueError(f"flow: t0 is a finite time, and is {t0}.")
+    if not math.isfinite(t0): raise ValueError(f"flow: t0 must be a finite time, got {t0}.")
     if not t1 > t0:
         raise ValueError(
-            f"flow: t1 should be later than t0 (backwards the energy climbs), and they are t0={t0},"
+            f"flow: t1 must be later than t0 (backwards the energy climbs), got t0={t0},"
             f" t1={t1}."
         )
     if math.isinf(t1) and not steady:
@@ -142,7 +142,7 @@ def _check_times(t0, t1, ts, steady):
     if ts is None or isinstance(ts, jax.core.Tracer): return
     if not ((np.diff(ts) >= 0).all() and ts[0] >= t0 and ts[-1] <= t1):
         raise ValueError(
-            f"flow: the times to save should increase, from t0={t0} to t1={t1}, and are {ts}."
+            f"flow: the times to save must increase, from t0={t0} to t1={t1}, got {ts}."
         )
 
 # %% ../../nbs/api/dynamics/continuous.ipynb #546cd75f
@@ -197,7 +197,7 @@ def flow(
         ("stepsize_controller", diffrax.AbstractStepSizeController),
     ):
         if not isinstance(tools[name], kind):
-            raise TypeError(f"flow: {name} is a diffrax.{kind.__name__}, and is {tools[name]!r}.")
+            raise TypeError(f"flow: {name} must be a diffrax.{kind.__name__}, got {tools[name]!r}.")
     dt0 = None if dt0 is None else _as_time("dt0", dt0, dtype)
     out = _flow(start, (t0, t1, dt0), tools, saveat, bool(steady), rtol, atol, int(max_steps))
     if not throw: return out

@@ -96,17 +96,17 @@ def _number(value, dtype):
 
 def _check_settings(solver, max_steps, trace, anneal, rtol, atol):
     if not isinstance(solver, AbstractSolver):
-        raise TypeError(f"solver should be a solver such as Euler(dt=0.1), and is {solver!r}.")
+        raise TypeError(f"solver must be one such as Euler(dt=0.1), got {solver!r}.")
     if not isinstance(max_steps, numbers.Integral) or max_steps < 1:
-        raise ValueError(f"max_steps is a positive int, and is {max_steps!r}.")
+        raise ValueError(f"max_steps must be a positive int, got {max_steps!r}.")
     if not isinstance(trace, bool | Trace):
-        raise TypeError(f"trace is True, False or a Trace(…), and is {trace!r}.")
+        raise TypeError(f"trace must be True, False or a Trace(…), got {trace!r}.")
     if not (rtol >= 0 and atol >= 0):
-        raise ValueError(f"The tolerances are not negative, and are rtol={rtol}, atol={atol}.")
+        raise ValueError(f"The tolerances must not be negative, got rtol={rtol}, atol={atol}.")
     if not isinstance(anneal, Mapping) or not all(map(callable, anneal.values())):
         raise TypeError(
-            "anneal is a dictionary from a layer or hypersynapse to its beta, a function of the"
-            f" step, and is {anneal!r}."
+            "anneal must be a dictionary from a layer or hypersynapse to its beta, a function of"
+            f" the step, got {anneal!r}."
         )
     if anneal and solver.compares_energies:
         raise ValueError(

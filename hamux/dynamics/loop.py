@@ -92,10 +92,10 @@ class Trace(eqx.Module):
 
     def __check_init__(self):
         if not isinstance(self.every, int) or self.every < 1:
-            raise ValueError(f"Trace: every is a positive int, and is {self.every!r}.")
+            raise ValueError(f"Trace: every must be a positive int, got {self.every!r}.")
         if not all(map(callable, dict(self.functions).values())):
             raise TypeError(
-                f"Trace: functions is a dictionary name → function, and is {self.functions!r}."
+                f"Trace: functions must be a dictionary name → function, got {self.functions!r}."
             )
         # so that it can be hashed
         object.__setattr__(self, "functions", tuple(dict(self.functions).items()))

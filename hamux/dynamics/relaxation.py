@@ -93,7 +93,7 @@ class Relaxation(AbstractSolver):
 
     def __check_init__(self):
         if not isinstance(self.dt, int | float) or not 0 < self.dt < float("inf"):
-            raise ValueError(f"Relaxation: dt is one positive number, and is {self.dt!r}.")
+            raise ValueError(f"Relaxation: dt must be one positive number, got {self.dt!r}.")
 
     def init(self, problem, xs):
         now = jax.eval_shape(problem.evaluate, xs)

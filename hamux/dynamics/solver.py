@@ -76,14 +76,16 @@ def check_setting(value, who, what, zero=False):
     if callable(value): return value
     if not isinstance(value, (numbers.Real, np.ndarray, jax.Array)) or isinstance(value, bool):
         raise TypeError(
-            f"{who}: {what} is one positive number, or a function of the step, and is {value!r}."
+            f"{who}: {what} must be one positive number, or a function of the step, got {value!r}."
         )
     if jnp.shape(value) != ():
-        raise ValueError(f"{who}: {what} is one positive number, and has shape {jnp.shape(value)}.")
+        raise ValueError(
+            f"{who}: {what} must be one positive number, got shape {jnp.shape(value)}."
+        )
     if not isinstance(value, jax.core.Tracer) and not (
         0 < float(value) < math.inf or (zero and value == 0)
     ):
-        raise ValueError(f"{who}: {what} must be positive and finite, and is {value}.")
+        raise ValueError(f"{who}: {what} must be positive and finite, got {value}.")
     return value
 
 
