@@ -1,4 +1,5 @@
-"""Which memory, against numpy; stability, against dense matrices and closed forms; basins, against networks whose basins are known."""
+"""Which memory, against numpy; stability, against dense matrices and closed forms; basins, against
+networks whose basins are known."""
 
 import functools
 
@@ -236,7 +237,8 @@ def hessian(ham, flat, unravel):
 
 
 def test_hessian_of_the_energy_has_the_same_sign():
-    "Inertia: where H is invertible, the Hessian of x ↦ E(σ(x), x) at a fixed point has as sign that of the curvature."
+    """Inertia: where H is invertible, the Hessian of x ↦ E(σ(x), x) at a fixed point has as sign
+    that of the curvature."""
     for key in range(3):
         ham = networks("tanh", key)
         for scale in (1.0, 3.0):
@@ -360,7 +362,8 @@ def test_the_basin_of_a_double_well_is_a_half_line():
 
 
 def test_basins_of_a_named_layer_start_with_the_others_settled():
-    "The visible layer is fast: were the hidden layer at zero, it would have forgotten the query before it is recognised."
+    """The visible layer is fast: were the hidden layer at zero, it would have forgotten the query
+    before it is recognised."""
     rng = np.random.default_rng(0)
     xi = jnp.asarray(rng.choice([-1.0, 1.0], (10, 60)))
     ham = HAM(

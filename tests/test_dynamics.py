@@ -1,4 +1,5 @@
-"""Descents against hand-written loops, closed forms and finite differences; clamps, rows, dtypes, recompilation, bad input."""
+"""Descents against hand-written loops, closed forms and finite differences; clamps, rows, dtypes,
+recompilation, bad input."""
 
 import functools
 import math
@@ -103,7 +104,8 @@ NETWORKS = {"two layers": two_layers, "grids": grids, "leakless": leakless}
 
 @functools.partial(jax.jit, static_argnames=("n", "cut"))
 def by_hand(ham, xs, dt, n, held=None, cut=()):
-    "n steps of x ← x − (dt/τ) ∂E/∂x̂ outside of `held`: the end, and the energies and states before each step and after the last; for `cut`, ∂E(σ(x), x)/∂x."
+    """n steps of x ← x − (dt/τ) ∂E/∂x̂ outside of `held`: the end, and the energies and states
+    before each step and after the last; for `cut`, ∂E(σ(x), x)/∂x."""
     held = held or {}
     def step(xs, _):
         E, g = ham.dEdact(ham.activations(xs), xs, return_energy=True)
@@ -438,7 +440,8 @@ def test_user_level_jit_and_vmap():
 
 
 def directional(f, at, h=1e-5):
-    "Pairs of slopes along random directions: from the gradient, and from finite differences. `f` returns value and gradient."
+    """Pairs of slopes along random directions: from the gradient, and from finite differences. `f`
+    returns value and gradient."""
     g = f(at)[1]
     for key in range(3):
         leaves, treedef = jtu.tree_flatten(at)

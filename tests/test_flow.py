@@ -1,4 +1,5 @@
-"""The continuous flow against matrix exponentials, scipy, small Euler steps and finite differences; clamps, rows, dtypes, bad input."""
+"""The continuous flow against matrix exponentials, scipy, small Euler steps and finite
+differences; clamps, rows, dtypes, bad input."""
 
 import math
 

@@ -1,4 +1,5 @@
-"""Solvers on thousands of random networks: no rise of the energy, no end without a true reason; stationary laws; records; schedules."""
+"""Solvers on thousands of random networks: no rise of the energy, no end without a true reason;
+stationary laws; records; schedules."""
 
 import os
 
@@ -74,7 +75,8 @@ def papers(seed):
 
 
 def many(ham, seed):
-    "The same structure with many weights, of scales from 0.1 to 10, and as many starts; a third of the layers start at zero."
+    """The same structure with many weights, of scales from 0.1 to 10, and as many starts; a third
+    of the layers start at zero."""
     rng = np.random.default_rng(seed)
     scale = 10.0 ** rng.uniform(-1, 1, WIDTH)
     def draw(W):

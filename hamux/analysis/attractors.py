@@ -54,7 +54,7 @@ def which_memory(
     # of `overlap`
     either_sign=False,
 ) -> Reached:
-    "The stored pattern that each state is, if any. Raises ValueError or TypeError for shapes or settings that do not fit."
+    "The stored pattern that each state is, if any. Raises ValueError or TypeError for bad input."
     states, patterns = _as_floats(states, "states"), _as_floats(patterns, "patterns")
     shape = patterns.shape[1:]
     if patterns.ndim < 1 or not len(patterns):
@@ -138,7 +138,7 @@ def _reached(states, patterns, measure, threshold, either_sign):
 
 # %% ../../nbs/api/analysis/attractors.ipynb #3a360eeb
 def _products(ham, xs, masks, free):
-    "v ↦ Hv on flat vectors of free states, u ↦ ∂²E/∂x̂² u, leak and τ as flat vectors, and the way back from them."
+    "v ↦ Hv and u ↦ ∂²E/∂x̂² u on flat vectors of free states; leak and τ; the way back."
     xhats, pick = ham.activations(xs), lambda tree: {n: tree[n] for n in free}
     _, unravel = ravel_pytree(pick(xs))
     moving = ravel_pytree(
@@ -166,7 +166,7 @@ def _products(ham, xs, masks, free):
 
 # %% ../../nbs/api/analysis/attractors.ipynb #778f28c8
 class _Krylov(eqx.Module):
-    "Lanczos vectors v (rows of Q), the rows of Q T H, the tridiagonal matrix, and the next vector with its H-image and length."
+    "Lanczos vectors (rows of Q), rows of Q T H, the tridiagonal matrix, and the next vector."
     Q: Float[Array, "m n"]
     P: Float[Array, "m n"]
     diagonal: Float[Array, " m"]
@@ -196,7 +196,7 @@ def _grow(space, H, S, leak, tau):
 
 
 def _alive(space):
-    "Whether the next vector is more than rounding (a shorter one is mostly directions that H does not see), and there is room for it."
+    "Whether the next vector is more than rounding, and there is room for it."
     scale = jnp.maximum(abs(space.diagonal).max(), jnp.where(space.count > 1, space.beside[0], 0))
     return (
         (space.length > jnp.finfo(space.v.dtype).eps ** 0.5 * scale)
@@ -206,7 +206,7 @@ def _alive(space):
 
 
 def _ritz(space):
-    "The smallest eigenvalue of the tridiagonal matrix, its vector, and how far it can be from one of the operator's."
+    "The smallest eigenvalue of the tridiagonal matrix, its vector, and its error."
     k = jnp.arange(len(space.Q))
     used, top = k < space.count, 4 * (abs(space.diagonal).max() + space.beside.max()) + 1
     off = jnp.where(k + 1 < space.count, space.beside, 0)[:-1]
@@ -267,7 +267,7 @@ def stability(
     tol=None, # relative accuracy of the curvature to stop at; None for ε^½
     key=None, # a PRNG key for the random start of the method; None for a fixed one
 ) -> Stability:
-    "The smallest curvature of the energy at a fixed point, and its mode, from products alone. Raises ValueError or TypeError for states, clamps and settings that do not fit."
+    "The smallest curvature at a fixed point, and its mode. Raises ValueError or TypeError."
     if clamps:
         warnings.warn(
             "stability: write clamp=… by name, as in descend and flow.",
@@ -438,7 +438,7 @@ def basin_size(
     either_sign=False, # as in `which_memory`
     **settings, # solver, max_steps, tolerances: passed on to `descend`
 ) -> BasinSize:
-    "The share of corrupted starts that return to their pattern. Raises ValueError or TypeError for shapes and settings that do not fit."
+    "The share of corrupted starts that return. Raises ValueError or TypeError for bad input."
     if not isinstance(ham, HAM | VectorizedHAM):
         raise TypeError(f"basin_size needs a HAM or a VectorizedHAM, and was given {ham!r}.")
     layer = next(iter(ham.neurons)) if layer is None else layer

@@ -51,14 +51,14 @@ class AbstractDiscreteMemory(eqx.Module):
     def costs(
         self, s: Int[Array, "B N"], fields: PyTree
     ) -> tuple[Float[Array, "B N"], Bool[Array, "B N"]]:
-        "What each flip alone would add to the energy, and whether that is less than nothing beyond rounding."
+        "What each flip alone would add, and whether that is less than nothing beyond rounding."
 
     def energy(self, states: Int[Array, "... N"]) -> Float[Array, "..."]:
         "The energy of each row of `states`. Raises for what is not ±1 or has another size."
         return _measured(self, states, False)
 
     def changes(self, states: Int[Array, "... N"]) -> Float[Array, "... N"]:
-        "What each flip alone would add to the energy. Raises for what is not ±1 or has another size."
+        "What each flip alone would add to the energy. Raises for what does not fit."
         return _measured(self, states, True)[0]
 
     def stable(self, states: Int[Array, "... N"]) -> Bool[Array, "..."]:
@@ -182,7 +182,7 @@ def _real(x, what):
 
 
 def _couplings(W, b):
-    "Checked weights and fields: int32 where they are integers and no sum of theirs can overflow, else floating."
+    "Checked weights and fields: int32 where no sum of theirs can overflow, else floating."
     W, known = _real(W, "W")
     if W.ndim != 2 or W.shape[0] != W.shape[1] or not W.size:
         raise ValueError(
@@ -258,7 +258,7 @@ def pseudo_inverse(
 
 # %% ../../nbs/api/analysis/discrete.ipynb #a40356de
 class DiscreteMemory(AbstractDiscreteMemory):
-    "The dense network of ±1 neurons, −Σ_μ F(ξ_μ·s); for the exponential −(1/β) log Σ_μ exp(β ξ_μ·s)."
+    "The dense network −Σ_μ F(ξ_μ·s); the exponential one −(1/β) log Σ_μ exp(β ξ_μ·s)."
     rows: Int[Array, "N K"]
     values: Array | None
     up: Array | None
@@ -322,7 +322,7 @@ def _as_beta(beta, K):
 
 
 def _table(F, N, K):
-    "F at all overlaps, its differences up and down in multiples of a unit, and the unit: integers where sums of K of them are exact."
+    "F at all overlaps, its differences in multiples of a unit, and the unit."
     x, dtype = np.arange(-N, N + 1, 2, dtype=float), jnp.result_type(float)
     if isinstance(F, numbers.Integral) and not isinstance(F, bool) and F > 0:
         with np.errstate(over="ignore"): y = x ** int(F)
@@ -373,7 +373,7 @@ def _steps(memory, m):
 
 
 def _gains(memory, rise, size):
-    "Whether a rise of Σ F is one: above 0, and above rounding where its terms are floating and of a total size."
+    "Whether a rise of Σ F is one: above 0, and above the rounding of its terms."
     if jnp.issubdtype(rise.dtype, jnp.integer): return rise > 0
     terms = math.sqrt(memory.rows.shape[1]) + (0 if memory.beta is None else 2 * memory.beta)
     return rise > 2 * jnp.finfo(rise.dtype).eps * terms * size()
@@ -405,7 +405,7 @@ def _dense_costs(memory, s, fields):
 
 # %% ../../nbs/api/analysis/discrete.ipynb #cca95c34
 class BitRecall(eqx.Module):
-    "What a discrete recall reached, how, and why it stopped. For a batch of states every field has a leading batch axis."
+    "What a discrete recall reached, how, why it stopped. A batch has a leading axis."
     states: Array # ±1, in the dtype that was given
     energy: Float[Array, "*batch"] # energy at the end
     # energy at the start and after each sweep; NaN past the end
@@ -421,7 +421,7 @@ class BitRecall(eqx.Module):
 
     @property
     def result(self):
-        "Why it stopped, in words: a string, or a list of them for a batch. Not available under jit; use `code` there."
+        "Why it stopped: a sentence, or a list of them. Not under jit; use `code` there."
         return in_words(_sentence, code=self.code, sweeps=self.sweeps, flips=self.flips)
 
 
@@ -494,7 +494,7 @@ def recall_bits(
     key=None, # a PRNG key, for the random order
     trace=True, # whether to record the energy of every sweep
 ) -> BitRecall:
-    "Flip one neuron after another, downhill, until no flip lowers the energy. Raises ValueError or TypeError for what does not fit."
+    "Flip one neuron after another, downhill, until none lowers the energy. Raises for bad input."
     s = _states(memory, states)
     held = _clamp_mask(clamp, s.shape)
     if (
@@ -523,7 +523,7 @@ def flip_together(
     *,
     clamp=None, # boolean mask (N,) or of the states' shape, True where a neuron stays as it is
 ) -> Int[Array, "*batch N"]: # the states after one synchronous update, in the dtype given
-    "Flip every neuron whose flip alone would lower the energy, all of them together. The energy may rise."
+    "Flip, together, every neuron whose flip alone would lower the energy, which may rise."
     s = _states(memory, states)
     lower = _measured(memory, s, True)[1] & ~_clamp_mask(clamp, s.shape)
     return jnp.where(lower, -s, s).astype(jnp.asarray(states).dtype)

@@ -36,7 +36,7 @@ def _unflat(v, like):
 
 
 def _travel(rate, time):
-    "∫₀ᵗ e^(−λs) ds: how far what decays at the rate λ goes in a time, per unit of speed at the start."
+    "∫₀ᵗ e^(−λs) ds: how far what decays at the rate λ goes in a time, per unit of speed."
     small = abs(rate * time) < 1e-3
     return jnp.where(
         small, time * (1 - rate * time / 2), -jnp.expm1(-rate * time) / jnp.where(small, 1, rate)
@@ -47,7 +47,7 @@ def _root(v): return jnp.where(v > 0, jax.lax.rsqrt(jnp.where(v > 0, v, 1)), 0)
 
 
 def _modes(dx, da, dg, tau, leak):
-    "The linearised flow in the span of the last differences: decay rates of its modes, the currents that each sends, and its activations (dual to it)."
+    "Decay rates of the linearised flow among the last differences, currents and activations."
     scale = _root((da * dx * tau).sum(1))[:, None]
     dx, da, dg = dx * scale, da * scale, dg * scale
     M, K = da @ (dx * tau).T, da @ dg.T # both symmetric where the flow is linear
@@ -62,7 +62,7 @@ def _modes(dx, da, dg, tau, leak):
 
 
 def _together(c, rates, tau, leak, ours, alone, same, currents):
-    "What modes add to a function of the rate, `ours` at theirs and `alone` at that of each neuron: divided differences (`same` where the rates are one) times the currents."
+    "What modes add to a function of the rate: divided differences times the currents."
     gap = leak - rates[:, None] * tau
     near = abs(gap) < jnp.finfo(gap.dtype).eps ** 0.5
     return c @ (jnp.where(near, same, (ours[:, None] - alone) / jnp.where(near, 1, gap)) * currents)
@@ -129,7 +129,7 @@ def _fell(old, new, lowest, trial):
 
 
 def _steepness(problem, point):
-    "The square of what still moves the activations of the layers without leak, in units of their states."
+    "The square of what still moves activations without leak, in units of their states."
     total = jnp.zeros((), jnp.float32)
     for n in problem.free:
         layer = problem.ham.neurons[n]
@@ -178,7 +178,7 @@ def _ahead(r, trial, modes, h, last, bend, fade):
 
 # %% ../../nbs/api/dynamics/adaptive.ipynb #5e65f784
 class Adaptive(AbstractSolver):
-    "Follows the flow with an error control, and goes over into an accelerated descent where the flow is linear."
+    "Follows the flow with an error control; where the flow is linear, an accelerated descent."
     tol: float = 0.003 # error of a step in activations, relative to the layer's, > 0
     first: float = 0.01 # first step, in units of the least time constant, > 0
     m: int = eqx.field(default=3, static=True) # differences remembered, at least 1
@@ -271,7 +271,7 @@ class Adaptive(AbstractSolver):
         return last, jnp.clip(jnp.minimum(h, growing), eps**2, most)
 
     def error(self, problem, now, dxs):
-        "The relative error that `dxs` is in the layer where it is largest; infinite if not a number."
+        "The relative error that `dxs` is, in the layer where it is largest; infinite for NaN."
         size = lambda v: jnp.linalg.norm(v.astype(jnp.promote_types(v.dtype, jnp.float32)).ravel())
         wrong = jax.jvp(problem.duals, (now.xs,), (dxs,))[1]
         seen = [size(d) / (size(now.duals[n]) + 1e-6) for n, d in wrong.items()]

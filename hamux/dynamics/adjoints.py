@@ -253,7 +253,7 @@ class ImplicitAdjoint(AbstractAdjoint):
 
 # %% ../../nbs/api/dynamics/adjoints.ipynb #fd57e2c1
 def _seen(problem, xs):
-    "The symmetric map c ∇²L c of the layers without leak, with c the length of the states relative to that of the activations along the axis that the Lagrangian reduces (the last if it does not say)."
+    "The symmetric map c ∇²L c of the layers without leak, c the length of state over activation."
     maps = {}
     for n, x in jax.lax.stop_gradient(xs).items():
         layer = problem.ham.neurons[n]
@@ -325,7 +325,7 @@ ADJOINTS = {
 def as_adjoint(
     adjoint, # a name, one of the adjoints here, or one of Optimistix
 ) -> AbstractAdjoint: # one of the adjoints here
-    "The adjoint that is meant. Raises ValueError for an unknown name and TypeError for anything else."
+    "The adjoint that is meant. Raises ValueError or TypeError for anything else."
     if isinstance(adjoint, AbstractAdjoint): return adjoint
     if isinstance(adjoint, str):
         if adjoint in ADJOINTS: return ADJOINTS[adjoint]

@@ -30,14 +30,14 @@ from hamux.dynamics.solver import (
 
 # %% ../../nbs/api/dynamics/backtracking.ipynb #c4a6e2d7
 class _Guarded(eqx.Module):
-    "What a guarded solver carries: where it stands, the lowest energy so far, the length of its steps."
+    "What a guarded solver carries: where it stands, the lowest energy, the length of its steps."
     held: Point
     lowest: Float[Array, ""]
     length: Float[Array, ""]
 
 
 class Backtracking(AbstractSolver):
-    "Gradient steps of a length that adapts: accepted if the energy falls enough, shortened if not. Never climbs."
+    "Gradient steps, accepted if the energy falls enough and shortened if not. Never climbs."
     dt: Any = 1.0 # length of the first step, in units of time
     grow: float = 2.0 # factor on the length after a step that was accepted
     shrink: float = 0.25 # factor on the length after one that was not

@@ -50,7 +50,7 @@ def _rest_of(problem, y, rtol, atol):
 
 # %% ../../nbs/api/dynamics/continuous.ipynb #20fa7ec8
 class Flow(eqx.Module):
-    "A trajectory: what was saved on the way, where it ended, and why. With a vectorised HAM every field has a leading batch axis."
+    "A trajectory: what was saved, where it ended, why. Vectorised, fields have a batch axis."
     ts: Float[Array, "*batch times"] # the times saved; NaN past the end
     # states by layer at those times, a time axis after the batch axis (or what `SaveAt(fn=…)` made
     # of them)
@@ -73,7 +73,7 @@ class Flow(eqx.Module):
 
     @property
     def result(self):
-        "Why it ended, in words: a string, or a list of them for a batch. Not available under jit; use `code` there."
+        "Why it ended: a sentence, or a list of them. Not under jit; use `code` there."
         return in_words(
             _sentence, code=self.code, t=self.t1, steps=self.steps, residual=self.residual
         )
@@ -129,7 +129,7 @@ def _as_saveat(saveat, dtype):
 
 
 def _check_times(t0, t1, ts, steady):
-    "Raise unless time goes forward and the saved times lie in between. What is traced is left to diffrax."
+    "Raise unless time goes forward and saved times lie in between; traced times go to diffrax."
     if any(isinstance(t, jax.core.Tracer) for t in (t0, t1)): return
     if not math.isfinite(t0): raise ValueError(f"flow: t0 must be a finite time, got {t0}.")
     if not t1 > t0:
@@ -166,7 +166,7 @@ def flow(
     adjoint=None, # a diffrax adjoint; None for diffrax.RecursiveCheckpointAdjoint()
     throw=False, # whether not to arrive (with `steady`: not to come to rest) is an error
 ) -> Flow:
-    "Integrate τ dx/dt = −∂E/∂x̂ from `xs`. Raises ValueError or TypeError for states, clamps and settings that do not fit, ImportError without diffrax."
+    "Integrate τ dx/dt = −∂E/∂x̂ from `xs`. Raises ValueError or TypeError for bad input."
     diffrax = _diffrax()
     start = read_start("flow", ham, xs, clamp)
     if not isinstance(max_steps, numbers.Integral) or max_steps < 1:
@@ -297,7 +297,7 @@ def _over(problem, y, rtol, atol):
 
 
 def _saving(saveat, narrow, tree):
-    "What diffrax is to save: at the times asked for the energy and all states, and the end; the end alone stays as it is, for adjoints that ask for that."
+    "What diffrax is to save: energy and states at the times asked for, and the end."
     diffrax, ask = _diffrax(), saveat.subs
     if (
         ask.t1

@@ -30,7 +30,7 @@ from ..network.hypergraph import HAM, VectorizedHAM
 
 # %% ../../nbs/api/dynamics/descent.ipynb #c24ad902
 class Descent(eqx.Module):
-    "What a descent reached, how, and why it stopped. With a vectorised HAM every field has a leading batch axis."
+    "What a descent reached, how, why it stopped. Vectorised, fields have a leading batch axis."
     xs: dict # states by layer
     xhats: dict # activations by layer
     energy: Float[Array, "*batch"] # total energy at the end
@@ -55,7 +55,7 @@ class Descent(eqx.Module):
 
     @property
     def result(self):
-        "Why it stopped, in words: a string, or a list of them for a batch. Not available under jit; use `code` there."
+        "Why it stopped: a sentence, or a list of them. Not under jit; use `code` there."
         finite = jnp.isfinite(self.energy) & jnp.isfinite(self.residual)
         return in_words(
             _sentence,
@@ -131,7 +131,7 @@ def descend(
     anneal=None, # inverse temperatures that change: layer or hypersynapse → function of the step
     progress=False, # whether to show a progress bar
 ) -> Descent:
-    "Recall: slide down the energy from `xs` until it is flat. Raises ValueError or TypeError for states, clamps and settings that do not fit."
+    "Recall: slide down the energy until it is flat. Raises ValueError or TypeError for bad input."
     start, anneal = read_start("descend", ham, xs, clamp), anneal or {}
     rtol, atol = (start.epsilon ** (2 / 3) if t is None else t for t in (rtol, atol))
     _check_settings(solver, max_steps, trace, anneal, rtol, atol)

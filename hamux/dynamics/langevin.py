@@ -40,7 +40,7 @@ def _drift(problem, now, n, temperature):
 
 
 class Langevin(AbstractSolver):
-    "Noisy steps whose activations have the law exp(−E/T) at small dt. Identity, tanh and sigmoid layers; others must be clamped."
+    "Noisy steps whose activations have the law exp(−E/T) at small dt."
     dt: Any = 0.01 # step in units of time, > 0: a number, an array, or a function of the step
     temperature: Any = 1.0 # T ≥ 0, in units of the energy: likewise
     check_every: ClassVar[int] = 4

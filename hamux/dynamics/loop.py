@@ -42,7 +42,7 @@ def with_beta(
     name, # a layer, or a hypersynapse that has a Lagrangian
     beta, # its new inverse temperature
 ) -> HAM: # the network with it
-    "The same network with another inverse temperature in one Lagrangian. Raises ValueError where there is none to change."
+    "The network with another inverse temperature in one Lagrangian. Raises ValueError without one."
     table = "_neurons" if name in ham.neurons else "_hypersynapses"
     module = unseal(getattr(ham, table).get(name))
     lagrangian = getattr(module, "lagrangian", None)
@@ -61,7 +61,7 @@ def with_beta(
 
 
 def _heated(lagrangian, beta):
-    "The Lagrangian with another inverse temperature: the keyword or field that it declares; None if it has none."
+    "The Lagrangian with another inverse temperature; None if it declares none."
     name = facts_of(lagrangian).beta
     if isinstance(lagrangian, ft.partial | eqx.Partial):
         if name in lagrangian.keywords:

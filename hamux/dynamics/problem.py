@@ -46,7 +46,7 @@ def read_clamp(
     neurons: Mapping, # the layers by name
     batch: tuple, # the batch axis of the states, (rows,) or ()
 ) -> tuple: # names of layers clamped as a whole, and a mask by name for the others
-    "What a clamp holds. Raises ValueError or TypeError for unknown layers, and masks that do not fit."
+    "What a clamp holds. Raises ValueError or TypeError for unknown layers and unfit masks."
     whole, masks = [], {}
     for name, mask in clamp_dict(clamp).items():
         if not isinstance(name, str | numbers.Integral) or name not in neurons:
@@ -145,7 +145,7 @@ class Problem(eqx.Module):
         }
 
     def evaluate(self, xs: dict, layers=None) -> Point:
-        "Energy and gradient at the free states `xs`; the gradient of `layers` only, if they are named."
+        "Energy and gradient at the free states `xs`; the gradient of some `layers` only, if named."
         xs, layers = self.states(xs), self.free if layers is None else layers
         xhats, neurons = self.ham.activations(xs), self.ham.neurons
         def pull(moving):
@@ -176,7 +176,7 @@ class Problem(eqx.Module):
 
 # %% ../../nbs/api/dynamics/problem.ipynb #34b2f99d
 def _still_to_come(layer, x, g):
-    "The share of a layer's activation that would still change on the ray x − s g, and the activation's size."
+    "The share of an activation that would still change on the ray x − s g, and its size."
     wide = jnp.promote_types(x.dtype, jnp.float32)
     x, g = x.astype(wide), g.astype(wide)
     steepest = abs(g).max()
@@ -196,7 +196,7 @@ def check_rest(
 ) -> (
     tuple
 ):  # the residual; the largest state (activation, without leak); whether all layers are at rest
-    "Whether a state is at rest: the one rule of solvers, flow and stability. No derivative goes through it."
+    "Whether a state is at rest: one rule for all. No derivative goes through it."
     residuals, sizes, at_rest = [], [], []
     for n, g in point.grads.items():
         x, layer = point.xs[n], problem.ham.neurons[n]
@@ -220,7 +220,7 @@ def shortened(
     problem: Problem, # the energy of the free states
     xs: dict, # the free states
 ) -> dict: # the same, or shorter where the activation is the same
-    "States of bounded length, for layers without leak. No activation changes by more than rounding."
+    "States of bounded length, without leak. No activation changes by more than rounding."
     out = dict(xs)
     for n, x in xs.items():
         layer = problem.ham.neurons[n]
@@ -241,7 +241,7 @@ def stationary(
     problem: Problem, # the energy of the free states
     xs: dict, # the free states
 ) -> dict: # what is zero where the dynamics rests
-    "The state minus its input current; ∂E/∂x for layers without leak and for those that a mask cuts through."
+    "The state minus its input current; ∂E/∂x without leak, and where a mask cuts through."
     now, out = problem.evaluate(xs), {}
     for n, g in now.grads.items():
         layer = problem.ham.neurons[n]

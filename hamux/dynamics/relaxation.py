@@ -24,7 +24,7 @@ def alone(
     synapse, # a hypersynapse
     position: int, # which of the layers that it joins
 ) -> str | None: # "affine", "concave", or None where neither is known
-    "How a hypersynapse depends on the activation of one of its layers, the others held: what its own method `alone` says."
+    "How a hypersynapse depends on one of its layers alone: what its method `alone` says."
     method = getattr(synapse, "alone", None)
     return method(position) if callable(method) else None
 
@@ -42,7 +42,7 @@ def _jumps(problem: Problem) -> tuple:
 
 
 def _colours(problem: Problem) -> tuple:
-    "The free layers in classes that share no synapse, the last layers first; a greedy colouring, layers with many neighbours before others."
+    "The free layers in classes that share no synapse, greedily coloured, the last layers first."
     near = {
         n: {m for names, _ in problem.ham.connections if n in names for m in names} - {n}
         for n in problem.free
@@ -85,7 +85,7 @@ class _Sweeping(eqx.Module):
 
 
 class Relaxation(AbstractSolver):
-    "Sweeps over classes of layers that share no synapse; each jumps to its input current, or takes a guarded step where that could climb."
+    "Sweeps over classes of layers; each jumps to its input current, or takes a guarded step."
     # length of the first guarded step, in units of the gradient, and the largest one
     dt: float = 1.0
     compares_energies: ClassVar[bool] = True

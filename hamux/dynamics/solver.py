@@ -62,7 +62,7 @@ class AbstractSolver(eqx.Module):
     def descends(self,
                  step: Int[Array, ""], # number of steps taken so far
                  ): # a bool
-        "Whether the energy should fall and a small residual means convergence (at a temperature above 0 neither does)."
+        "Whether the energy should fall, and a small residual means convergence."
 
     @abc.abstractmethod
     def cost(self,
@@ -121,7 +121,7 @@ def rounding(point: Point):
 
 
 def lowers(new: Point, old: Point, lowest, share=1e-4):
-    "Whether a point's energy is lower than an old one's by a share of the first-order decrease, rounding accounted for."
+    "Whether the energy fell by a share of the first-order decrease, rounding accounted for."
     moved = minus(new.duals, old.duals)
     slope, both = inner(old.grads, moved), 0.5 * inner(
         {n: old.grads[n] + new.grads[n] for n in moved}, moved
