@@ -14,6 +14,7 @@ import numpy as np
 import optimistix as optx
 import pytest
 
+import hamux as hmx
 from hamux import (
     HAM,
     BiasSynapse,
@@ -747,6 +748,61 @@ def test_a_vectorised_call_compiles_once_too():
 
 
 X = {"v": np.ones(5), "h": np.ones(4)}
+def without_leak(layer, *synapses):
+    return HAM({"t": layer}, list(synapses), [(("t",), i) for i in range(len(synapses))])
+
+
+def test_one_rule_of_rest_for_descend_flow_and_stability():
+    "A layer norm without leak under a bias: its state grows along itself, its activation has come to rest"
+    ham = without_leak(LayerNormLayer((2, 4), leak=False), BiasSynapse(np.arange(8.0).reshape(2, 4) ** 2))
+    out = descend(ham, ham.init_states(key=jr.key(0)))
+    assert out.converged and abs(ham.dEdact(out.xhats, out.xs)["t"]).max() > 1
+    assert hmx.flow(ham, out.xs, 10.0, steady=True).converged
+    assert hmx.stability(ham, out.xs).at_rest
+    assert out.energy == pytest.approx(float(descend(ham, out.xs).energy), rel=1e-9)
+
+
+FLAT = {
+    "a ReLU that is off": (ReluLayer(2, leak=False), [-1.0, -2.0], [1.0, 1.0]),
+    "a tanh on the wrong side": (TanhLayer(2, leak=False), [25.0, 30.0], [-1.0, -1.0]),
+    "a softmax on the wrong entry": (hmx.SoftmaxLayer(2, leak=False), [60.0, 0.0], [0.0, 1.0]),
+}
+
+
+@pytest.mark.parametrize("case", FLAT)
+def test_what_is_flat_now_is_not_at_rest(case):
+    "The state moves on along the ray until it leaves the plateau"
+    layer, start, bias = FLAT[case]
+    ham, xs = without_leak(layer, BiasSynapse(np.array(bias))), {"t": jnp.array(start)}
+    assert abs(jax.jvp(layer.activations, (xs["t"],), (jnp.ones(2),))[1]).max() < 1e-8
+    still = descend(ham, xs, max_steps=1, solver=Euler(1e-3))
+    assert not still.converged and still.residual > 0.1
+    assert not hmx.stability(ham, xs).at_rest
+    assert not hmx.flow(ham, xs, 1e-3, steady=True).converged
+    assert descend(ham, xs, solver=Euler(0.5), max_steps=300).energy < still.energy - 0.5
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_energy_transformer_comes_to_rest(seed):
+    "Under the default solver, with states that stay finite, in single precision"
+    with jax.enable_x64(False):
+        keys = jr.split(jr.key(seed), 3)
+        tokens = hmx.LayerNormLayer((6, 8), leak=False)
+        parts = {"attention": hmx.AttentionSynapse.lazy(2), "memory": hmx.MemorySynapse.lazy(16, hmx.lagr_relu, over="last", scale=0.5)}
+        ham = hmx.build({"t": tokens}, parts, [(("t",), "attention"), (("t",), "memory")], key=keys[0])
+        out = descend(ham, ham.init_states(key=keys[1]), max_steps=2000)
+        assert out.converged and out.rises == 0 and abs(out.xs["t"]).max() < 1e4
+        assert hmx.stability(ham, out.xs).at_rest and hmx.flow(ham, out.xs, 10.0, steady=True).converged
+
+
+def test_masks_of_a_clamp_may_be_traced():
+    ham = two_layers(0)
+    masks = np.array([[True, False, False, False, True], [False] * 5])
+    rows = jax.vmap(lambda m: descend(ham, X, clamp={"v": m}, trace=False).xs["v"])(masks)
+    for mask, row in zip(masks, rows, strict=True):
+        np.testing.assert_allclose(row, descend(ham, X, clamp={"v": mask}, trace=False).xs["v"], rtol=1e-6)
+
+
 BAD = {
     "ham": (lambda h: descend("ham", X), TypeError, "HAM or a VectorizedHAM.*'ham'"),
     "missing": (lambda h: descend(h, {"v": X["v"]}), ValueError, r"states.*missing \['h'\]"),
@@ -838,7 +894,7 @@ BAD = {
     "mask shape": (
         lambda h: descend(h, X, clamp={"v": np.ones(4, bool)}),
         ValueError,
-        r"mask of the layer 'v' must have shape \(5,\), got \(4,\)",
+        r"clamp of the layer 'v': a mask must have shape \(5,\), got \(4,\)",
     ),
     "mask batched": (
         lambda h: descend(h, X, clamp={"v": np.ones((2, 5), bool)}),
@@ -866,12 +922,12 @@ BAD = {
     "mask of floats": (
         lambda h: descend(h, X, clamp={"v": np.ones(5)}),
         TypeError,
-        "clamp of the layer 'v'.*boolean mask.*float64",
+        "clamp of the layer 'v'.*must be booleans.*float64",
     ),
     "mask of ints": (
         lambda h: descend(h, X, clamp={"v": [0, 1]}),
         TypeError,
-        "clamp of the layer 'v'.*boolean mask.*int",
+        "clamp of the layer 'v'.*must be booleans.*int",
     ),
 }
 

@@ -62,7 +62,7 @@ def read_clamp(
 
 def _clamp_mask(name, mask, shape, batch):
     "A boolean array of the layer's shape, after the batch axis if there is one."
-    mask = as_mask(mask, "clamp", f"the mask of the layer {name!r}", shape, batch + shape)
+    mask = as_mask(mask, f"The clamp of the layer {name!r}", "a mask", shape, batch + shape)
     return jnp.broadcast_to(jnp.asarray(mask), batch + shape)
 
 

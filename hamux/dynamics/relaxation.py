@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
-from .problem import Point, Problem
+from .problem import Point, Problem, shortened
 from .solver import AbstractSolver, Move, choose, lowers, same_states
 
 # %% ../../nbs/api/dynamics/relaxation.ipynb #54d0a76f
@@ -86,7 +86,7 @@ class _Sweeping(eqx.Module):
 
 class Relaxation(AbstractSolver):
     "Sweeps over classes of layers; each jumps to its input current, or takes a guarded step."
-    # length of the first guarded step, in units of the gradient, and the largest one
+    # length of the first guarded step, in units of the gradient, and the longest with leak
     dt: float = 1.0
     compares_energies: ClassVar[bool] = True
     exact_steps: ClassVar[bool] = False
@@ -129,9 +129,10 @@ class Relaxation(AbstractSolver):
         length = jnp.where(
             step == 0,
             state.length,
-            jnp.where(fine, jnp.minimum(2 * state.length, self.dt), state.length / 4),
+            jnp.where(fine, jnp.minimum(2 * state.length, self.longest(problem)), state.length / 4),
         ).astype(state.length.dtype)
         ahead = self.sweep(problem, held, classes, free_to_jump, length, state.asleep, waking)
+        ahead = shortened(problem, ahead)
         stuck = same_states(ahead, held.xs) & ~unknown
         return Move(
             held,
@@ -140,6 +141,11 @@ class Relaxation(AbstractSolver):
             stuck,
             unknown,
         )
+
+    def longest(self, problem):
+        "The longest guarded step: `dt`, or any where a layer has no leak, whose gradient has no length of its own."
+        leaks = all(problem.ham.neurons[n].leak for n in problem.free)
+        return self.dt if leaks else float(jnp.finfo(jnp.float32).max) / 8
 
     def sweep(self, problem, held, classes, free_to_jump, length, asleep, waking):
         "The states after every class had its turn."
