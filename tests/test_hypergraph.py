@@ -815,7 +815,7 @@ def test_fact_15_independent_keys_and_centred_filters():
 def test_fact_16_a_convolution_does_not_broadcast():
     syn = ConvSynapse(jnp.ones((2, 1, 3, 3)), (1, 1), "SAME")
     for shape in [(1, 1, 2), (4, 4, 1), (4, 2), (1, 4, 4, 2)]:
-        with pytest.raises(ValueError, match=r"of shape \(4, 4, 2\).*" + re.escape(str(shape))):
+        with pytest.raises(ValueError, match=r"must have shape \(4, 4, 2\).*got " + re.escape(str(shape))):
             syn(jnp.ones((4, 4, 1)), jnp.ones(shape))
 
 
