@@ -334,9 +334,9 @@ def test_rand_init():
 @pytest.mark.parametrize(
     "error, words, call",
     [
-        (ValueError, "Wq with 3 axes", lambda: AttentionSynapse(WQ[0], WK[0])),
+        (ValueError, "Wq must have 3 axes", lambda: AttentionSynapse(WQ[0], WK[0])),
         (ValueError, "same heads and d_head", lambda: AttentionSynapse(WQ, WK[:1])),
-        (TypeError, "real weights", lambda: AttentionSynapse(WQ * 1j, WK)),
+        (TypeError, "Wq must be real", lambda: AttentionSynapse(WQ * 1j, WK)),
         (ValueError, "one per head", lambda: AttentionSynapse(WQ, WK, np.ones(3))),
         (ValueError, "one per head", lambda: AttentionSynapse(WQ, WK, True)),
         (ValueError, "positive and finite", lambda: AttentionSynapse(WQ, WK, -1.0)),
@@ -346,40 +346,35 @@ def test_rand_init():
             "positive and finite",
             lambda: AttentionSynapse(WQ, WK, np.array([1.0, np.inf])),
         ),
-        (TypeError, "mask is boolean", lambda: AttentionSynapse(WQ, WK, mask=np.ones((N, N)))),
-        (TypeError, "key_mask is boolean", lambda: AttentionSynapse(WQ, WK, key_mask=[1, 0, 1, 1])),
-        (
-            TypeError,
-            "mask is a constant, and was traced",
-            lambda: jax.jit(lambda m: AttentionSynapse(WQ, WK, mask=m)(X))(HOLES),
-        ),
+        (TypeError, "mask must be booleans", lambda: AttentionSynapse(WQ, WK, mask=np.ones((N, N)))),
+        (TypeError, "key_mask must be booleans", lambda: AttentionSynapse(WQ, WK, key_mask=[1, 0, 1, 1])),
         (
             ValueError,
-            r"mask should have shape \(4, 4\), and has \(4, 3\)",
+            r"mask must have shape \(4, 4\), got \(4, 3\)",
             lambda: AttentionSynapse(WQ, WK, mask=HOLES[:, :3])(X),
         ),
         (
             ValueError,
-            r"mask should have shape \(4, 3\), and has \(4, 4\)",
+            r"mask must have shape \(4, 3\), got \(4, 4\)",
             lambda: AttentionSynapse(WQ, WK2, mask=HOLES)(X, X2),
         ),
         (
             ValueError,
-            r"key_mask should have shape \(3,\)",
+            r"key_mask must have shape \(3,\)",
             lambda: AttentionSynapse(WQ, WK2, key_mask=[True] * 4)(X, X2),
         ),
-        (ValueError, "tokens of one layer", lambda: AttentionSynapse(WQ, WK2, causal=True)(X, X2)),
+        (ValueError, "causal must be False between two layers", lambda: AttentionSynapse(WQ, WK2, causal=True)(X, X2)),
         (
             ValueError,
-            r"queries are tokens of shape \(…, 5\)",
+            r"queries must be tokens of shape \(…, 5\)",
             lambda: AttentionSynapse(WQ, WK2)(X2, X2),
         ),
-        (ValueError, r"keys are tokens of shape \(…, 6\)", lambda: AttentionSynapse(WQ, WK2)(X, X)),
+        (ValueError, r"keys must be tokens of shape \(…, 6\)", lambda: AttentionSynapse(WQ, WK2)(X, X)),
         (ValueError, r"keys \(of the same layer\)", lambda: AttentionSynapse(WQ, WK2)(X)),
         (ValueError, "at least one axis", lambda: AttentionSynapse(WQ, WK)(X[0])),
         (
             ValueError,
-            "does not take 3 layers",
+            "must take 3 layers",
             lambda: hmx.HAM(
                 [hmx.LayerNormLayer((N, D))], [AttentionSynapse(WQ, WK)], [((0, 0, 0), 0)]
             ),

@@ -810,7 +810,7 @@ BAD = {
     "shape": (
         lambda h: descend(h, {**X, "v": np.ones(4)}),
         ValueError,
-        r"'v' should have shape \(5,\), and has \(4,\)",
+        r"'v' must have shape \(5,\), got \(4,\)",
     ),
     "ints": (lambda h: descend(h, {**X, "v": np.ones(5, int)}), TypeError, "'v'.*int64"),
     "batched": (

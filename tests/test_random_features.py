@@ -154,22 +154,22 @@ def test_recall():
     [
         (lambda: RandomFeatureMemory.store(jr.key(0), jnp.ones(3), 1.0, 4), "one per row"),
         (lambda: RandomFeatureMemory.store(jr.key(0), jnp.ones((0, 3)), 1.0, 4), "one per row"),
-        (lambda: RandomFeatureMemory.store(jr.key(0), jnp.ones((2, 3)) * 1j, 1.0, 4), "are real"),
+        (lambda: RandomFeatureMemory.store(jr.key(0), jnp.ones((2, 3)) * 1j, 1.0, 4), "must be real"),
         (
             lambda: RandomFeatureMemory.store(jr.key(0), jnp.ones((2, 3)), jnp.ones(2), 4),
-            "beta is one positive number",
+            "beta must be one positive number",
         ),
         (
             lambda: RandomFeatureMemory.store(jr.key(0), jnp.ones((2, 3)), float("inf"), 4),
-            "beta is one positive number",
+            "beta must be one positive number",
         ),
         (
             lambda: RandomFeatureMemory.store(jr.key(0), jnp.ones((2, 3)), 1.0, 4.0),
-            "n_features is a positive int",
+            "n_features must be a positive int",
         ),
         (
             lambda: RandomFeatureMemory.store(jr.key(0), jnp.ones((2, 3)), 1.0, 4, floor=0),
-            "floor is one positive number",
+            "floor must be one positive number",
         ),
         (lambda: RandomFeatureMemory(jnp.ones(8), jnp.ones((3, 4)), 1.0), r"\(8,\) and \(3, 4\)"),
         (
@@ -178,7 +178,7 @@ def test_recall():
                 [RandomFeatureMemory.store(jr.key(0), jnp.ones((2, 3)), 1.0, 4)],
                 [((0,), 0)],
             ),
-            r"should have shape \(3,\)",
+            r"must have shape \(3,\), got \(4,\)",
         ),
     ],
 )

@@ -20,7 +20,7 @@ def real_state(x, who):
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
-            f"{who} needs a state of real floating numbers, and was given dtype {x.dtype}. "
+            f"{who}: the state must hold real floating numbers, got dtype {x.dtype}. "
             "Convert it, for example with x.astype(jnp.float32)."
         )
     return x.astype(jnp.promote_types(x.dtype, jnp.float32)), x.dtype
@@ -31,17 +31,15 @@ def hyperparameter(value, name, who, shape, dtype, at_least=0.0, strictly=True):
     if not isinstance(value, jax.core.Tracer):
         known = np.asarray(value, dtype=float)
         if not np.all(known > at_least if strictly else known >= at_least):
-            raise ValueError(
-                f"{who} is convex only for {name} {'>' if strictly else '>='} {at_least:g}, and was"
-                f" given {name}={value}."
-            )
+            bound = "greater than" if strictly else "at least"
+            raise ValueError(f"{who}: {name} must be {bound} {at_least:g}, got {value}.")
     value = jnp.asarray(value)
     if len(value.shape) > len(shape) or any(
         v not in (1, s) for v, s in zip(value.shape[::-1], shape[::-1], strict=False)
     ):
         raise ValueError(
-            f"{who}: {name} of shape {value.shape} does not fit {shape}. Give one number, or one"
-            f" that broadcasts to {shape}."
+            f"{who}: {name} must be one number, or an array that broadcasts to {shape}, got shape"
+            f" {value.shape}."
         )
     return value.astype(dtype)
 
@@ -54,5 +52,5 @@ def reduced_axes(axis, ndim, who):
         else (axis,) if isinstance(axis, numbers.Integral) else tuple(axis)
     )
     if any(not -ndim <= a < ndim for a in axes):
-        raise ValueError(f"{who}: axis={axis} is out of range for a state with {ndim} axes.")
+        raise ValueError(f"{who}: axis must be an axis of the state, which has {ndim}, got {axis}.")
     return tuple(sorted({a % ndim for a in axes}))

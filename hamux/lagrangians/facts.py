@@ -40,16 +40,19 @@ class Facts:
     def __post_init__(self):
         if self.form not in (None, *FORMS):
             raise ValueError(
-                f"form must be one of {', '.join(map(repr, FORMS))} or None, got {self.form!r}."
+                f"Facts: form must be {', '.join(map(repr, FORMS))} or None, got {self.form!r}."
             )
         if (self.form == "function of a sum") != (
             self.terms is not None and self.outer is not None
         ):
             raise ValueError(
-                "A function of a sum needs both terms and outer, and no other form takes them."
+                "Facts: terms and outer must both be given for the form 'function of a sum', and for no"
+                f" other, got form {self.form!r}."
             )
         if self.silent and self.form != "competition":
-            raise ValueError(f"silent belongs to a competition, got form {self.form!r}.")
+            raise ValueError(
+                f"Facts: silent must be 0 unless the form is 'competition', got {self.form!r}."
+            )
 
 
 UNKNOWN = Facts(convex=None)

@@ -31,30 +31,42 @@ def by_name(given, what):
     if isinstance(given, Mapping): items = dict(given)
     elif isinstance(given, Sequence) and not isinstance(given, str): items = dict(enumerate(given))
     else:
-        raise TypeError(f"{what} are a dictionary by name or a list, and were given as {type(given).__name__}.")
+        got = type(given).__name__
+        raise TypeError(f"HAM: {what} must be a dictionary by name or a list, got {got}.")
     if not (all(isinstance(k, str) for k in items) or list(items) == list(range(len(items)))):
-        raise TypeError(f"The names of {what} are all strings or all positions 0, 1, …, and were {list(items)}.")
+        raise TypeError(
+            f"HAM: the names of {what} must be all strings or all positions 0, 1, …, got"
+            f" {list(items)}."
+        )
     return items
 
 
 def _known(name, table, what):
     "Raise unless `name` is in `table`."
     if not isinstance(name, str | numbers.Integral) or name not in table:
-        raise ValueError(f"The connections name an unknown {what} {name!r}. Known are: {', '.join(map(repr, table))}.")
+        known = ", ".join(map(repr, table))
+        raise ValueError(f"HAM: the connections name an unknown {what} {name!r}. Known: {known}.")
 
 
 def check_connections(connections, neurons, hypersynapses):
     "The connections as a tuple of (tuple of layer names, hypersynapse name), all of them known."
     out = []
     if not isinstance(connections, Iterable):
-        raise TypeError(f"The connections are a list of ((layer, …), hypersynapse), and were given as {connections!r}.")
+        raise TypeError(
+            f"HAM: connections must be a list of ((layer, …), hypersynapse), got {connections!r}."
+        )
     for c in connections:
         if isinstance(c, str) or not isinstance(c, Sequence) or len(c) != 2:
-            raise TypeError(f"A connection is a pair ((layer, …), hypersynapse), and was given as {c!r}.")
+            raise TypeError(
+                f"HAM: a connection must be a pair ((layer, …), hypersynapse), got {c!r}."
+            )
         names, s = c
         if isinstance(names, str) or not isinstance(names, Sequence):
-            raise TypeError(f"The layers of a connection are a tuple of names, and were given as {names!r}. Write (({names!r},), {s!r}).")
-        if not names: raise ValueError(f"The connection {c!r} joins no layer.")
+            raise TypeError(
+                f"HAM: the layers of a connection must be a tuple of names, got {names!r}. Write"
+                f" (({names!r},), {s!r})."
+            )
+        if not names: raise ValueError(f"HAM: a connection must join a layer, got {c!r}.")
         for n in names: _known(n, neurons, "neuron layer")
         _known(s, hypersynapses, "hypersynapse")
         out.append((tuple(names), s))
@@ -79,7 +91,7 @@ def try_connection(names, s, neurons, synapse, dtype):
         inspect.signature(synapse).bind(*shapes)
     except TypeError as e:
         raise ValueError(
-            f"{where} does not take {len(names)} layer{'s' * (len(names) != 1)}: {e}."
+            f"{where} must take {len(names)} layer{'s' * (len(names) != 1)}: {e}."
         ) from e
     except ValueError:
         pass
@@ -89,22 +101,21 @@ def try_connection(names, s, neurons, synapse, dtype):
         raise ValueError(f"{where} fails for layers of shapes {shapes}: {e}") from e
     if not hasattr(out, "shape") or out.shape != () or not jnp.issubdtype(out.dtype, jnp.floating):
         got = f"shape {out.shape} and dtype {out.dtype}" if hasattr(out, "shape") else f"{out!r}"
-        raise ValueError(f"{where} must return one real number, and returns {got}.")
+        raise ValueError(f"{where} must return one real number, got {got}.")
 
 # %% ../../nbs/api/network/hypergraph.ipynb #8dd18007
 def check_states(tree, neurons, what, batch=()):
     "`tree` as a dictionary in the layers' order, checked for names, shapes and dtypes."
     if not isinstance(tree, Mapping):
         raise TypeError(
-            f"The {what} are a dictionary from layer names to arrays, and were given as"
+            f"The {what} must be a dictionary from layer names to arrays, got"
             f" {type(tree).__name__}."
         )
     if set(tree) != set(neurons):
-        missing, extra = [n for n in neurons if n not in tree], [
-            n for n in tree if n not in neurons
-        ]
+        missing = [n for n in neurons if n not in tree]
+        unknown = [n for n in tree if n not in neurons]
         raise ValueError(
-            f"The {what} do not have the names of the layers: missing {missing}, unknown {extra}."
+            f"The {what} must have the names of the layers: missing {missing}, unknown {unknown}."
         )
     return {
         n: check_state(tree[n], batch + layer.shape, f"The {what} of the layer", n)
@@ -127,13 +138,13 @@ class HAM(eqx.Module):
             hypersynapses, "hypersynapses"
         )
         if not neurons:
-            raise ValueError("A HAM needs at least one neuron layer, and was given none.")
+            raise ValueError("HAM: neurons must hold at least one neuron layer, got none.")
         for what, table, good in (
             ("neuron layer", neurons, lambda v: isinstance(v, NeuronLayer)),
             ("hypersynapse", hypersynapses, callable),
         ):
             for n, v in table.items():
-                if not good(v): raise TypeError(f"{n!r} should be a {what}, and is {v!r}.")
+                if not good(v): raise TypeError(f"HAM: {n!r} must be a {what}, got {v!r}.")
         self._neurons, self._hypersynapses = neurons, {s: seal(v) for s, v in hypersynapses.items()}
         self._names = tuple(neurons), tuple(hypersynapses)
         self._connections = check_connections(connections, neurons, hypersynapses)
@@ -216,8 +227,8 @@ def init_states(self: HAM,
     "The initial states of all layers: zeros, or random with a key."
     if bs:
         warnings.warn(
-            "These states have a batch axis, and this HAM takes single ones. Call ham.vectorize()"
-            " for batches.",
+            "These states have a batch axis, but this HAM takes single states. Call"
+            " ham.vectorize() for batches.",
             stacklevel=3,
         )
     return _init_states(self, bs, key, dtype)
@@ -360,11 +371,11 @@ def check_batch(tree, ham, what):
     if len(sizes) < ham.n_neurons:
         flat = [n for n in ham.neurons if n not in sizes]
         raise ValueError(
-            f"A vectorized HAM takes a batch axis on every layer, and the {what} of {flat} have"
+            f"A vectorized HAM takes one batch axis on every layer, but the {what} of {flat} have"
             " none (or too many). For single states use ham.unvectorize()."
         )
     if len(set(sizes.values())) > 1:
-        raise ValueError(f"The {what} have batches of different sizes: {sizes}.")
+        raise ValueError(f"The {what} must have one batch size, got different ones: {sizes}.")
     return check_states(tree, ham.neurons, what, (next(iter(sizes.values())),))
 
 

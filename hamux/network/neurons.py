@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from .. import lagrangians as lg
-from .parameters import seal, unseal
+from .parameters import refuse_masked, seal, unseal
 
 # %% ../../nbs/api/network/neurons.ipynb #d24dd3f1
 def scalar_lagrangian(L, who="The Lagrangian"):
@@ -30,17 +30,15 @@ def scalar_lagrangian(L, who="The Lagrangian"):
     def scalar(x):
         value = L(x)
         if not isinstance(value, (numbers.Number, np.generic, np.ndarray, jax.Array)):
-            raise TypeError(f"{who} must return one real floating number, and returned {value!r}.")
+            raise TypeError(f"{who} must return one real floating number, got {value!r}.")
         shape, dtype = jnp.shape(value), jnp.result_type(value)
         if shape != ():
             raise ValueError(
-                f"{who} must return one number for a whole layer, and returned an array of shape"
-                f" {shape} for a state of shape {jnp.shape(x)}. Sum it over the remaining axes."
+                f"{who} must return one number for the whole layer, got shape {shape} for a state of"
+                f" shape {jnp.shape(x)}. Sum it over the remaining axes."
             )
         if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(
-                f"{who} must return one real floating number, and returned dtype {dtype}."
-            )
+            raise TypeError(f"{who} must return one real floating number, got dtype {dtype}.")
         return value
     return scalar
 
@@ -54,7 +52,7 @@ def legendre_transform(
         xhat, x = jnp.asarray(xhat), jnp.asarray(x)
         if xhat.shape != x.shape:
             raise ValueError(
-                f"The activation and the state must have the same shape, and are {xhat.shape} and"
+                f"The activation and the state must have the same shape, got {xhat.shape} and"
                 f" {x.shape}."
             )
         wide = jnp.promote_types(x.dtype, jnp.float32)
@@ -67,48 +65,38 @@ def _as_shape(shape):
     sizes = tuple(shape) if isinstance(shape, Iterable) else (shape,)
     if any(not isinstance(s, numbers.Integral) or isinstance(s, bool) or s < 1 for s in sizes):
         raise ValueError(
-            f"The shape of a layer is a positive int or a tuple of them, and was given {shape!r}."
+            f"NeuronLayer: shape must be a positive int or a tuple of them, got {shape!r}."
         )
     return tuple(map(int, sizes))
 
 
 def _as_tau(tau):
-    if (
-        not isinstance(tau, (numbers.Real, np.ndarray, jax.Array))
-        or jnp.shape(tau) != ()
-        or isinstance(tau, bool)
-    ):
-        raise ValueError(
-            f"The time constant tau of a layer is one positive number, and was given {tau!r}."
-        )
-    if not isinstance(tau, jax.core.Tracer) and not 0 < float(tau) < math.inf:
-        raise ValueError(
-            f"The time constant tau of a layer must be positive and finite, and was given {tau!r}."
-        )
+    "A time constant: one positive number, as far as it is known."
+    number = isinstance(tau, (numbers.Real, np.ndarray, jax.Array)) and not isinstance(tau, bool)
+    number = number and jnp.shape(tau) == ()
+    if not number or not (isinstance(tau, jax.core.Tracer) or 0 < float(tau) < math.inf):
+        raise ValueError(f"NeuronLayer: tau must be a positive finite number, got {tau!r}.")
     return tau
 
 
 def check_state(x, shape, what, owner):
     "`x` as an array, if it is a floating one of the given shape."
+    what = f"{what} {owner!r}"
+    refuse_masked(x, what)
     try:
         x = jnp.asarray(x)
     except (TypeError, ValueError):
-        raise TypeError(
-            f"{what} {owner!r} should be an array of shape {shape}, and is {x!r}."
-        ) from None
-    if x.shape == shape and jnp.issubdtype(x.dtype, jnp.floating): return x
-    what = f"{what} {owner!r}"
+        raise TypeError(f"{what} must be an array of shape {shape}, got {x!r}.") from None
     if x.shape != shape:
-        batched = (
-            " It looks batched: use ham.vectorize(), or jax.vmap."
-            if x.shape[x.ndim - len(shape) :] == shape
-            else ""
+        batched = x.shape[x.ndim - len(shape) :] == shape
+        hint = " It looks batched: use ham.vectorize(), or jax.vmap." if batched else ""
+        raise ValueError(f"{what} must have shape {shape}, got {x.shape}.{hint}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"{what} must hold real floating numbers, got dtype {x.dtype}. Convert it with"
+            " .astype(jnp.float32)."
         )
-        raise ValueError(f"{what} should have shape {shape}, and has {x.shape}.{batched}")
-    raise TypeError(
-        f"{what} should hold real floating numbers, and has dtype {x.dtype}. Convert it with"
-        " .astype(jnp.float32)."
-    )
+    return x
 
 # %% ../../nbs/api/network/neurons.ipynb #e3958939
 class NeuronLayer(eqx.Module):
@@ -125,8 +113,7 @@ class NeuronLayer(eqx.Module):
                  leak=True): # whether the layer has its own energy <x̂, x> − L(x)
         if not callable(lagrangian):
             raise TypeError(
-                "A layer needs a Lagrangian, a function of its state, and was given"
-                f" {lagrangian!r}."
+                f"NeuronLayer: lagrangian must be a function of the state, got {lagrangian!r}."
             )
         self._lagrangian, self._tau = seal(lagrangian), seal(_as_tau(tau))
         self.shape, self.leak = _as_shape(shape), bool(leak)
@@ -173,11 +160,11 @@ class NeuronLayer(eqx.Module):
              ) -> Float[Array, "..."]: # the layer's shape, after the batch axis if there is one
         "An initial state: zeros, or random with a key."
         if bs is not None and (not isinstance(bs, numbers.Integral) or bs < 0):
-            raise ValueError(f"The batch size bs is a positive int, and was given {bs!r}.")
+            raise ValueError(f"init: the batch size bs must be a positive int or None, got {bs!r}.")
         shape = (int(bs), *self.shape) if bs else self.shape
         dtype = jnp.dtype(dtype or jnp.result_type(float))
         if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(f"A state has a floating dtype, and was asked for {dtype}.")
+            raise TypeError(f"init: dtype must be a floating dtype, got {dtype}.")
         return jnp.zeros(shape, dtype) if key is None else jr.normal(key, shape, dtype)
 
     def sigma(self, x): return self.activations(x)

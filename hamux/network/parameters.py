@@ -31,16 +31,15 @@ def _token(leaf):
     "Something hashable that is equal for equal constants."
     if isinstance(leaf, jax.core.Tracer):
         raise TypeError(
-            f"A constant cannot be traced, but an array of dtype {leaf.dtype} is. Make it outside"
-            " of jit, or make it floating."
+            f"A constant must not be traced, got a traced array of dtype {leaf.dtype}. Make it"
+            " outside of jit and vmap, or make it floating."
         )
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return "key", str(jr.key_impl(leaf)), leaf.shape, np.asarray(jr.key_data(leaf)).tobytes()
     if isinstance(leaf, (jax.Array, np.ndarray)):
         if not (jnp.issubdtype(leaf.dtype, jnp.integer) or leaf.dtype == bool):
             raise TypeError(
-                "Parameters are arrays of real floating numbers, and was given an array of dtype"
-                f" {leaf.dtype}."
+                f"A parameter must be an array of real floating numbers, got dtype {leaf.dtype}."
             )
         return "array", str(leaf.dtype), leaf.shape, np.asarray(leaf).tobytes()
     try:
@@ -100,12 +99,13 @@ def unseal(
     return eqx.combine(node.params, node.constants.tree) if isinstance(node, Sealed) else node
 
 # %% ../../nbs/api/network/parameters.ipynb #94e2eb66
-def refuse_masked(x, who, name):
+def refuse_masked(x, what):
     "Raise TypeError for a masked array of NumPy, whose mask would be lost without a word."
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(
-            f"{who}: {name} must be a plain array, got a masked array, whose mask would be lost. "
-            f"Fill it first, for instance with {name}.filled(0.0).")
+            f"{what} must be a plain array, got a masked array, whose mask would be lost. Fill it"
+            " first, for instance with numpy.ma.filled(array, 0)."
+        )
 
 
 def as_weights(
@@ -115,7 +115,7 @@ def as_weights(
     ndim=None, # number of axes it must have; None for any
 ) -> Float[Array, "..."]:
     "Weights as an array of real floating numbers. Raises TypeError or ValueError for anything else."
-    refuse_masked(W, who, name)
+    refuse_masked(W, f"{who}: {name}")
     try:
         W = jnp.asarray(W)
     except (TypeError, ValueError):
@@ -142,7 +142,7 @@ def as_mask(
     *shapes, # the shapes that it may have; none for any
 ) -> Bool[Array, "..."]: # a NumPy array, or a traced one
     "A boolean mask. Raises TypeError or ValueError for another dtype or shape."
-    refuse_masked(mask, who, name)
+    refuse_masked(mask, f"{who}: {name}")
     mask = mask if isinstance(mask, jax.Array) else np.asarray(mask)
     if mask.dtype != bool:
         got = repr(mask.tolist()) if mask.dtype == object else f"dtype {mask.dtype}"

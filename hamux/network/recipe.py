@@ -83,7 +83,7 @@ class Lazy:
             asks.bind(key, *site.shapes, **told)
         except TypeError as e:
             raise ValueError(
-                f"{self.name} does not join {len(site.shapes)}"
+                f"{self.name} cannot join {len(site.shapes)}"
                 f" layer{'s' * (len(site.shapes) != 1)}: {e}."
             ) from e
         return self.make(key, *site.shapes, **told)
@@ -96,8 +96,7 @@ def vector_sizes(
     "The sizes of layers that are vectors. Raises ValueError where one is not."
     if any(len(s) != 1 for s in shapes):
         raise ValueError(
-            f"{who} joins layers of vectors, got layers of shapes {list(shapes)}. Use"
-            " DenseSynapse.lazy()."
+            f"{who}: the layers must be vectors, got shapes {list(shapes)}. Use DenseSynapse.lazy()."
         )
     return tuple(n for n, in shapes)
 

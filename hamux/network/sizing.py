@@ -53,12 +53,12 @@ def _make(s, lazy, places, key, neurons, dtype):
     "The hypersynapse that the recipe makes for all of its places."
     if not places:
         raise ValueError(
-            f"The lazy hypersynapse {s!r} stands in no connection, so nothing gives its sizes."
+            f"build: the lazy hypersynapse {s!r} must stand in a connection, which gives its sizes."
         )
     (names, site), *others = places
     where = f"The hypersynapse {s!r}, which joins {names} of shapes {list(site.shapes)}"
     if lazy.sizes not in (None, site.shapes):
-        raise ValueError(f"{where}, is said to have sizes {list(lazy.sizes)}.")
+        raise ValueError(f"{where}, must be given their sizes, got {list(lazy.sizes)}.")
     try:
         synapse = lazy.at(key, site._replace(others=tuple(other for _, other in others)))
     except ValueError as e:
@@ -68,8 +68,8 @@ def _make(s, lazy, places, key, neurons, dtype):
             try_connection(more, s, neurons, synapse, dtype)
         except ValueError as e:
             raise ValueError(
-                f"{e} It was sized for {names} of shapes {list(site.shapes)}, and has to fit all of"
-                " its connections."
+                f"{e} It was sized for {names} of shapes {list(site.shapes)}, and must fit all of its"
+                " connections."
             ) from e
     return synapse
 
@@ -90,14 +90,14 @@ def build(
     lazy = [s for s, v in hypersynapses.items() if isinstance(v, Lazy)]
     if lazy and key is None:
         raise ValueError(
-            f"The hypersynapses {lazy} are lazy: build needs a key to draw them, for instance"
-            " key=jax.random.key(0)."
+            f"build: key must be a PRNG key, to draw the lazy hypersynapses {lazy}, got None. For"
+            " instance key=jax.random.key(0)."
         )
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"Weights have a floating dtype, and were asked for as {dtype}.")
+        raise TypeError(f"build: dtype must be a floating dtype, got {dtype}.")
     for n, v in neurons.items():
         if not isinstance(v, NeuronLayer):
-            raise TypeError(f"{n!r} should be a neuron layer, and is {v!r}.")
+            raise TypeError(f"build: {n!r} must be a neuron layer, got {v!r}.")
     pulls = [n for names, s in connections if _counts(hypersynapses[s]) for n in names]
 
     @ft.cache

@@ -36,13 +36,13 @@ def _as_beta(beta, heads):
     "`beta`, if it is one positive number or one per head."
     if isinstance(beta, (bool, str)) or jnp.shape(beta) not in ((), (heads,)):
         raise ValueError(
-            f"AttentionSynapse: beta is a positive number, or an array of one per head ({heads}),"
-            f" and was {beta!r}."
+            f"AttentionSynapse: beta must be a positive number, or an array of one per head"
+            f" ({heads}), got {beta!r}."
         )
     if not isinstance(beta, jax.core.Tracer) and not np.all(
         (np.asarray(beta) > 0) & (np.asarray(beta) < np.inf)
     ):
-        raise ValueError(f"AttentionSynapse: beta must be positive and finite, and was {beta!r}.")
+        raise ValueError(f"AttentionSynapse: beta must be positive and finite, got {beta!r}.")
     return beta
 
 
@@ -50,8 +50,8 @@ def _tokens(x, size, role):
     "A grid of tokens as a list (n, size), and the shape of the grid."
     if jnp.ndim(x) < 2 or jnp.shape(x)[-1] != size:
         raise ValueError(
-            f"AttentionSynapse: the {role} are tokens of shape (…, {size}) with at least one axis"
-            f" before the last, and have shape {jnp.shape(x)}."
+            f"AttentionSynapse: the {role} must be tokens of shape (…, {size}) with at least one"
+            f" axis before the last, got shape {jnp.shape(x)}."
         )
     return x.reshape(-1, size), x.shape[:-1]
 
@@ -60,8 +60,8 @@ def _fitting(mask, name, *shapes):
     "`mask`, if it has one of the shapes, in the last of them."
     if mask.shape not in shapes:
         raise ValueError(
-            f"AttentionSynapse: {name} should have shape"
-            f" {' or '.join(map(str, dict.fromkeys(shapes)))}, and has {mask.shape}."
+            f"AttentionSynapse: {name} must have shape"
+            f" {' or '.join(map(str, dict.fromkeys(shapes)))}, got {mask.shape}."
         )
     return mask.reshape(shapes[-1])
 
@@ -72,8 +72,8 @@ def _allowed(syn, queries, keys):
     n, m = math.prod(queries), math.prod(keys)
     if syn.causal and not within:
         raise ValueError(
-            "AttentionSynapse: causal=True is for tokens of one layer. Between two layers give a"
-            " mask."
+            "AttentionSynapse: causal must be False between two layers, got True, which is for tokens"
+            " of one layer. Give a mask."
         )
     seen = jnp.ones((n, m), bool)
     if within and not syn.include_self: seen &= ~jnp.eye(n, dtype=bool)
@@ -117,8 +117,8 @@ class AttentionSynapse(eqx.Module):
         )
         if self.Wq.shape[:2] != self.Wk.shape[:2]:
             raise ValueError(
-                "AttentionSynapse: Wq and Wk are (heads, d_head, d_token) and should have the same"
-                f" heads and d_head; their shapes are {self.Wq.shape} and {self.Wk.shape}."
+                "AttentionSynapse: Wq and Wk must have the same heads and d_head (their first two axes),"
+                f" got shapes {self.Wq.shape} and {self.Wk.shape}."
             )
         heads, d_head, _ = self.Wq.shape
         self._beta = seal(d_head**-0.5 if beta is None else _as_beta(beta, heads))
@@ -211,8 +211,8 @@ def lazy(cls: AttentionSynapse,
     def make(key, queries, keys=None):
         if min(len(queries), len(keys or queries)) < 2:
             raise ValueError(
-                "AttentionSynapse joins layers of tokens (…, d) with at least one axis before the"
-                f" last, and these have shapes {queries} and {keys}."
+                "AttentionSynapse.lazy: the layers must be tokens of shape (…, d) with at least one axis"
+                f" before the last, got shapes {queries} and {keys}."
             )
         return cls.rand_init(
             key,

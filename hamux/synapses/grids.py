@@ -34,7 +34,7 @@ def _per_axis(value, n, who, name):
         or any(not isinstance(s, numbers.Integral) or isinstance(s, bool) or s < 1 for s in sizes)
     ):
         raise ValueError(
-            f"{who}: {name} is a positive int, or one for each of the {n} spatial axes, and was"
+            f"{who}: {name} must be a positive int, or one for each of the {n} spatial axes, got"
             f" {value!r}."
         )
     return tuple(map(int, sizes))
@@ -48,8 +48,8 @@ def _as_padding(padding, n, who):
     if (len(pairs) != n or any(not hasattr(p, "__len__") or len(p) != 2 for p in pairs)
             or any(not isinstance(v, numbers.Integral) or v < 0 for p in pairs for v in p)):
         raise ValueError(
-            f"{who}: padding is 'SAME', 'SAME_LOWER', 'VALID', or a pair (low, high) of ints from 0"
-            f" up for each of the {n} spatial axes, and was {padding!r}."
+            f"{who}: padding must be 'SAME', 'SAME_LOWER', 'VALID', or a pair (low, high) of ints ≥ 0"
+            f" for each of the {n} spatial axes, got {padding!r}."
         )
     return tuple((int(low), int(high)) for low, high in pairs)
 
@@ -67,8 +67,8 @@ def _sizes(size, window, strides, padding, who):
     )
     if min(places) < 1:
         raise ValueError(
-            f"{who}: a window that spans {window} does not fit into a grid of {size} with padding"
-            f" {padding!r}."
+            f"{who}: the window must fit into the grid {size} with padding {padding!r}, got one that"
+            f" spans {window}."
         )
     return [tuple(map(int, p)) for p in pads], places
 
@@ -100,7 +100,7 @@ class PoolSynapse(eqx.Module):
                  # "average" (of the entries that exist) or "max" (ties share the gradient)
                  kind="average"):
         if kind not in ("average", "max"):
-            raise ValueError(f"PoolSynapse: kind is 'average' or 'max', and was {kind!r}.")
+            raise ValueError(f"PoolSynapse: kind must be 'average' or 'max', got {kind!r}.")
         strides = window if strides is None else strides
         known = [
             len(v)
@@ -117,8 +117,8 @@ class PoolSynapse(eqx.Module):
             max(p) >= w for p, w in zip(self.padding, sizes, strict=True)
         ):
             raise ValueError(
-                f"PoolSynapse: padding {padding} reaches as far as the window {window}, which would"
-                " see nothing there."
+                f"PoolSynapse: padding must be smaller than the window {window}, which else sees nothing"
+                f" at the edge, got {padding}."
             )
 
     def __call__(self,
@@ -139,8 +139,8 @@ def _overlap(who, what, xhat1, made, xhat2):
     "−<x̂₂, made>, checked."
     if xhat2.shape == made.shape: return -(made * xhat2).sum()
     raise ValueError(
-        f"{who}: this {what} makes a grid of shape {made.shape} from {xhat1.shape}, and the second"
-        f" layer has {xhat2.shape}."
+        f"{who}: the second layer must have shape {made.shape}, which {what} makes from"
+        f" {xhat1.shape}, got {xhat2.shape}."
     )
 
 # %% ../../nbs/api/synapses/grids.ipynb #e08ff8be
@@ -152,8 +152,8 @@ def pool(self: PoolSynapse,
     n = x.ndim - 1
     if n < 1 or not isinstance(self.window, int) and len(self.window) != n:
         raise ValueError(
-            f"PoolSynapse: a window of {self.window} needs a grid with as many spatial axes and"
-            f" then the channels, and was given shape {x.shape}."
+            "PoolSynapse: the grid must have as many spatial axes as the window"
+            f" {self.window}, and then the channels, got shape {x.shape}."
         )
     window, strides = _per_axis(self.window, n, "PoolSynapse", "window"), _per_axis(
         self.strides, n, "PoolSynapse", "strides"
@@ -206,8 +206,8 @@ class ConvSynapse(eqx.Module):
         self.W, n = as_weights(W, "W", "ConvSynapse"), jnp.ndim(W) - 2
         if n not in (1, 2, 3) or 0 in self.W.shape:
             raise ValueError(
-                "ConvSynapse needs filters W of shape (out, in, *window) with one to three spatial"
-                f" axes, and was given shape {self.W.shape}."
+                "ConvSynapse: W must have shape (out, in, *window) with one to three spatial axes, got"
+                f" {self.W.shape}."
             )
         self.window_strides = _per_axis(window_strides, n, "ConvSynapse", "window_strides")
         self.dilation, self.padding = _per_axis(
@@ -215,11 +215,11 @@ class ConvSynapse(eqx.Module):
         ), _as_padding(padding, n, "ConvSynapse")
         if not isinstance(groups, numbers.Integral) or groups < 1 or self.W.shape[0] % groups:
             raise ValueError(
-                f"ConvSynapse: groups is a positive int that divides the {self.W.shape[0]} output"
-                f" channels, and was {groups!r}."
+                f"ConvSynapse: groups must be a positive int that divides the {self.W.shape[0]} output"
+                f" channels, got {groups!r}."
             )
         if pool is not None and not isinstance(pool, PoolSynapse):
-            raise TypeError(f"ConvSynapse: pool is a PoolSynapse or None, and was {pool!r}.")
+            raise TypeError(f"ConvSynapse: pool must be a PoolSynapse or None, got {pool!r}.")
         if pool is not None and not isinstance(pool.window, int):
             _per_axis(pool.window, n, "ConvSynapse", "the window of pool")
         self.trainable, self.groups, self.pool = trainable, int(groups), pool
@@ -231,8 +231,8 @@ class ConvSynapse(eqx.Module):
         "The energy −<x̂₂, pool(W * x̂₁)>. Raises ValueError where the sizes do not fit."
         if xhat1.ndim != self.W.ndim - 1 or xhat1.shape[-1] != self.W.shape[1] * self.groups:
             raise ValueError(
-                f"ConvSynapse: xhat1 is one grid ({', '.join('xyz'[:self.W.ndim - 2])},"
-                f" {self.W.shape[1] * self.groups}), and has shape {xhat1.shape}."
+                f"ConvSynapse: xhat1 must be one grid ({', '.join('xyz'[:self.W.ndim - 2])},"
+                f" {self.W.shape[1] * self.groups}), got shape {xhat1.shape}."
             )
         return _overlap(
             "ConvSynapse",
@@ -251,8 +251,8 @@ def forward_conv(self: ConvSynapse,
     W, space = self.W, "xyz"[:self.W.ndim - 2]
     if x.ndim != W.ndim or x.shape[-1] != W.shape[1] * self.groups:
         raise ValueError(
-            f"ConvSynapse: forward_conv takes grids (n, {', '.join(space)},"
-            f" {W.shape[1] * self.groups}), and was given {x.shape}."
+            f"ConvSynapse.forward_conv: x must be grids (n, {', '.join(space)},"
+            f" {W.shape[1] * self.groups}), got shape {x.shape}."
         )
     span = tuple((w - 1) * d + 1 for w, d in zip(W.shape[2:], self.dilation, strict=True))
     pads, _ = _sizes(x.shape[1:-1], span, self.window_strides, self.padding, "ConvSynapse")
@@ -291,8 +291,8 @@ def from_conv_params(cls: ConvSynapse,
     "Normal filters for the given convolution. Raises ValueError where groups do not divide the channels."
     if channels_in % groups:
         raise ValueError(
-            f"ConvSynapse: groups is a positive int that divides the {channels_in} input channels,"
-            f" and was {groups!r}."
+            f"ConvSynapse: groups must be a positive int that divides the {channels_in} input"
+            f" channels, got {groups!r}."
         )
     W = mu + sigma * jr.normal(key, (channels_out, channels_in // groups, *filter_shape))
     return cls(W, window_strides, padding, groups=groups, **settings)
@@ -325,9 +325,9 @@ def lazy(cls: ConvSynapse,
             or features[-1] % groups
         ):
             raise ValueError(
-                f"ConvSynapse with filters of shape {window} in {groups} group{'s' * (groups > 1)}"
-                " joins an image (h, w, channels) to features (h, w, channels), as many axes as"
-                f" the filters have and one more, and these have shapes {grid} and {features}."
+                f"ConvSynapse.lazy: filters {window} in {groups} group{'s' * (groups > 1)} must join"
+                " a grid to a grid of features, with one axis more than the filters, for the channels,"
+                f" got shapes {grid} and {features}."
             )
         W = site.normal(
             key, (features[-1], grid[-1] // groups, *window), given_scale(scale, site, terms)

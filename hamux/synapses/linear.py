@@ -26,12 +26,12 @@ def _fits(who, *sides):
     for name, x, shape in sides:
         if x.shape[x.ndim - len(shape):] != shape or x.ndim < len(shape):
             raise ValueError(
-                f"{who}: the layer {name} should have shape {shape}, and has {x.shape}."
+                f"{who}: the layer {name} must have shape {shape}, got {x.shape}."
             )
     leading = [x.shape[:x.ndim - len(shape)] for _, x, shape in sides]
     if len(set(leading)) > 1:
         raise ValueError(
-            f"{who}: the layers should have the same leading (batch) axes, and have {leading}."
+            f"{who}: the layers must have the same leading (batch) axes, got {leading}."
         )
 
 # %% ../../nbs/api/synapses/linear.ipynb #4fab1707
@@ -157,8 +157,8 @@ class LinearSynapseWithBias(eqx.Module):
         )
         if self.b.shape != self.W.shape[1:]:
             raise ValueError(
-                f"LinearSynapseWithBias: the bias of shape {self.b.shape} does not fit W of shape"
-                f" {self.W.shape}."
+                f"LinearSynapseWithBias: b must have shape {self.W.shape[1:]} to fit W, got"
+                f" {self.b.shape}."
             )
         self.trainable = trainable
 
@@ -229,8 +229,8 @@ class DenseSynapse(eqx.Module):
         shapes = [x.shape for x in xhats]
         if sum(shapes, ()) != self.W.shape:
             raise ValueError(
-                f"DenseSynapse: layers of shapes {shapes} do not fit W of shape {self.W.shape}, "
-                "which should have their axes one after the other."
+                f"DenseSynapse: W must have the axes of the layers {shapes}, one after the other, got"
+                f" shape {self.W.shape}."
             )
         rest = trained(self.W, self.trainable)
         for x in xhats[::-1]: rest = jnp.tensordot(rest, x, x.ndim)
@@ -261,8 +261,7 @@ def lazy(cls: DenseSynapse,
     def make(key, *shapes, site):
         if layers is not None and len(shapes) != layers:
             raise ValueError(
-                f"This DenseSynapse joins {layers} layers, and was given {len(shapes)}:"
-                f" {list(shapes)}."
+                f"DenseSynapse.lazy: it must join {layers} layers, got {len(shapes)}: {list(shapes)}."
             )
         return cls(site.normal(key, sum(shapes, ()), given_scale(scale, site)), trainable)
     return Lazy(make, "DenseSynapse.lazy()")

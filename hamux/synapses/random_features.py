@@ -60,8 +60,8 @@ class RandomFeatureMemory(eqx.Module):
         )
         if self.frequencies.ndim != 2 or self.T.shape != (2 * len(self.frequencies),):
             raise ValueError(
-                "RandomFeatureMemory: T has two numbers for each row of frequencies, and their"
-                f" shapes are {self.T.shape} and {self.frequencies.shape}."
+                "RandomFeatureMemory: T must have two numbers for each row of frequencies, got shapes"
+                f" {self.T.shape} and {self.frequencies.shape}."
             )
 
     @property
@@ -75,8 +75,8 @@ class RandomFeatureMemory(eqx.Module):
         "The energy −(1/β) log max(φ(x̂)ᵀT, floor). Raises ValueError for another shape."
         if xhat.shape != self.frequencies.shape[1:]:
             raise ValueError(
-                f"RandomFeatureMemory: the layer should have shape {self.frequencies.shape[1:]},"
-                f" and has {xhat.shape}."
+                f"RandomFeatureMemory: the layer must have shape {self.frequencies.shape[1:]}, got"
+                f" {xhat.shape}."
             )
         T, frequencies = trained(self.T, self.trainable), jax.lax.stop_gradient(self.frequencies)
         floor = jnp.maximum(jax.lax.stop_gradient(self.floor * self.noise), jnp.finfo(T.dtype).tiny)
@@ -87,11 +87,11 @@ def _positive(value, name):
     "`value` as a positive finite Python number."
     if isinstance(value, jax.core.Tracer):
         raise TypeError(
-            f"RandomFeatureMemory: {name} is a constant and cannot be traced; what is stored was"
+            f"RandomFeatureMemory: {name} must be a constant, got a traced value. What is stored was"
             " made for it."
         )
     if isinstance(value, bool) or jnp.shape(value) != () or not 0 < float(value) < math.inf:
-        raise ValueError(f"RandomFeatureMemory: {name} is one positive number, and was {value!r}.")
+        raise ValueError(f"RandomFeatureMemory: {name} must be one positive number, got {value!r}.")
     return float(value)
 
 # %% ../../nbs/api/synapses/random_features.ipynb #ff6fd5e8
@@ -100,13 +100,13 @@ def _patterns(patterns, d, dtype):
     patterns = jnp.asarray(patterns)
     if patterns.ndim != 2 or 0 in patterns.shape or d is not None and patterns.shape[1] != d:
         raise ValueError(
-            "RandomFeatureMemory: patterns are one per row"
+            "RandomFeatureMemory: patterns must be one per row"
             + (f", {d} numbers each" if d else "")
-            + f", and were given with shape {patterns.shape}."
+            + f", got shape {patterns.shape}."
         )
     if jnp.issubdtype(patterns.dtype, jnp.complexfloating):
         raise TypeError(
-            f"RandomFeatureMemory: patterns are real, and were given with dtype {patterns.dtype}."
+            f"RandomFeatureMemory: patterns must be real, got dtype {patterns.dtype}."
         )
     return patterns.astype(
         dtype
@@ -136,7 +136,7 @@ def store(cls: RandomFeatureMemory,
         or n_features < 1
     ):
         raise ValueError(
-            f"RandomFeatureMemory: n_features is a positive int, and was {n_features!r}."
+            f"RandomFeatureMemory: n_features must be a positive int, got {n_features!r}."
         )
     frequencies = math.sqrt(beta) * jr.normal(
         key, (int(n_features), patterns.shape[1]), patterns.dtype
