@@ -17,11 +17,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from hamux.display.drawing import draw
+from hamux.display.tables import describe
 from hamux.network.hypergraph import HAM
 from hamux.network.neurons import IdentityLayer, NeuronLayer, ReluLayer, SoftmaxLayer, TanhLayer
 from hamux.synapses.grids import ConvSynapse
 from hamux.synapses.linear import BiasSynapse, DenseSynapse, LinearSynapse
-from hamux.display.tables import describe
 
 
 class Blend(eqx.Module):

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-import hamux.files as files
+from hamux.storage import files
 from hamux.storage.files import (
     FileProblem,
     atomic_file,
