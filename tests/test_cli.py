@@ -37,7 +37,8 @@ def recall(folder, *argv, memories="memories.npy", queries="holes.npy", out="out
 def refused(folder, capsys, *argv, **files):
     "The one line that a command says when it refuses, after checking that it is one, with status 2 and nothing left behind"
     before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
-    with pytest.raises(SystemExit) as stopped: recall(folder, *argv, **files)
+    with pytest.raises(SystemExit) as stopped:
+        recall(folder, *argv, **files)
     said = capsys.readouterr()
     assert stopped.value.code == 2
     assert said.err.startswith("hamux-recall: ") and said.err.count("\n") == 1 and not said.out

@@ -17,11 +17,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from hamux.display.drawing import draw
+from hamux.display.tables import describe
 from hamux.network.hypergraph import HAM
 from hamux.network.neurons import IdentityLayer, NeuronLayer, ReluLayer, SoftmaxLayer, TanhLayer
 from hamux.synapses.grids import ConvSynapse
 from hamux.synapses.linear import BiasSynapse, DenseSynapse, LinearSynapse
-from hamux.display.tables import describe
 
 
 class Blend(eqx.Module):
@@ -32,6 +32,7 @@ class Blend(eqx.Module):
     scale: Array
     mask: Array
     power: int
+
     def __call__(self, a, b):
         return self.scale * (self.free(a, b) + self.held(a, b * self.mask)) ** self.power
 
@@ -198,7 +199,6 @@ networks = pytest.mark.parametrize("network", NETWORKS, ids=lambda f: f.__name__
 
 
 # --- the table ------------------------------------------------------------------------------------
-# -------------------
 
 
 def rows(ham):
@@ -352,7 +352,6 @@ def test_long_networks_are_folded():
 
 
 # --- the picture ----------------------------------------------------------------------------------
-# -------------------
 
 
 def canvas(w=6, h=4):
@@ -396,7 +395,8 @@ def check_picture(ham, ax):
     ax.figure.canvas.draw()
     boxes = {n: box(v[0]) for n, v in layers.items()}
     shown = [box(v[0]) for v in labels.values()]
-    for a, b in itertools.combinations([*boxes.values(), *shown], 2): assert apart(a, b)
+    for a, b in itertools.combinations([*boxes.values(), *shown], 2):
+        assert apart(a, b)
     for n, lines in texts.items():
         for t in map(box, lines):
             assert (
@@ -407,7 +407,8 @@ def check_picture(ham, ax):
             )
     for k, (names, _) in enumerate(ham.connections):
         for line in connections[str(k)]:
-            if not hasattr(line, "get_xydata"): continue
+            if not hasattr(line, "get_xydata"):
+                continue
             points = ax.transData.transform(line.get_xydata())
             for n, b in boxes.items():
                 if n not in map(str, names):

@@ -19,11 +19,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-import hamux.files as files
-from hamux.storage.files import FileProblem, atomic_file, check_finite, computing_dtype, file_problems, open_rows, write_rows
+from hamux.storage import files
+from hamux.storage.files import (
+    FileProblem,
+    atomic_file,
+    check_finite,
+    computing_dtype,
+    file_problems,
+    open_rows,
+    write_rows,
+)
 
 FORMATS = [".npy", ".npz", ".csv"]
-DTYPES = ["bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float16", "float32", "float64"]
+DTYPES = [
+    "bool",
+    "int8",
+    "uint8",
+    "int16",
+    "uint16",
+    "int32",
+    "uint32",
+    "int64",
+    "uint64",
+    "float16",
+    "float32",
+    "float64",
+]
 
 
 def write(path, rows, row_shape=None, size=3, dtype=None):
@@ -37,7 +58,8 @@ def refusal(call, *args, **kwargs):
     with pytest.raises(FileProblem) as caught:
         result = call(*args, **kwargs)
         if isinstance(result, files.RowSource):
-            for _ in result.batches(2): pass
+            for _ in result.batches(2):
+                pass
     message = str(caught.value)
     assert message.isprintable() and len(message) < 800
     return message
@@ -47,7 +69,6 @@ def leftovers(folder): return [p.name for p in Path(folder).rglob("*.tmp")]
 
 
 # --- round trips ----------------------------------------------------------------------------------
-# -------------------
 
 @st.composite
 def arrays(draw, max_dims=3):
@@ -69,34 +90,57 @@ def test_what_is_written_comes_back_bit_for_bit(tmp_path_factory, array, size, s
     assert [len(b) for b in batches[:-1]] == [size] * (len(batches) - 1)
     got = np.concatenate(batches)
     assert got.dtype == source.dtype == (np.float64 if suffix == ".csv" else array.dtype)
-    np.testing.assert_array_equal(got.astype(array.dtype) if array.dtype.kind == "f" else got, flat.astype(got.dtype))
+    np.testing.assert_array_equal(
+        got.astype(array.dtype) if array.dtype.kind == "f" else got, flat.astype(got.dtype)
+    )
     np.testing.assert_array_equal(source.read(), got)
     if suffix == ".npy": np.testing.assert_array_equal(np.load(path), array)
     if suffix == ".npz": np.testing.assert_array_equal(np.load(path)["rows"], array)
     if suffix == ".csv" and flat.size > 1:
-        np.testing.assert_array_equal(np.loadtxt(path, delimiter=",", ndmin=2).reshape(flat.shape), got)
+        np.testing.assert_array_equal(
+            np.loadtxt(path, delimiter=",", ndmin=2).reshape(flat.shape), got
+        )
 
 
 @settings(max_examples=60, deadline=None)
-@given(array=arrays(max_dims=4), size=st.integers(1, 8), order=st.sampled_from("CF"), swap=st.booleans(), save=st.sampled_from(["npy", "npz", "deflated"]))
+@given(
+    array=arrays(max_dims=4),
+    size=st.integers(1, 8),
+    order=st.sampled_from("CF"),
+    swap=st.booleans(),
+    save=st.sampled_from(["npy", "npz", "deflated"]),
+)
 def test_what_numpy_saved_is_read(tmp_path_factory, array, size, order, swap, save):
     folder = tmp_path_factory.mktemp("numpy")
     stored = np.array(array, order=order, dtype=array.dtype.newbyteorder() if swap else array.dtype)
-    path = folder/f"x.{save[:2] + 'y' if save == 'npy' else 'npz'}"
-    if save == "npy": np.save(path, stored)
-    elif save == "npz": np.savez(path, stored)
+    path = folder / f"x.{save[:2] + 'y' if save == 'npy' else 'npz'}"
+    if save == "npy":
+        np.save(path, stored)
+    elif save == "npz":
+        np.savez(path, stored)
     else:
         np.savez_compressed(path, stored)
     source = open_rows(path)
     got = np.concatenate(list(source.batches(size)))
-    assert source.row_shape == array.shape[1:] and source.dtype == got.dtype == array.dtype and got.dtype.isnative
+    assert (
+        source.row_shape == array.shape[1:]
+        and source.dtype == got.dtype == array.dtype
+        and got.dtype.isnative
+    )
     np.testing.assert_array_equal(got, array.reshape(len(array), -1))
-    assert all(b.dtype == array.dtype and b.flags.writeable and b.flags.c_contiguous for b in source.batches(size))
+    assert all(
+        b.dtype == array.dtype and b.flags.writeable and b.flags.c_contiguous
+        for b in source.batches(size)
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_text_has_enough_digits(tmp_path, dtype):
-    bits = np.random.default_rng(0).integers(0, 256, 80_000, np.uint8) if dtype != "float16" else np.arange(65536, dtype=np.uint16)
+    bits = (
+        np.random.default_rng(0).integers(0, 256, 80_000, np.uint8)
+        if dtype != "float16"
+        else np.arange(65536, dtype=np.uint16)
+    )
     values = bits.view(dtype)
     values = values[np.isfinite(values)][:, None]
     back = open_rows(write(tmp_path/"x.csv", values, size=5000)).read()
@@ -106,7 +150,8 @@ def test_text_has_enough_digits(tmp_path, dtype):
 @pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
 def test_npy_header_versions(tmp_path, version):
     array = np.arange(6.).reshape(3, 2)
-    with open(tmp_path/"x.npy", "wb") as file: np.lib.format.write_array(file, array, version=version)
+    with open(tmp_path/"x.npy", "wb") as file:
+        np.lib.format.write_array(file, array, version=version)
     np.testing.assert_array_equal(open_rows(tmp_path/"x.npy").read(), array)
 
 
@@ -129,7 +174,8 @@ def test_csv_as_people_write_it(tmp_path, text, rows):
     (tmp_path/"x.csv").write_bytes(text.encode())
     source = open_rows(tmp_path/"x.csv")
     assert source.shape == np.shape(rows) and source.dtype == np.float64
-    for size in (1, 2, 5): np.testing.assert_array_equal(np.concatenate(list(source.batches(size))), rows)
+    for size in (1, 2, 5):
+        np.testing.assert_array_equal(np.concatenate(list(source.batches(size))), rows)
 
 
 def test_names_of_arrays(tmp_path):
@@ -148,8 +194,7 @@ def test_batch_sizes_and_order(tmp_path):
     with pytest.raises(ValueError, match="at least one row, and size is 0"): source.batches(0)
 
 
-# --- what is refused, and in which words
-# -----------------------------------------------------------------------------
+# --- what is refused, and in which words ----------------------------------------------------------
 
 def saved(array, save=np.save, **arrays):
     file = io.BytesIO()
@@ -197,30 +242,82 @@ REFUSED = {
     "npy as csv": ("x.csv", good, "is a .npy file by its content"),
     "npy cut short": ("x.npy", good[:-1], "is cut short (223 bytes, and 224 by its header)"),
     "npy header only": ("x.npy", good[:128], "is cut short (128 bytes"),
-    "npy cut in its header": ("x.npy", good[:60], "its .npy header cannot be read; save it again with numpy.save"),
-    "npy mangled header": ("x.npy", good[:10] + b"((((" + good[14:], "its .npy header cannot be read"),
-    "npy from the future": ("x.npy", good[:6] + b"\x09" + good[7:], "its .npy header cannot be read"),
-    "npy of two arrays": ("x.npy", good + good, "holds more than one array (448 bytes, and 224 by its header)"),
+    "npy cut in its header": (
+        "x.npy",
+        good[:60],
+        "its .npy header cannot be read; save it again with numpy.save",
+    ),
+    "npy mangled header": (
+        "x.npy",
+        good[:10] + b"((((" + good[14:],
+        "its .npy header cannot be read",
+    ),
+    "npy from the future": (
+        "x.npy",
+        good[:6] + b"\x09" + good[7:],
+        "its .npy header cannot be read",
+    ),
+    "npy of two arrays": (
+        "x.npy",
+        good + good,
+        "holds more than one array (448 bytes, and 224 by its header)",
+    ),
     "fortran cut short": ("x.npy", fortran[:-8], "is cut short"),
     "negative shape": ("x.npy", good.replace(b"(4, 3)", b"(-4,3)"), "holds no values"),
-    "huge shape": ("x.npy", good.replace(b"(4, 3), }", b"(4, 3" + b"9" * 20 + b"), }")[:224], "cut short"),
+    "huge shape": (
+        "x.npy",
+        good.replace(b"(4, 3), }", b"(4, 3" + b"9" * 20 + b"), }")[:224],
+        "cut short",
+    ),
     "npz cut short": ("x.npz", zipped[:-30], "is damaged or cut short; make it or copy it again"),
     "npz checksum": ("x.npz", damaged_zip(), "is damaged or cut short"),
-    "npz deflated checksum": ("x.npz", directory_byte(zip_of(good, compression=zipfile.ZIP_DEFLATED), 16, 0), "is damaged or cut short"),
+    "npz deflated checksum": (
+        "x.npz",
+        directory_byte(zip_of(good, compression=zipfile.ZIP_DEFLATED), 16, 0),
+        "is damaged or cut short",
+    ),
     "npz deflated damage": ("x.npz", damaged_deflated(), "is damaged or cut short"),
-    "npz of nothing": ("x.npz", zip_of(b"a", "readme.txt"), "needs a choice between its arrays; it holds none at all"),
+    "npz of nothing": (
+        "x.npz",
+        zip_of(b"a", "readme.txt"),
+        "needs a choice between its arrays; it holds none at all",
+    ),
     "empty zip": ("x.npz", b"PK\x05\x06" + bytes(18), "it holds none at all"),
-    "npz of several": ("x.npz", saved(None, np.savez, a=np.eye(2), b=np.eye(3)), "needs a choice between its arrays; it holds 'a', 'b'"),
+    "npz of several": (
+        "x.npz",
+        saved(None, np.savez, a=np.eye(2), b=np.eye(3)),
+        "needs a choice between its arrays; it holds 'a', 'b'",
+    ),
     "npz of rubbish": ("x.npz", zip_of(b"rubbish"), "its .npy header cannot be read"),
     "npz member cut short": ("x.npz", zip_of(good[:-1]), "is cut short"),
-    "npz packed oddly": ("x.npz", zip_of(good, compression=zipfile.ZIP_BZIP2), "packed in a way that NumPy does not use"),
+    "npz packed oddly": (
+        "x.npz",
+        zip_of(good, compression=zipfile.ZIP_BZIP2),
+        "packed in a way that NumPy does not use",
+    ),
     "npz encrypted": ("x.npz", directory_byte(zip_of(good), 8, 1), "is encrypted, or packed"),
-    "npz from the future": ("x.npz", directory_byte(zip_of(good), 6, 255), "is damaged or cut short"),
-    "1-D": ("x.npy", saved(np.zeros(5)), "holds a 1-D array of shape (5,), and a pattern is a row of a 2-D one; save array[None, :]"),
+    "npz from the future": (
+        "x.npz",
+        directory_byte(zip_of(good), 6, 255),
+        "is damaged or cut short",
+    ),
+    "1-D": (
+        "x.npy",
+        saved(np.zeros(5)),
+        "holds a 1-D array of shape (5,), and a pattern is a row of a 2-D one; save array[None, :]",
+    ),
     "0-D": ("x.npy", saved(np.float64(3)), "holds a 0-D array"),
-    "no rows": ("x.npy", saved(np.zeros((0, 5))), "holds no values (shape (0, 5)); give at least one row"),
+    "no rows": (
+        "x.npy",
+        saved(np.zeros((0, 5))),
+        "holds no values (shape (0, 5)); give at least one row",
+    ),
     "no features": ("x.npz", saved(np.zeros((5, 0)), np.savez), "holds no values (shape (5, 0))"),
-    "complex": ("x.npy", saved(np.eye(2) * 1j), "holds complex numbers; save real numbers of at most 64 bits, such as float32"),
+    "complex": (
+        "x.npy",
+        saved(np.eye(2) * 1j),
+        "holds complex numbers; save real numbers of at most 64 bits, such as float32",
+    ),
     "objects": ("x.npy", saved(np.array([[1, None]])), "holds Python objects"),
     "objects in npz": ("x.npz", saved(np.array([[1, None]]), np.savez), "holds Python objects"),
     "text": ("x.npy", saved(np.array([["a", "b"]])), "holds text"),
@@ -228,15 +325,35 @@ REFUSED = {
     "records": ("x.npy", saved(structured), "holds records or raw bytes"),
     "dates": ("x.npy", saved(np.zeros((2, 2), "datetime64[s]")), "holds dates"),
     "durations": ("x.npy", saved(np.zeros((2, 2), "timedelta64[s]")), "holds durations"),
-    "csv header only": ("x.csv", b"a,b\n", "holds no rows (a first line without numbers is a header); give at least one"),
+    "csv header only": (
+        "x.csv",
+        b"a,b\n",
+        "holds no rows (a first line without numbers is a header); give at least one",
+    ),
     "csv comments only": ("x.csv", b"# 1,2\n\n", "holds no rows"),
-    "csv ragged": ("x.csv", b"a,b\n1,2\n\n3,4,5\n", "line 4 has 3 values, and the rows before it 2; give every row as many"),
-    "csv word": ("x.csv", b"a,b\n1,2\n3,four\n", "'four' on line 3, column 2 (counted from 1) is not a number"),
+    "csv ragged": (
+        "x.csv",
+        b"a,b\n1,2\n\n3,4,5\n",
+        "line 4 has 3 values, and the rows before it 2; give every row as many",
+    ),
+    "csv word": (
+        "x.csv",
+        b"a,b\n1,2\n3,four\n",
+        "'four' on line 3, column 2 (counted from 1) is not a number",
+    ),
     "csv word in line 1": ("x.csv", b"1,two\n", "'two' on line 1, column 2"),
-    "csv semicolons": ("x.csv", b"1;2\n3;4\n", "'3;4' on line 2, column 1 (counted from 1) is not a number; put commas between values"),
+    "csv semicolons": (
+        "x.csv",
+        b"1;2\n3;4\n",
+        "'3;4' on line 2, column 1 (counted from 1) is not a number; put commas between values",
+    ),
     "csv underscores": ("x.csv", b"1_0,2\n", "'1_0' on line 1"),
     "csv quoted": ("x.csv", b'1,"2"\n', "is not a number"),
-    "csv in UTF-16": ("x.csv", "1,2\n".encode("utf-16"), "is not UTF-8 text; save it as comma-separated UTF-8"),
+    "csv in UTF-16": (
+        "x.csv",
+        "1,2\n".encode("utf-16"),
+        "is not UTF-8 text; save it as comma-separated UTF-8",
+    ),
     "csv in Latin-1": ("x.csv", b"caf\xe9,b\n1,2\n", "is not UTF-8 text"),
     "csv with zeros": ("x.csv", b"1,2\0\n", "is not a number"),
 }
@@ -253,7 +370,9 @@ def test_refused(tmp_path, case):
 @pytest.mark.skipif(np.dtype("longdouble").itemsize == 8, reason="no wider float on this machine")
 def test_longdouble_is_refused(tmp_path):
     np.save(tmp_path/"x.npy", np.zeros((2, 2), "longdouble"))
-    assert "holds extended-precision numbers; save real numbers" in refusal(open_rows, tmp_path/"x.npy")
+    assert "holds extended-precision numbers; save real numbers" in refusal(
+        open_rows, tmp_path / "x.npy"
+    )
 
 
 def test_objects_are_never_unpickled(tmp_path):
@@ -265,7 +384,9 @@ def test_objects_are_never_unpickled(tmp_path):
 
 
 def test_refused_places(tmp_path):
-    assert refusal(open_rows, tmp_path/"no.npy").endswith("no.npy: no such file or folder; check the spelling")
+    assert refusal(open_rows, tmp_path / "no.npy").endswith(
+        "no.npy: no such file or folder; check the spelling"
+    )
     (tmp_path/"d.npy").mkdir()
     assert "is a folder; name a file" in refusal(open_rows, tmp_path/"d.npy")
     (tmp_path/"f").write_bytes(b"")
@@ -276,17 +397,25 @@ def test_refused_places(tmp_path):
     assert "cannot be used (Too many levels" in refusal(open_rows, tmp_path/"loop.npy")
     assert "File name too long" in refusal(open_rows, tmp_path/("x" * 300 + ".npy"))
     assert r"'two\nlines.npy': no such file" in refusal(open_rows, "two\nlines.npy")
-    assert "only the arrays of a .npz file have names" in refusal(open_rows, tmp_path/"x.csv", name="a")
+    assert "only the arrays of a .npz file have names" in refusal(
+        open_rows, tmp_path / "x.csv", name="a"
+    )
     np.savez(tmp_path/"x.npz", a=np.eye(2))
     assert "has no array 'b'; it holds 'a'" in refusal(open_rows, tmp_path/"x.npz", name="b")
 
 
-@pytest.mark.parametrize("number, words", [
-    (errno.EACCES, "permission denied; check the permissions"), (errno.EPERM, "permission denied"),
-    (errno.ENOSPC, "the disk is full; free some space"), (errno.EDQUOT, "your disk quota is used up"),
-    (errno.EROFS, "its file system is read-only; choose another place"), (errno.EFBIG, "larger than a file may be here"),
-    (errno.EIO, "cannot be used (Input/output error); check the disk"),
-])
+@pytest.mark.parametrize(
+    "number, words",
+    [
+        (errno.EACCES, "permission denied; check the permissions"),
+        (errno.EPERM, "permission denied"),
+        (errno.ENOSPC, "the disk is full; free some space"),
+        (errno.EDQUOT, "your disk quota is used up"),
+        (errno.EROFS, "its file system is read-only; choose another place"),
+        (errno.EFBIG, "larger than a file may be here"),
+        (errno.EIO, "cannot be used (Input/output error); check the disk"),
+    ],
+)
 def test_what_the_system_refuses(tmp_path, monkeypatch, number, words):
     def refuse(*args, **kwargs): raise OSError(number, os.strerror(number))
     path = write(tmp_path/"x.npy", np.eye(3))
@@ -302,7 +431,9 @@ def test_what_the_system_refuses(tmp_path, monkeypatch, number, words):
 
 def test_no_memory(tmp_path):
     with open(tmp_path/"x.npy", "wb") as file: # sparse: 2 rows, 2 TB each
-        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (2, 2**41)})
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "|u1", "fortran_order": False, "shape": (2, 2**41)}
+        )
         try:
             file.truncate(file.tell() + 2**42)
         except OSError:
@@ -346,10 +477,18 @@ def test_changed_during_a_pass(tmp_path):
 @settings(max_examples=300, deadline=None)
 @given(data=st.data(), kind=st.sampled_from(["x.npy", "x.npz", "z.npz", "x.csv"]))
 def test_a_damaged_file_is_refused_or_read_and_nothing_else(tmp_path_factory, data, kind):
-    whole = {"x.npy": good, "x.npz": zipped, "z.npz": saved(np.eye(4), np.savez_compressed), "x.csv": b"a,b\n1,2\n3,4\n"}[kind]
+    whole = {
+        "x.npy": good,
+        "x.npz": zipped,
+        "z.npz": saved(np.eye(4), np.savez_compressed),
+        "x.csv": b"a,b\n1,2\n3,4\n",
+    }[kind]
     content = bytearray(whole)
-    for _ in range(data.draw(st.integers(0, 3))): content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    content = content[:data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content
+    for _ in range(data.draw(st.integers(0, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    content = (
+        content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content
+    )
     path = tmp_path_factory.getbasetemp()/f"damaged-{os.getpid()}{Path(kind).suffix}"
     path.write_bytes(content)
     try:
@@ -361,22 +500,41 @@ def test_a_damaged_file_is_refused_or_read_and_nothing_else(tmp_path_factory, da
 
 
 # --- the values -----------------------------------------------------------------------------------
-# -------------------
 
 @given(st.lists(st.sampled_from(DTYPES), max_size=4))
 def test_computing_dtype(dtypes):
-    wide = any(np.dtype(d) == np.float64 or (np.dtype(d).kind in "iu" and np.dtype(d).itemsize > 2) for d in dtypes)
+    wide = any(
+        np.dtype(d) == np.float64 or (np.dtype(d).kind in "iu" and np.dtype(d).itemsize > 2)
+        for d in dtypes
+    )
     assert computing_dtype(*dtypes) == (np.float64 if wide else np.float32)
 
 
-@given(rows=hnp.arrays(st.sampled_from([np.float16, np.float32, np.float64]), hnp.array_shapes(min_dims=2, max_dims=2, max_side=4),
-                       elements=st.sampled_from([0., 1., -1., np.nan, np.inf, -np.inf])), allow_nan=st.booleans())
+@given(
+    rows=hnp.arrays(
+        st.sampled_from([np.float16, np.float32, np.float64]),
+        hnp.array_shapes(min_dims=2, max_dims=2, max_side=4),
+        elements=st.sampled_from([0.0, 1.0, -1.0, np.nan, np.inf, -np.inf]),
+    ),
+    allow_nan=st.booleans(),
+)
 def test_check_finite_names_the_first_offender(rows, allow_nan):
-    bad = [(i, j) for i, row in enumerate(rows.tolist()) for j, v in enumerate(row) if abs(v) == np.inf or (v != v and not allow_nan)]
+    bad = [
+        (i, j)
+        for i, row in enumerate(rows.tolist())
+        for j, v in enumerate(row)
+        if abs(v) == np.inf or (v != v and not allow_nan)
+    ]
     if not bad: return check_finite(rows, allow_nan=allow_nan, first_row=5, what="q.npy")
     message = refusal(check_finite, rows, allow_nan=allow_nan, first_row=5, what="q.npy")
-    assert message.startswith(f"q.npy: row {bad[0][0] + 5}, column {bad[0][1]} (counted from 0) is {rows[bad[0]]};")
-    assert ("NaN marks an unknown entry in queries only" if np.isnan(rows[bad[0]]) else "give a finite number") in message
+    assert message.startswith(
+        f"q.npy: row {bad[0][0] + 5}, column {bad[0][1]} (counted from 0) is {rows[bad[0]]};"
+    )
+    assert (
+        "NaN marks an unknown entry in queries only"
+        if np.isnan(rows[bad[0]])
+        else "give a finite number"
+    ) in message
 
 
 def test_check_finite_passes_integers():
@@ -385,10 +543,11 @@ def test_check_finite_passes_integers():
 
 
 # --- writing --------------------------------------------------------------------------------------
-# -------------------
 
 @pytest.mark.parametrize("suffix", FORMATS)
-@pytest.mark.parametrize("trouble", [KeyboardInterrupt, SystemExit, RuntimeError, OSError, GeneratorExit])
+@pytest.mark.parametrize(
+    "trouble", [KeyboardInterrupt, SystemExit, RuntimeError, OSError, GeneratorExit]
+)
 def test_an_exception_leaves_the_old_file(tmp_path, suffix, trouble):
     path = write(tmp_path/f"x{suffix}", np.eye(3))
     old = path.read_bytes()
@@ -399,26 +558,42 @@ def test_an_exception_leaves_the_old_file(tmp_path, suffix, trouble):
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-@pytest.mark.parametrize("n, words", [(2, "3 rows were written where 2 were announced"), (4, "3 rows were written where 4 were announced")])
+@pytest.mark.parametrize(
+    "n, words",
+    [
+        (2, "3 rows were written where 2 were announced"),
+        (4, "3 rows were written where 4 were announced"),
+    ],
+)
 def test_the_announced_number_of_rows(tmp_path, suffix, n, words):
-    with pytest.raises(ValueError, match=words), write_rows(tmp_path/f"x{suffix}", n, 3, "float32") as out: out.write(np.eye(3))
+    with (
+        pytest.raises(ValueError, match=words),
+        write_rows(tmp_path / f"x{suffix}", n, 3, "float32") as out,
+    ):
+        out.write(np.eye(3))
     assert os.listdir(tmp_path) == []
 
 
 def test_batches_that_do_not_fit(tmp_path):
     with write_rows(tmp_path/"x.npy", 4, (2, 3), "float32") as out:
         for bad in (np.zeros((2, 5)), np.zeros(6), np.zeros((1, 3, 2)), np.float32(1)):
-            with pytest.raises(ValueError, match=r"does not fit rows of shape \(2, 3\)"): out.write(bad)
+            with pytest.raises(ValueError, match=r"does not fit rows of shape \(2, 3\)"):
+                out.write(bad)
         with pytest.raises(TypeError): out.write(np.zeros((1, 6), complex))
         out.write(np.ones((2, 6)))
         out.write(np.zeros((0, 6)))
         out.write(np.asfortranarray(np.arange(6).reshape(1, 2, 3)))
         out.write(np.asfortranarray(np.arange(6, dtype="float32").reshape(1, 6)))
-        with pytest.raises(ValueError, match="5 rows were written where 4 were announced"): out.write(np.ones((1, 6)))
-    np.testing.assert_array_equal(np.load(tmp_path/"x.npy").reshape(4, 6), [[1] * 6, [1] * 6, range(6), range(6)])
-    with write_rows(tmp_path/"f.npy", 3, 2, "float32") as out: out.write(np.asfortranarray(np.arange(6, dtype="float32").reshape(3, 2)))
+        with pytest.raises(ValueError, match="5 rows were written where 4 were announced"):
+            out.write(np.ones((1, 6)))
+    np.testing.assert_array_equal(
+        np.load(tmp_path / "x.npy").reshape(4, 6), [[1] * 6, [1] * 6, range(6), range(6)]
+    )
+    with write_rows(tmp_path/"f.npy", 3, 2, "float32") as out:
+        out.write(np.asfortranarray(np.arange(6, dtype="float32").reshape(3, 2)))
     np.testing.assert_array_equal(np.load(tmp_path/"f.npy"), [[0, 1], [2, 3], [4, 5]])
-    with pytest.raises(TypeError), write_rows(tmp_path/"y.npy", 1, 1, "int8") as out: out.write(np.array([[.5]]))
+    with pytest.raises(TypeError), write_rows(tmp_path/"y.npy", 1, 1, "int8") as out:
+        out.write(np.array([[.5]]))
 
 
 @pytest.mark.parametrize("make, words", [
@@ -432,7 +607,8 @@ def test_batches_that_do_not_fit(tmp_path):
 ])
 def test_no_place_for_it_is_said_at_once(tmp_path, make, words):
     path, started = make(tmp_path), False
-    with pytest.raises(FileProblem, match=re.escape(words)), write_rows(path, 1, 1, "float32"): started = True
+    with pytest.raises(FileProblem, match=re.escape(words)), write_rows(path, 1, 1, "float32"):
+        started = True
     assert not started and not leftovers(tmp_path)
 
 
@@ -443,7 +619,8 @@ def test_a_dtype_or_shape_that_could_not_be_read_is_not_written(tmp_path):
 
 
 def test_sizes_may_be_numpy_integers(tmp_path):
-    with write_rows(tmp_path/"x.npy", np.int64(2), np.int32(3), "float32") as out: out.write(np.ones((2, 3)))
+    with write_rows(tmp_path/"x.npy", np.int64(2), np.int32(3), "float32") as out:
+        out.write(np.ones((2, 3)))
     np.testing.assert_array_equal(np.load(tmp_path/"x.npy"), np.ones((2, 3)))
 
 
@@ -455,7 +632,9 @@ def test_a_write_protected_file_is_not_replaced(tmp_path, monkeypatch):
     np.testing.assert_array_equal(np.load(path), np.eye(3))
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere"
+)
 def test_a_write_protected_folder(tmp_path):
     tmp_path.chmod(0o555)
     assert "permission denied" in refusal(write, tmp_path/"x.npy", np.eye(2))
@@ -508,14 +687,20 @@ def test_equal_rows_make_equal_files(tmp_path):
         write(tmp_path/f"b{suffix}", np.eye(3), size=3)
         assert (tmp_path/f"a{suffix}").read_bytes() == (tmp_path/f"b{suffix}").read_bytes()
     # and no time of day
-    with zipfile.ZipFile(tmp_path/"a.npz") as archive: assert archive.infolist()[0].date_time[0] == 1980
+    with zipfile.ZipFile(tmp_path/"a.npz") as archive:
+        assert archive.infolist()[0].date_time[0] == 1980
 
 
 def test_a_disk_that_is_too_small_is_said_at_once(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=799))
     started = False
-    with pytest.raises(FileProblem, match="needs 800 bytes, and its disk has 799 left; free some space"), write_rows(tmp_path/"x.npy", 10, 10, "float64"):
+    with (
+        pytest.raises(
+            FileProblem, match="needs 800 bytes, and its disk has 799 left; free some space"
+        ),
+        write_rows(tmp_path / "x.npy", 10, 10, "float64"),
+    ):
         started = True
     assert not started and os.listdir(tmp_path) == []
 
@@ -540,7 +725,8 @@ def test_concurrent_writers_do_not_meet(tmp_path):
 
 def test_file_problems_leaves_other_errors_alone():
     with pytest.raises(KeyError), file_problems("x"): raise KeyError
-    with pytest.raises(FileProblem, match=r"^x: a thing$"), file_problems("y"): raise FileProblem.at("x", "a thing")
+    with pytest.raises(FileProblem, match=r"^x: a thing$"), file_problems("y"):
+        raise FileProblem.at("x", "a thing")
 
 
 def test_atomic_file_does_not_blame_the_file_for_the_block(tmp_path):
@@ -548,8 +734,7 @@ def test_atomic_file_does_not_blame_the_file_for_the_block(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-# --- in processes of their own: memory, limits, sudden death
-# ---------------------------------------------------------
+# --- in processes of their own: memory, limits, sudden death --------------------------------------
 
 # only this module, without JAX behind it: quick to start, and a small process to measure
 LOADER = textwrap.dedent(f"""
@@ -561,7 +746,11 @@ LOADER = textwrap.dedent(f"""
 
 
 def python(code, *args):
-    return subprocess.run([sys.executable, "-W", "error", "-c", LOADER + textwrap.dedent(code), *map(str, args)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", LOADER + textwrap.dedent(code), *map(str, args)],
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -571,10 +760,11 @@ def test_streaming_needs_batches_only(tmp_path, suffix):
     batch = np.random.default_rng(0).random((size, 500))
     tracemalloc.start()
     try:
-        with write_rows(tmp_path/f"x{suffix}", n, 500, "float64") as out:
-            for _ in range(n // size): out.write(batch)
-        source, total = open_rows(tmp_path/f"x{suffix}"), 0
-        with write_rows(tmp_path/f"y{suffix}", *source.shape, source.dtype) as out:
+        with write_rows(tmp_path / f"x{suffix}", n, 500, "float64") as out:
+            for _ in range(n // size):
+                out.write(batch)
+        source, total = open_rows(tmp_path / f"x{suffix}"), 0
+        with write_rows(tmp_path / f"y{suffix}", *source.shape, source.dtype) as out:
             for rows in source.batches(size):
                 out.write(rows)
                 total += len(rows)
@@ -582,7 +772,7 @@ def test_streaming_needs_batches_only(tmp_path, suffix):
     finally:
         tracemalloc.stop()
     assert total == n and peak < 4 * batch.nbytes
-    assert (tmp_path/f"x{suffix}").read_bytes() == (tmp_path/f"y{suffix}").read_bytes()
+    assert (tmp_path / f"x{suffix}").read_bytes() == (tmp_path / f"y{suffix}").read_bytes()
 
 
 @pytest.mark.slow
@@ -598,7 +788,9 @@ def test_peak_memory_of_a_large_file(tmp_path, kind):
         array[:] = np.repeat(np.arange(50), 1000)[:, None]
         del array
     else:
-        np.savez_compressed(path, np.repeat(np.arange(50, dtype=np.float32), 1_000_000).reshape(50_000, 1000))
+        np.savez_compressed(
+            path, np.repeat(np.arange(50, dtype=np.float32), 1_000_000).reshape(50_000, 1000)
+        )
     out = python("""
         import resource
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -653,9 +845,10 @@ def test_a_terminated_writer_cleans_up(tmp_path):
 @pytest.mark.parametrize("limit", [1_000_000, 100, 0])
 def test_a_file_that_may_not_grow(tmp_path, suffix, limit):
     "A real failure of write(2): one problem, no noise from the garbage collector, and the old file as it was"
-    path = write(tmp_path/f"x{suffix}", np.eye(3))
+    path = write(tmp_path / f"x{suffix}", np.eye(3))
     old = path.read_bytes()
-    out = python("""
+    out = python(
+        """
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
         try:
@@ -663,9 +856,16 @@ def test_a_file_that_may_not_grow(tmp_path, suffix, limit):
                 for _ in range(3): out.write(np.full((100, 1000), 1 / 3))
         except files.FileProblem as e:
             print(e)
-        """, path, limit)
+        """,
+        path,
+        limit,
+    )
     assert out.returncode == 0 and out.stderr == ""
-    assert out.stdout == f"{path}: is larger than a file may be here; raise the limit (ulimit -f), or choose another place\n"
+    assert (
+        out.stdout
+        == f"{path}: is larger than a file may be here; raise the limit (ulimit -f), or choose"
+        " another place\n"
+    )
     assert path.read_bytes() == old and os.listdir(tmp_path) == [path.name]
 
 

@@ -1,5 +1,7 @@
 """Files: rows of arrays, descriptions of networks, saved networks."""
 
 from .files import *
+from .names import *
+from .descriptions import *
 from .config import *
 from .saving import *

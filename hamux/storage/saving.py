@@ -1,4 +1,4 @@
-"""Save architecture and weights together, whole or not at all, and load them without running anything that the file says.
+"""Architecture and weights in one file, whole or not at all, and loaded without running what it says.
 
 Docs: https://hamux.github.io/hamux/api/storage/saving.html.md"""
 
@@ -6,7 +6,7 @@ Docs: https://hamux.github.io/hamux/api/storage/saving.html.md"""
 
 # %% auto #0
 __all__ = ['named_parameters', 'array_table', 'write_saved', 'save', 'open_saved', 'read_arrays', 'first_difference',
-           'json_architecture', 'load']
+           'json_architecture', 'network_difference', 'load']
 
 # %% ../../nbs/api/storage/saving.ipynb #7a3a56c7
 import json
@@ -15,44 +15,52 @@ import zipfile
 from collections.abc import Sequence
 from contextlib import contextmanager
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 
-from .config import architecture, available_dtype, from_config
-from .files import FileProblem, atomic_file, file_problems
+from ..lagrangians.facts import taken_apart
 from ..network.hypergraph import HAM, VectorizedHAM
+from .config import architecture, from_config
+from .descriptions import available_dtype
+from .files import FileProblem, atomic_file, file_problems
 
-# %% ../../nbs/api/storage/saving.ipynb #ad9406f5
+# %% ../../nbs/api/storage/saving.ipynb #0ef6da42
 _VERSION = 1 # of the file format
 
 
-def named_parameters(ham):
-    "The parameters of a network by their place in it, in a fixed order."
+def named_parameters(
+    ham: HAM, # any network, or another pytree
+) -> dict: # arrays by their place in it, in a fixed order
+    "The parameters of a network by name."
     return {jtu.keystr(path): leaf for path, leaf in jtu.tree_flatten_with_path(ham)[0]}
 
 
-def _stored(dtype):
-    "The dtype in which a .npy member holds it: itself, or unsigned integers of its width."
-    return dtype if dtype.isbuiltin == 1 else np.dtype(f"u{dtype.itemsize}")
-
-
-def array_table(arrays):
+def array_table(
+    arrays: dict, # arrays by name
+) -> list: # of {name, shape, dtype}
     "Name, shape and dtype of each array."
     return [{"name": n, "shape": list(v.shape), "dtype": str(v.dtype)} for n, v in arrays.items()]
 
 
-def write_saved(path, kind, network, arrays, **more):
-    "Write a file of a kind: what it says of a network, arrays by name, and more that JSON holds."
-    header = {
-        "format": kind,
-        "version": _VERSION,
-        "network": network,
-        "parameters": array_table(arrays),
-        **more,
-    }
+def _stored_dtype(dtype):
+    "The dtype in which a .npy member holds it: itself, or unsigned integers of its width."
+    return dtype if dtype.isbuiltin == 1 else np.dtype(f"u{dtype.itemsize}")
+
+# %% ../../nbs/api/storage/saving.ipynb #7e3fe47a
+def write_saved(
+    path: str | os.PathLike, # the file to make or to replace
+    kind: str, # what it is, "hamux network" or "hamux training"
+    network: dict, # the description of a network
+    arrays: dict, # arrays by name
+    **more, # further entries of `hamux.json`
+) -> None: # raises `FileProblem` if it cannot be written
+    "Write a file of a kind, whole or not at all."
+    header = {"format": kind, "version": _VERSION, "network": network}
+    header |= {"parameters": array_table(arrays)} | more
     with (
         atomic_file(path) as file,
         file_problems(path),
@@ -60,145 +68,158 @@ def write_saved(path, kind, network, arrays, **more):
     ):
         archive.writestr("hamux.json", json.dumps(header, ensure_ascii=False))
         for i, v in enumerate(arrays.values()):
+            stored = np.asarray(v, order="C").view(_stored_dtype(v.dtype))
             with archive.open(f"{i}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(
-                    member, np.asarray(v, order="C").view(_stored(v.dtype)), allow_pickle=False
-                )
+                np.lib.format.write_array(member, stored, allow_pickle=False)
 
 
 def save(
     path: str | os.PathLike, # the file to make or to replace; any suffix
     ham: HAM | VectorizedHAM, # the network
 ) -> None: # raises `FileProblem` if it cannot be written
-    "Save a network, architecture and weights, in one file. The file is replaced whole or not at all."
+    "Save a network, architecture and weights, in one file, which is replaced whole or not at all."
     if not isinstance(ham, HAM | VectorizedHAM):
-        raise TypeError(f"save keeps a HAM, and was given {type(ham).__name__}.")
+        raise TypeError(f"save: ham must be a HAM or a VectorizedHAM, got {type(ham).__name__}.")
     ham = ham.unvectorize()
     write_saved(path, "hamux network", architecture(ham, strict=False), named_parameters(ham))
 
-# %% ../../nbs/api/storage/saving.ipynb #07cf8ce0
+# %% ../../nbs/api/storage/saving.ipynb #e2819a9f
 _KINDS = {
     "hamux network": "network saved by hamux",
     "hamux training": "training run saved by hamux",
 }
 
 
-def _header(archive, path, wanted):
+def _read_header(archive, path, kind):
     "What `hamux.json` says."
-    foreign = FileProblem.at(path, f"is not a {_KINDS[wanted]}; check the name")
+    foreign = FileProblem.at(path, f"is not a {_KINDS[kind]}; check the name")
     if "hamux.json" not in archive.namelist(): raise foreign
     try:
         if archive.getinfo("hamux.json").file_size > os.path.getsize(path): raise ValueError
         header = json.loads(archive.read("hamux.json"))
-        kind, version = header["format"], header["version"]
+        found, version = header["format"], header["version"]
     except (ValueError, KeyError, TypeError):
         raise foreign from None
-    if kind != wanted or not isinstance(version, int): raise foreign
+    if found != kind or not isinstance(version, int): raise foreign
     if version > _VERSION:
-        raise FileProblem.at(
-            path,
-            f"was saved by a newer hamux (file version {version}, and this one reads up to"
-            f" {_VERSION}); upgrade hamux",
-        )
-    if not isinstance(header.get("network"), dict) or not isinstance(
-        header.get("parameters"), list
-    ):
-        raise FileProblem.at(
-            path, "is damaged: its description is incomplete; make it or copy it again"
-        )
+        versions = f"file version {version}, and this one reads up to {_VERSION}"
+        raise FileProblem.at(path, f"was saved by a newer hamux ({versions}); upgrade hamux")
+    tables = isinstance(header.get("network"), dict), isinstance(header.get("parameters"), list)
+    if not all(tables): raise _damaged(path, "its description is incomplete")
     return header
 
 
-def _read(archive, i, row, path):
+def _damaged(path, what):
+    "The problem of a file that contradicts itself."
+    return FileProblem.at(path, f"is damaged: {what}; make it or copy it again")
+
+# %% ../../nbs/api/storage/saving.ipynb #6c7091c0
+def _read_array(archive, i, row, path):
     "The parameter `i`, as its row in the table says."
-    where = f"{path}: the parameter {row['name']}"
-    dtype = available_dtype(row["dtype"], where)
-    member, size = archive.getinfo(f"{i}.npy"), dtype.itemsize * int(
-        np.prod(row["shape"], dtype=object)
-    )
-    if member.compress_type != zipfile.ZIP_STORED or not size < member.file_size < min(
-        size + 1024, os.path.getsize(path)
-    ):
-        raise FileProblem.at(
-            path,
-            f"is damaged: the parameter {row['name']} does not have its size; make it or copy it"
-            " again",
-        )
+    dtype = available_dtype(row["dtype"], f"{path}: the parameter {row['name']}")
+    size = dtype.itemsize * int(np.prod(row["shape"], dtype=object))
+    member, limit = archive.getinfo(f"{i}.npy"), min(size + 1024, os.path.getsize(path))
+    if member.compress_type != zipfile.ZIP_STORED or not size < member.file_size < limit:
+        raise _damaged(path, f"the parameter {row['name']} does not have its size")
     with archive.open(member) as file:
         try:
             said = np.lib.format.read_magic(file), *np.lib.format.read_array_header_1_0(file)
         except ValueError:
             said = None
         data = file.read() # to the end, where the checksum is compared
-    if said != ((1, 0), tuple(row["shape"]), False, _stored(dtype)) or len(data) != size:
-        raise FileProblem.at(
-            path,
-            f"is damaged: the parameter {row['name']} does not have its shape or dtype; make it or"
-            " copy it again",
-        )
-    return jnp.asarray(np.frombuffer(data, _stored(dtype)).view(dtype).reshape(row["shape"]))
+    if said != ((1, 0), tuple(row["shape"]), False, _stored_dtype(dtype)) or len(data) != size:
+        raise _damaged(path, f"the parameter {row['name']} does not have its shape or dtype")
+    return jnp.asarray(np.frombuffer(data, _stored_dtype(dtype)).view(dtype).reshape(row["shape"]))
 
-# %% ../../nbs/api/storage/saving.ipynb #022ef780
+# %% ../../nbs/api/storage/saving.ipynb #ac96ce28
 @contextmanager
-def open_saved(path, kind):
-    "The archive and the header of a file of a kind; what goes wrong in the block is a `FileProblem` of the file."
+def open_saved(
+    path: str | os.PathLike, # the file
+    kind: str, # what it should be, "hamux network" or "hamux training"
+): # a context; what goes wrong in it is a `FileProblem` of the file
+    "The archive and the header of a file of a kind."
     with file_problems(path), open(path, "rb") as file:
         if file.read(4) != b"PK\x03\x04":
             raise FileProblem.at(path, f"is not a {_KINDS[kind]}, or is cut short; check the name")
-        with zipfile.ZipFile(file) as archive: yield archive, _header(archive, path, kind)
+        with zipfile.ZipFile(file) as archive: yield archive, _read_header(archive, path, kind)
 
 
-def read_arrays(archive, path, header):
+def read_arrays(
+    archive: zipfile.ZipFile, # as `open_saved` gives it
+    path: str | os.PathLike, # its name, for messages
+    header: dict, # what it says of its arrays
+) -> list: # of arrays, in the order of the table
     "All arrays of a file."
     try:
-        return [_read(archive, i, row, path) for i, row in enumerate(header["parameters"])]
+        return [_read_array(archive, i, row, path) for i, row in enumerate(header["parameters"])]
     except KeyError as e:
-        raise FileProblem.at(path, f"is damaged: {e.args[0]}; make it or copy it again") from e
+        raise _damaged(path, e.args[0]) from e
 
-# %% ../../nbs/api/storage/saving.ipynb #e4005f56
-def first_difference(here, there, where=""):
-    "The first place in which two descriptions differ, in words; None if there is none."
+# %% ../../nbs/api/storage/saving.ipynb #076c7ede
+def first_difference(
+    here, # a description: dictionaries, lists, strings and numbers
+    there, # the same, from a file
+    where="", # the place of both in what they are parts of
+) -> str | None: # the first place in which they differ, in words
+    "Compare two descriptions."
     if isinstance(here, dict) and isinstance(there, dict):
         for k in [*here, *(k for k in there if k not in here)]:
-            if k not in there or k not in here:
-                return f"{where}/{k} is {'missing from' if k in here else 'only in'} the file"
+            if k not in there: return f"{where}/{k} is missing from the file"
+            if k not in here: return f"{where}/{k} is only in the file"
             if (d := first_difference(here[k], there[k], f"{where}/{k}")) is not None: return d
         return None
     if isinstance(here, list) and isinstance(there, list) and len(here) == len(there):
-        return next(
-            (
-                d
-                for i, (a, b) in enumerate(zip(here, there))
-                if (d := first_difference(a, b, f"{where}/{i}")) is not None
-            ),
-            None,
-        )
-    return (
-        None
-        if here == there and type(here) is type(there)
-        else f"{where} is {there!r} in the file, and {here!r} here"
-    )
+        pairs = enumerate(zip(here, there))
+        found = (first_difference(a, b, f"{where}/{i}") for i, (a, b) in pairs)
+        return next((d for d in found if d is not None), None)
+    if here == there and type(here) is type(there): return None
+    return f"{where} is {there!r} in the file, and {here!r} here"
 
-
-def json_architecture(ham):
-    "The description of a network as JSON gives it back."
+# %% ../../nbs/api/storage/saving.ipynb #7fd92eac
+def json_architecture(
+    ham: HAM | VectorizedHAM, # a network
+) -> dict:
+    "The description of a network, without weights, as JSON gives it back."
     return json.loads(json.dumps(architecture(ham, strict=False)))
 
 
+def network_difference(
+    ham: HAM | VectorizedHAM, # a network
+    network: dict, # the description in a file
+) -> str | None: # the first place in which they differ, in words
+    "Compare a network with a description that an older hamux may have written."
+    here = json_architecture(ham)
+    found = first_difference(here, network)
+    if found is None: return None
+    described = []
+    parts = [layer.lagrangian for layer in ham.neurons.values()] + [*ham.hypersynapses.values()]
+    known = [part for part in map(_kind, parts) if part is not None]
+    try:
+        remake = lambda: from_config(network, key=jr.key(0), known=known)
+        jax.eval_shape(lambda: described.append(json_architecture(remake())))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return found
+    return first_difference(here, described[0])
+
+
+def _kind(part):
+    "The function or class of a Lagrangian or a hypersynapse; None if positions are bound."
+    function, _ = taken_apart(part)
+    return type(function) if isinstance(function, eqx.Module) else function
+
+# %% ../../nbs/api/storage/saving.ipynb #86d0cd3e
 def _skeleton(header, path, like, known, trust):
     "The network of the file with shapes for weights."
-    if like is None:
-        try:
-            return jax.eval_shape(
-                lambda: from_config(header["network"], key=jr.key(0), known=known, trust=trust)
-            )
-        except (ValueError, TypeError, KeyError, AttributeError) as e:
-            raise FileProblem.at(path, f"holds a network that cannot be made here: {e}") from e
-    if (d := first_difference(json_architecture(like), header["network"])) is not None:
-        raise FileProblem.at(
-            path, f"holds another network: {d}; load it without like=, or give one like it"
-        )
-    return like.unvectorize()
+    if like is not None:
+        difference = network_difference(like, header["network"])
+        if difference is None: return like.unvectorize()
+        advice = "load it without like=, or give one like it"
+        raise FileProblem.at(path, f"holds another network: {difference}; {advice}")
+    try:
+        make = lambda: from_config(header["network"], key=jr.key(0), known=known, trust=trust)
+        return jax.eval_shape(make)
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise FileProblem.at(path, f"holds a network that cannot be made here: {e}") from e
 
 # %% ../../nbs/api/storage/saving.ipynb #d1232454
 def load(
@@ -208,7 +229,7 @@ def load(
     known: Sequence = (), # functions and classes of your own that the file may name
     trust=False, # whether import paths in it are imported, which runs code
 ) -> HAM: # with the saved weights
-    "Load a network. Raises `FileProblem`, a ValueError, for files that are missing, damaged, foreign, newer, or hold another architecture."
+    "Load a network. Raises `FileProblem` for files that are missing, damaged, foreign or newer."
     with open_saved(path, "hamux network") as (archive, header):
         skeleton = _skeleton(header, path, like, known, trust)
         rows = array_table(named_parameters(skeleton))
