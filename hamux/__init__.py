@@ -31,7 +31,7 @@ from .dynamics import (
     AbstractAdjoint, UnrolledAdjoint, CheckpointedAdjoint, ImplicitAdjoint, OneStepAdjoint,
 )
 from .learning import (
-    gradient, Gradient, EquilibriumPropagation, ContrastiveHebbian,
+    gradient, Gradient, AbstractMethod, EquilibriumPropagation, ContrastiveHebbian,
     RecallLoss, denoising_loss, completion_loss, classification_loss, squared_error, cross_entropy,
     hide_pixels, hide_half, hide_rectangle, fit, Fit, batches, unit_norm,
 )

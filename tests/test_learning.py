@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
+import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
@@ -26,6 +27,8 @@ from hamux import (
     descend,
     gradient,
 )
+from hamux.learning.gradients import Gradient, row_losses
+
 
 @pytest.fixture(autouse=True, scope="module")
 def x64():
@@ -164,7 +167,6 @@ def test_every_kind_of_layer_and_synapse():
 
 
 # --------------------------------------------------------------------------------------------------
-# -------------------
 # one small network, every method
 
 
@@ -227,6 +229,41 @@ def test_methods_agree():
         "free",
         "nudged",
     }
+
+
+class ForwardGradient(hmx.AbstractMethod):
+    "A user's own method: derivatives along random orthonormal directions, forwards only."
+    directions: int = eqx.field(static=True)
+
+    def gradient(self, ham, loss, xs, targets, clamp, recall):
+        rows, (theta, unravel) = row_losses(loss, ham, targets), ravel_pytree(ham)
+        def value(theta):
+            end = recall(unravel(theta), xs, clamp=clamp, adjoint="implicit")
+            return rows(end.xhats, targets).mean(), end
+        basis = jr.orthogonal(jr.PRNGKey(0), theta.size)[: self.directions]
+        slope = lambda d: jax.jvp(value, (theta,), (d,), has_aux=True)[1]
+        mean, end = value(theta)
+        return Gradient(mean, unravel(jax.lax.map(slope, basis) @ basis), {"free": end})
+
+
+def test_a_method_of_a_user():
+    "In `gradient`, in a loss and in `fit`, with no other file touched."
+    xs, y = batch()
+    exact, size = flat(by("implicit").grads), ravel_pytree(small())[0].size
+    np.testing.assert_allclose(flat(by(ForwardGradient(size)).grads), exact, atol=1e-9)
+    half = flat(by(ForwardGradient(size // 2)).grads)
+    np.testing.assert_allclose(half @ half, half @ exact)  # a projection
+
+    prepare = lambda ham, batch, key: batch
+    loss = hmx.RecallLoss(prepare, miss, method=ForwardGradient(size), **SETTINGS)
+    np.testing.assert_allclose(loss(small(), (xs, y), jr.PRNGKey(0)), by("implicit").value)
+    with pytest.raises(TypeError, match="ForwardGradient.* is not an adjoint"):
+        jax.grad(loss)(small(), (xs, y), jr.PRNGKey(0))
+    data = jtu.tree_map(np.asarray, (xs, y))
+    settings = dict(steps=1, batch_size=ROWS, key=jr.PRNGKey(0), progress=False)
+    out = hmx.fit(small(), loss, data, optax.sgd(0.1), **settings)
+    np.testing.assert_allclose(flat(out.ham), flat(small()) - 0.1 * exact, atol=1e-9)
+    assert out.unconverged.tolist() == [0]
 
 
 def test_a_batch_is_the_mean_of_its_rows_and_of_vmap():

@@ -23,7 +23,6 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ..dynamics.adaptive import Adaptive
-from ..dynamics.adjoints import AbstractAdjoint
 from ..dynamics.descent import Descent, descend
 from ..dynamics.problem import clamp_dict
 from ..network.hypergraph import VectorizedHAM
@@ -117,27 +116,16 @@ class RecallLoss(eqx.Module):
     def recall(self, ham, batch, key) -> tuple[Descent, Any]:
         "What the network recalls of a batch, and the targets."
         xs, targets, settings = self.asked(ham, batch, key)
-        method = as_method(self.method)
-        return (
-            descend(
-                ham.vectorize(),
-                xs,
-                trace=False,
-                **settings,
-                **({"adjoint": method} if isinstance(method, AbstractAdjoint) else {}),
-            ),
-            targets,
-        )
+        adjoint = as_method(self.method).adjoint
+        if adjoint is not None: settings["adjoint"] = adjoint
+        return descend(ham.vectorize(), xs, trace=False, **settings), targets
 
     def __call__(self, ham, batch, key) -> Float[Array, ""]:
         "The mean loss of a batch."
         end, targets = self.recall(ham, batch, key)
         value = finite_loss(jax.vmap(self.compare)(end.xhats, targets).mean(), end)
-        return (
-            value
-            if isinstance(as_method(self.method), AbstractAdjoint)
-            else _without_derivative(value, self.method)
-        )
+        differentiable = as_method(self.method).adjoint is not None
+        return value if differentiable else _without_derivative(value, self.method)
 
     def gradient(self, ham, batch, key) -> Gradient:
         "Value, gradient and equilibria of a batch, by the method."
