@@ -45,10 +45,13 @@ def chain(layers, key):
 
 
 def expected(layers):
-    "The variances of the rule, written out anew: s² = 2 / (n₁q₂ + n₂q₁) for each pair, and the current of a layer is Σ s² q of its neighbours."
+    "The variances of the rule, written out anew: s = 1 / (√(n₁q₂) + √(n₂q₁)) for each pair, and the current of a layer is Σ s² q of its neighbours."
     q = [float(square_norm(layer)) for layer in layers]
     n = [1 if i in (0, len(layers) - 1) else 2 for i in range(len(layers))]
-    s2 = [2 / (n[i] * q[i + 1] + n[i + 1] * q[i]) for i in range(len(layers) - 1)]
+    s2 = [
+        (math.sqrt(n[i] * q[i + 1]) + math.sqrt(n[i + 1] * q[i])) ** -2
+        for i in range(len(layers) - 1)
+    ]
     return [
         (s2[i - 1] * q[i - 1] if i else 0) + (s2[i] * q[i + 1] if i < len(s2) else 0)
         for i in range(len(layers))
@@ -65,10 +68,11 @@ def test_currents_are_of_order_one(kind, depth, width):
         float(v)
         for v in mean_squares(chain(layers, jr.key(depth)), jr.split(jr.key(1), 16)).values()
     ]
-    # ends 2/3, their neighbours 7/6, all others 1
-    assert all(2 / 3 - 0.25 < v < 7 / 6 + 0.4 for v in got), got
+    # ends (1 + √2)⁻², their neighbours 1/8 more, all others 1/4
+    end = (1 + math.sqrt(2)) ** -2
+    assert all(0.6 * end < v < 1.4 * (end + 1 / 8) for v in got), got
     np.testing.assert_allclose(
-        expected(layers)[:2], [1, 1] if depth == 2 else [2 / 3, 7 / 6], rtol=1e-5
+        expected(layers)[:2], [0.25, 0.25] if depth == 2 else [end, end + 1 / 8], rtol=1e-5
     )
 
 
@@ -90,7 +94,7 @@ def test_currents_of_different_layers(widths, kinds):
     got = np.mean([[float(v) for v in run.values()] for run in runs], 0)
     # 32 states, and as few as 10 neurons
     np.testing.assert_allclose(got, expected(layers), rtol=0.25)
-    assert max(expected(layers)) <= 2
+    assert max(expected(layers)) <= 1
 
 
 @seed(0)
@@ -103,21 +107,21 @@ def test_currents_of_different_layers(widths, kinds):
     )
 )
 def test_the_rule(ends):
-    "The currents' variances, each times the ends that share its layer, have mean one; so no layer gets more than k in all."
+    "The rms currents of all ends, each with those that share its layer, add up to one."
     sizes, q, n = zip(*ends, strict=True)
     s = float(Site(tuple((d,) for d in sizes), q, n, jnp.float32).scale())
     variances = [s**2 * math.prod(q[:i] + q[i + 1:]) for i in range(len(ends))]
     assert math.isclose(
-        sum(a * v for a, v in zip(n, variances, strict=True)) / len(ends), 1, rel_tol=1e-4
+        sum(math.sqrt(a * v) for a, v in zip(n, variances, strict=True)), 1, rel_tol=1e-4
     )
 
 
 def test_self_connection_and_three_bodies():
     three = [hmx.TanhLayer(20), hmx.ReluLayer((4, 5)), hmx.IdentityLayer(20)]
     a, b, c = (float(square_norm(layer)) for layer in three)
-    s2 = 3 / (b * c + a * c + a * b)
+    s2 = (math.sqrt(b * c) + math.sqrt(a * c) + math.sqrt(a * b)) ** -2
     for layers, joined, variances in (
-        ([hmx.TanhLayer(60)], [0, 0], [1]),
+        ([hmx.TanhLayer(60)], [0, 0], [1 / 4]),
         (three, [0, 1, 2], [s2 * b * c, s2 * a * c, s2 * a * b]),
     ):
         runs = [
@@ -149,7 +153,7 @@ def test_convolution(strides, padding):
     got = np.mean(
         [[float(v) for v in mean_squares(ham, jr.split(jr.key(1), 6)).values()] for ham in hams], 0
     )
-    assert abs(got.mean() - 1) < 0.1, got # 12 × 162 filter entries: two standard errors are 0.07
+    assert abs(np.sqrt(got).sum() - 1) < 0.06, got # 12 × 162 filter entries
 
 
 def test_shared_synapses_and_keys():

@@ -33,12 +33,12 @@ class Site(NamedTuple):
               # how many products the energy sums, a function of the shapes; None for all to all
               terms=None,
               ) -> Float[Array, ""]: # standard deviation of the weights
-        "The scale at which the input currents are of order one. Raises ValueError where activations vanish or overflow."
+        "The scale at which the rms currents of the ends add up to one. Raises ValueError where there is none."
         sizes = math.prod(map(math.prod, self.shapes))
         share = 1.0 if terms is None else terms(*self.shapes) / sizes
-        q, k = self.squares, len(self.shapes)
+        q = self.squares
         into = [n * share * math.prod(q[:l] + q[l + 1:]) for l, n in enumerate(self.ends)]
-        scale = jnp.sqrt(k / jnp.asarray(sum(into), jnp.float32))
+        scale = 1 / sum(jnp.sqrt(jnp.asarray(v, jnp.float32)) for v in into)
         if not isinstance(scale, jax.core.Tracer) and not 0 < scale < math.inf:
             raise ValueError(
                 "No scale gives currents of order one: at random states the layers have squared"

@@ -1,4 +1,4 @@
-"""Hypersynapses that do not know their sizes yet, and `build`, which finds them from the layers that they join and draws their weights at a sensible scale.
+"""Hypersynapses that do not know their sizes yet, and `build`, which finds them from the layers and draws weights that train.
 
 Docs: https://hamux.github.io/hamux/api/network/sizing.html.md"""
 
