@@ -19,14 +19,12 @@ import hamux as hmx
 from hamux import training
 from hamux.storage.files import FileProblem
 from hamux.learning.gradients import Gradient
+from hamux.learning.corruption import hide_half, hide_pixels, hide_rectangle
 from hamux.learning.losses import (
     classification_loss,
     completion_loss,
     cross_entropy,
     denoising_loss,
-    hide_half,
-    hide_pixels,
-    hide_rectangle,
 )
 from hamux.learning.training import batches, fit, unit_norm
 
@@ -62,8 +60,7 @@ DATA = np.linspace(-1, 1, 23, dtype=np.float32)
 QUICK = dict(batch_size=4, key=jr.key(7), progress=False)
 
 
-# --- losses against closed forms
-# ------------------------------------------------------------------------------------
+# --- losses against closed forms --------------------------------------------------------------------
 
 
 def quadratic(W, b):
@@ -118,7 +115,7 @@ def test_completion_closed_form():
             quadratic(W, b),
             jr.key(1),
         )
-        hidden = np.asarray(loss.asked(ham, y, key)[1][1])
+        hidden = np.asarray(loss.inputs(ham, y, key)[1][1])
         def closed(W, b):
             rows = []
             for v, u in zip(y, hidden, strict=True):
@@ -169,7 +166,8 @@ def test_cross_entropy_is_finite(dtype):
     ],
 )
 def test_hidden_counts(hide, shape, counts):
-    masks = np.asarray(jax.jit(jax.vmap(lambda k: hide(k, shape)))(jr.split(jr.key(0), 60)))
+    image = jnp.zeros(shape)
+    masks = np.asarray(jax.jit(jax.vmap(hide, (0, None)))(jr.split(jr.key(0), 60), image))
     assert (
         masks.shape == (60, *shape)
         and masks.dtype == bool
@@ -182,9 +180,8 @@ def test_hidden_counts(hide, shape, counts):
 
 
 def test_rectangles():
-    masks = np.asarray(
-        jax.jit(jax.vmap(lambda k: hide_rectangle(0.2, 0.6)(k, (10, 10))))(jr.split(jr.key(1), 300))
-    )
+    hide = jax.vmap(hide_rectangle(0.2, 0.6), (0, None))
+    masks = np.asarray(jax.jit(hide)(jr.split(jr.key(1), 300), jnp.zeros((10, 10))))
     high, wide = masks.any(2).sum(1), masks.any(1).sum(1)
     assert (
         (high * wide == masks.sum((1, 2))).all()
@@ -195,8 +192,34 @@ def test_rectangles():
     assert (abs(edges).sum(1) == 2).all() # in one piece
 
 
+def test_corruptions_as_version_03_had_them():
+    "(image, key) and (key, shape) draw the same as (key, image), and warn"
+    ham = quadratic(jnp.ones((4, 2)), jnp.ones(4))
+    images, key = jr.normal(jr.key(0), (3, 4)), jr.key(1)
+    noise = lambda key, image: image * jr.normal(key, image.shape)
+    hide = lambda key, image: jr.bernoulli(key, 0.5, image.shape)
+    with pytest.warns(DeprecationWarning, match=r"denoising_loss: .* \(key, image\)"):
+        old = denoising_loss("v", lambda x, k: noise(k, x))
+    new = denoising_loss("v", noise)
+    assert same_bits(*(loss.inputs(ham, images, key)[0] for loss in (new, old)))
+    with pytest.warns(DeprecationWarning, match=r"completion_loss: .* \(key, image\)"):
+        old = completion_loss("v", lambda key, shape: jr.bernoulli(key, 0.5, shape))
+    new = completion_loss("v", hide)
+    assert same_bits(*(loss.inputs(ham, images, key)[:2] for loss in (new, old)))
+    for hide in (hide_pixels(0.5), hide_half((2, 2)), hide_rectangle(grid=(2, 2))):
+        with pytest.warns(DeprecationWarning, match="not its shape"): old = hide(key, (4,))
+        assert same_bits(hide(key, images[0]), old)
+
+
+def test_corruptions_of_a_basin_are_those_of_a_loss():
+    "One convention: what `basin_size` takes, with its level, is noise here"
+    ham, images = quadratic(jnp.ones((4, 2)), jnp.ones(4)), jr.normal(jr.key(0), (3, 4))
+    half = eqx.Partial(hmx.flip_signs, level=0.5)
+    xs, targets, _ = denoising_loss("v", half).inputs(ham, images, jr.key(1))
+    assert ((xs["v"] == -images).sum(1) == 2).all() and same_bits(targets, images)
+
+
 # --- batches --------------------------------------------------------------------------------------
-# ------------------
 
 
 def test_batches_are_a_function_of_the_step(tmp_path):
@@ -223,7 +246,6 @@ def test_batches_are_a_function_of_the_step(tmp_path):
 
 
 # --- fit ------------------------------------------------------------------------------------------
-# ------------------
 
 
 def test_gradient_descent_by_hand():
@@ -511,7 +533,6 @@ def test_unconverged_rows_are_counted():
 
 
 # --- the file -------------------------------------------------------------------------------------
-# ------------------
 
 
 RUN = """
@@ -730,7 +751,6 @@ def test_random_keys_of_optimizers_are_kept(tmp_path):
 
 
 # --- mistakes -------------------------------------------------------------------------------------
-# ------------------
 
 
 @pytest.mark.parametrize(
