@@ -1,4 +1,5 @@
-"Files of rows: round trips, every refusal and its words, memory, and what is left behind when a writer dies."
+"Files of rows: round trips, every refusal and its words, memory, and what a dying writer leaves."
+
 import errno
 import io
 import os
@@ -21,30 +22,17 @@ from hypothesis.extra import numpy as hnp
 
 from hamux.storage import files
 from hamux.storage.files import (
-    FileProblem,
     atomic_file,
     check_finite,
     computing_dtype,
-    file_problems,
     open_rows,
     write_rows,
 )
+from hamux.storage.problems import FileProblem, file_problems
 
 FORMATS = [".npy", ".npz", ".csv"]
-DTYPES = [
-    "bool",
-    "int8",
-    "uint8",
-    "int16",
-    "uint16",
-    "int32",
-    "uint32",
-    "int64",
-    "uint64",
-    "float16",
-    "float32",
-    "float64",
-]
+STORAGE = Path(files.__file__).parent
+DTYPES = "bool int8 uint8 int16 uint16 int32 uint32 int64 uint64 float16 float32 float64".split()
 
 
 def write(path, rows, row_shape=None, size=3, dtype=None):
@@ -54,7 +42,7 @@ def write(path, rows, row_shape=None, size=3, dtype=None):
 
 
 def refusal(call, *args, **kwargs):
-    "The message of the FileProblem that the call ends in: one line, that begins with the file and ends in advice"
+    "The message of the FileProblem that the call ends in, one line from the file to the advice"
     with pytest.raises(FileProblem) as caught:
         result = call(*args, **kwargs)
         if isinstance(result, files.RowSource):
@@ -191,7 +179,7 @@ def test_names_of_arrays(tmp_path):
 def test_batch_sizes_and_order(tmp_path):
     source = open_rows(write(tmp_path/"x.npy", np.arange(10).reshape(10, 1)))
     assert [b.ravel().tolist() for b in source.batches(4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    with pytest.raises(ValueError, match="at least one row, and size is 0"): source.batches(0)
+    with pytest.raises(ValueError, match="size must be at least 1, got 0"): source.batches(0)
 
 
 # --- what is refused, and in which words ----------------------------------------------------------
@@ -736,12 +724,13 @@ def test_atomic_file_does_not_blame_the_file_for_the_block(tmp_path):
 
 # --- in processes of their own: memory, limits, sudden death --------------------------------------
 
-# only this module, without JAX behind it: quick to start, and a small process to measure
+# only these modules, without JAX behind them: quick to start, and a small process to measure
 LOADER = textwrap.dedent(f"""
-    import importlib.util, os, sys, numpy as np
-    spec = importlib.util.spec_from_file_location("files", {files.__file__!r})
-    files = sys.modules["files"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(files)
+    import os, sys, types, numpy as np
+    for name, folder in (("hamux", {str(STORAGE.parent)!r}), ("hamux.storage", {str(STORAGE)!r})):
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__path__ = [folder]
+    import hamux.storage.files as files
     """)
 
 
@@ -755,7 +744,7 @@ def python(code, *args):
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_streaming_needs_batches_only(tmp_path, suffix):
-    "30 MB (of text: 5) go through in batches of 0.3 MB; twice the batch and a little is all that may be alive"
+    "30 MB (of text: 5) go through in batches of 0.3 MB; little more than two may be alive"
     n, size = (600 if suffix == ".csv" else 7500), 75
     batch = np.random.default_rng(0).random((size, 500))
     tracemalloc.start()
@@ -844,7 +833,7 @@ def test_a_terminated_writer_cleans_up(tmp_path):
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("limit", [1_000_000, 100, 0])
 def test_a_file_that_may_not_grow(tmp_path, suffix, limit):
-    "A real failure of write(2): one problem, no noise from the garbage collector, and the old file as it was"
+    "A real failure of write(2): one problem, no noise from garbage collected, the old file as it was"
     path = write(tmp_path / f"x{suffix}", np.eye(3))
     old = path.read_bytes()
     out = python(

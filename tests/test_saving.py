@@ -1,4 +1,6 @@
-"""Files of networks: every dtype, every byte, and writers that are killed."""
+"""Files of networks: every part, dtype and byte, old files, and writers that are killed."""
+import functools as ft
+import inspect
 import json
 import signal
 import subprocess
@@ -6,6 +8,7 @@ import sys
 import time
 import zipfile
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -14,6 +17,8 @@ import numpy as np
 import pytest
 
 import hamux as hmx
+from hamux import lagrangians, synapses
+from hamux.lagrangians.facts import facts_of
 from hamux.storage.config import from_config, to_config
 from hamux.storage.files import FileProblem
 from hamux.storage.saving import load, save
@@ -50,6 +55,147 @@ def test_round_trip(dtype, tmp_path):
         assert to_config(fresh) == config and jtu.tree_structure(fresh) == jtu.tree_structure(ham)
     if dtype == jnp.float64:
         with pytest.raises(ValueError, match="jax_enable_x64"): load(tmp_path / "n")
+
+
+# --- whatever can stand in a network --------------------------------------------------------------
+
+
+def check_round_trip(ham, path, **known):
+    "The network comes back from a file, and one like it from its configuration through JSON."
+    save(path, ham)
+    assert same(load(path, **known), ham) and same(load(path, like=ham), ham)
+    config = json.loads(json.dumps(to_config(ham)))
+    fresh = from_config(config, key=jr.key(1), **known)
+    assert to_config(fresh) == config and jtu.tree_structure(fresh) == jtu.tree_structure(ham)
+
+
+def one(synapse, *shapes):
+    "A network of one hypersynapse."
+    layers = [hmx.TanhLayer(shape) for shape in shapes]
+    return hmx.build(layers, [synapse], [(range(len(shapes)), 0)], key=jr.key(0))
+
+
+def settings(function):
+    "A number for each argument after the first that has no default."
+    takes = list(inspect.signature(function).parameters.values())[1:]
+    return {p.name: 2.0 for p in takes if p.default is p.empty}
+
+
+def named(wing, name_of):
+    "What a wing shows that has a name in configurations."
+    things = {n: v for n, v in vars(wing).items() if not n.startswith("_") and callable(v)}
+    return sorted(n for n, v in things.items() if name_of(v) is not None)
+
+
+@pytest.mark.parametrize("name", named(lagrangians, lambda f: facts_of(f).name))
+def test_every_lagrangian(name, tmp_path):
+    function = getattr(lagrangians, name)
+    bound = eqx.Partial(function, **settings(function)) if settings(function) else function
+    layer = hmx.NeuronLayer(bound, 4, tau=jnp.array(0.5), leak=False)
+    memory = hmx.MemorySynapse(jr.normal(jr.key(0), (5, 4)), bound, "euclidean")
+    check_round_trip(hmx.HAM([layer], [memory], [([0], 0)]), tmp_path / "n")
+    if facts_of(function).beta not in inspect.signature(function).parameters: return
+    hot = ft.partial(function, **settings(function) | {facts_of(function).beta: jnp.array(3.0)})
+    memory = hmx.MemorySynapse(jnp.ones((5, 4), jnp.bfloat16), hot)
+    check_round_trip(hmx.HAM([hmx.NeuronLayer(hot, 4)], [memory], [([0], 0)]), tmp_path / "hot")
+
+
+PLACES = [(3,)], [(3,), (4,)], [(4, 3)], [(4, 4, 2), (2, 2, 2)], [(4, 4, 2), (4, 4, 6)]
+WHOLE = {  # what is not made by a recipe
+    "RandomFeatureMemory": lambda: hmx.RandomFeatureMemory(jnp.ones(8), jnp.ones((4, 3)), 2.0),
+}
+
+
+def example(name):
+    "A network with a hypersynapse of a class, at the first place where its recipe fits."
+    kind = getattr(synapses, name)
+    if hasattr(kind, "lazy"):
+        takes = inspect.signature(kind.lazy).parameters.values()
+        kinds = inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL
+        given = {p.name: 2 for p in takes if p.default is p.empty and p.kind not in kinds}
+        make = lambda: kind.lazy(**given)
+    else:
+        make = WHOLE.get(name, lambda: kind(2))
+    for shapes in PLACES:
+        try:
+            return one(make(), *shapes)
+        except (TypeError, ValueError):
+            continue
+    pytest.fail(f"{name} fits in none of the PLACES of this test: add one, or an entry of WHOLE")
+
+
+@pytest.mark.parametrize("name", named(synapses, lambda c: getattr(c, "config_name", None)))
+def test_every_synapse(name, tmp_path): check_round_trip(example(name), tmp_path / "n")
+
+
+XI = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+SETTINGS = {
+    "memory of tokens": (lambda: hmx.MemorySynapse(XI, over="last"), (4, 3)),
+    "memory with a mask": (lambda: hmx.MemorySynapse(XI, mask=[True] * 4 + [False], block=2), (3,)),
+    "memory of grids": (lambda: hmx.MemorySynapse(XI.reshape(1, 5, 3), trainable=False), (5, 3)),
+    "max pooling": (lambda: hmx.PoolSynapse(3, 2, "SAME", "max"), (8, 8, 2), (4, 4, 2)),
+    "padding in pairs": (lambda: hmx.PoolSynapse(2, 2, ((1, 1), (0, 0))), (6, 8, 2), (4, 4, 2)),
+    "convolution": (
+        lambda: hmx.ConvSynapse.lazy(3, dilation=2, groups=2, pool=hmx.PoolSynapse(2)),
+        (8, 8, 2),
+        (4, 4, 6),
+    ),
+    "attention": (
+        lambda: hmx.AttentionSynapse.lazy(2, causal=True, key_mask=[True] * 3 + [False]),
+        (4, 3),
+    ),
+    "cross-attention": (
+        lambda: hmx.AttentionSynapse.lazy(2, beta=jnp.ones(2), mask=np.ones((4, 5), bool)),
+        (4, 3),
+        (5, 2),
+    ),
+    "three bodies": (lambda: hmx.DenseSynapse.lazy(), (2,), (3,), (2, 2)),
+    "two dtypes": (
+        lambda: hmx.LinearSynapseWithBias(jnp.ones((3, 4)), jnp.ones(4, jnp.float16)),
+        (3,),
+        (4,),
+    ),
+    "a function": (lambda: lagrangians.lagr_relu, (3,)),
+    "a function with settings": (lambda: ft.partial(lagrangians.lagr_repu, n=3.0), (3,)),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_of_synapses(name, tmp_path):
+    make, *shapes = SETTINGS[name]
+    check_round_trip(one(make(), *shapes), tmp_path / "n")
+
+
+class Spring(eqx.Module):
+    "A hypersynapse whose fields are its arguments, one of them private."
+    rest: jax.Array
+    stiffness: float
+    _kind: str
+
+    def __init__(self, rest, stiffness, kind="soft"):
+        self.rest, self.stiffness, self._kind = jnp.asarray(rest), stiffness, kind
+
+    kind = property(lambda self: self._kind)
+
+    def __call__(self, xhat): return self.stiffness * ((xhat - self.rest) ** 2).sum()
+
+
+class Norm(eqx.Module):
+    "A Lagrangian with a parameter."
+    scale: jax.Array
+    def __call__(self, x): return 0.5 * self.scale * (x**2).sum()
+
+
+def bilinear(W, x, y): return -x @ W @ y
+
+
+def test_parts_of_a_user(tmp_path):
+    layers = [hmx.NeuronLayer(Norm(jnp.array(2.0)), 3), hmx.TanhLayer(4)]
+    parts = [Spring([1.0, 2.0, 3.0], 0.5, kind="hard"), eqx.Partial(bilinear, jnp.ones((3, 4)))]
+    ham = hmx.HAM(layers, parts, [([0], 0), ([0, 1], 1)])
+    check_round_trip(ham, tmp_path / "n", known=[Spring, Norm, bilinear])
+    with pytest.raises(FileProblem, match=r"unknown name '.*Norm'.*Give what it names as known="):
+        load(tmp_path / "n")
 
 
 def test_special_values(tmp_path):
@@ -170,7 +316,9 @@ def test_another_architecture(tmp_path):
 WRITER = """
 import sys, jax.numpy as jnp, hamux as hmx
 from hamux.storage.saving import save
-nets = [hmx.HAM([hmx.TanhLayer(600), hmx.TanhLayer(500)], [hmx.LinearSynapse(jnp.full((600, 500), float(i)))], [([0, 1], 0)]) for i in (1, 2)]
+layers = [hmx.TanhLayer(600), hmx.TanhLayer(500)]
+synapses = [hmx.LinearSynapse(jnp.full((600, 500), float(i))) for i in (1, 2)]
+nets = [hmx.HAM(layers, [synapse], [([0, 1], 0)]) for synapse in synapses]
 save(sys.argv[1], nets[0])
 print("ready", flush=True)
 while True:

@@ -1,5 +1,7 @@
 """Files: rows of arrays, descriptions of networks, saved networks."""
 
+from .problems import *
+from .formats import *
 from .files import *
 from .names import *
 from .descriptions import *

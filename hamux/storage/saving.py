@@ -26,7 +26,8 @@ from ..lagrangians.facts import taken_apart
 from ..network.hypergraph import HAM, VectorizedHAM
 from .config import architecture, from_config
 from .descriptions import available_dtype
-from .files import FileProblem, atomic_file, file_problems
+from .files import atomic_file
+from .problems import FileProblem, file_problems
 
 # %% ../../nbs/api/storage/saving.ipynb #0ef6da42
 _VERSION = 1 # of the file format
