@@ -57,7 +57,8 @@ _MOVED = {
     "neurons": "network.neurons", "parameters": "network.parameters", "plots": "display.plots",
     "random_features": "synapses.random_features", "relaxation": "dynamics.relaxation", "saving": "storage.saving",
     "solvers": "dynamics.solver dynamics.problem dynamics.euler dynamics.backtracking",
-    "streaming": "numerics.streaming", "tables": "display.tables", "training": "learning.training",
+    "streaming": "numerics.streaming", "tables": "display.tables",
+    "training": "learning.training learning.run learning.trainable",
 }
 
 

@@ -3,4 +3,6 @@
 from .corruption import *
 from .gradients import *
 from .losses import *
+from .run import *
+from .trainable import *
 from .training import *
