@@ -1,4 +1,4 @@
-"""The table of a network says what the pytree holds, and its picture shows every part without covering any."""
+"""The table of a network says what the pytree holds; its picture shows all parts, none covered."""
 
 import itertools
 import re
@@ -25,7 +25,7 @@ from hamux.synapses.linear import BiasSynapse, DenseSynapse, LinearSynapse
 
 
 class Blend(eqx.Module):
-    "A synapse of somebody's own: one part learns, another is held, a power and a mask are constants."
+    "A synapse of a user: one part learns, another is held, a power and a mask are constants."
 
     free: LinearSynapse
     held: LinearSynapse
@@ -384,7 +384,7 @@ def closed():
 
 
 def check_picture(ham, ax):
-    "Every part is there, texts lie in their boxes, and no label or line covers a box or another label."
+    "Every part is there, texts lie in their boxes, no label or line covers a box or another label."
     layers, connections, labels, texts = (
         parts(ax, k) for k in ("layer", "connection", "label", "text")
     )
@@ -529,24 +529,22 @@ def test_energies_are_widths():
 def test_bad_input():
     ham = two_layers()
     for f in (describe, draw):
-        with pytest.raises(
-            TypeError, match=f"{f.__name__} takes a HAM or a VectorizedHAM, and was given dict"
-        ):
-            f({})
+        message = f"{f.__name__}: ham must be a HAM or a VectorizedHAM, got dict"
+        with pytest.raises(TypeError, match=message): f({})
     for kwargs, kind, message in [
-        (dict(ax="axes"), TypeError, "ax should be matplotlib axes, and is str"),
+        (dict(ax="axes"), TypeError, "ax must be matplotlib axes, got str"),
         (dict(layout="star"), ValueError, "'spring', 'circle' or a dictionary.*'star'"),
         (dict(layout=np.zeros((2, 2))), ValueError, "'spring', 'circle' or a dictionary"),
-        (dict(layout={"pattern": (0, 0)}), ValueError, r"missing \['memory'\], unknown \[\]"),
+        (dict(layout={"pattern": (0, 0)}), ValueError, r"missing names \['memory'\] and unknown"),
         (
             dict(layout={"pattern": (0, 0), "memory": (1, 1), "x": (2, 2)}),
             ValueError,
-            r"unknown \['x'\]",
+            r"unknown names \['x'\]",
         ),
         (
             dict(layout={"pattern": (0, 0), "memory": (0, 0)}),
             ValueError,
-            "two layers in the same place",
+            "got one place twice",
         ),
         (
             dict(layout={"pattern": (0, 0), "memory": (0, np.nan)}),
@@ -560,10 +558,10 @@ def test_bad_input():
         ),
         (dict(energies=3.0), TypeError, "one number per connection"),
         (dict(energies=[np.ones(3)]), TypeError, "one number per connection"),
-        (dict(energies=[1.0, 2.0]), ValueError, "There is 1 connection, and 2 energies"),
-        (dict(energies=[np.inf]), ValueError, "should be finite"),
+        (dict(energies=[1.0, 2.0]), ValueError, "each of 1 connection, got 2 energies"),
+        (dict(energies=[np.inf]), ValueError, "must be finite"),
     ]:
         with pytest.raises(kind, match=message): draw(ham, **kwargs)
     assert plt.get_fignums() == []
-    with pytest.raises(TypeError, match="call draw outside of jit"):
+    with pytest.raises(TypeError, match="Draw outside of jit"):
         jax.jit(lambda e: draw(ham, canvas(), energies=[e]) and None)(1.0)

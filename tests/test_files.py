@@ -833,7 +833,7 @@ def test_a_terminated_writer_cleans_up(tmp_path):
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("limit", [1_000_000, 100, 0])
 def test_a_file_that_may_not_grow(tmp_path, suffix, limit):
-    "A real failure of write(2): one problem, no noise from garbage collected, the old file as it was"
+    "A real failure of write(2): one problem, no late noise, the old file as it was"
     path = write(tmp_path / f"x{suffix}", np.eye(3))
     old = path.read_bytes()
     out = python(

@@ -9,413 +9,97 @@ __all__ = ['draw']
 
 # %% ../../nbs/api/display/drawing.ipynb #82c17318
 import itertools
-import math
 from collections import Counter
-from collections.abc import Mapping
-from typing import NamedTuple
 
 import jax
 import jax.tree_util as jtu
 import numpy as np
 
-from .tables import kind_of, as_network, plural, shorten
+from .placing import Wire, arrange, given_positions, has_hub
+from .tables import as_network, kind_of, plural, shorten
 
 # %% ../../nbs/api/display/drawing.ipynb #035662f8
 _POINTS = dict(name=9, detail=7.5, label=8) # font sizes
-_GAP = 0.06 # white space around things, in inches
 
 
-def _extent(text, points, weight="normal"):
+def _text_size(text, points, weight="normal"):
     "Width and height of a line of text, in inches."
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import TextPath
-    box = (
-        TextPath((0, 0), text, points, prop=FontProperties(weight=weight)).get_extents()
-        if text.strip()
-        else None
-    )
-    return np.array([box.x1 / 72 if box else 0.0, 1.25 * points / 72])
-
-
-class _Wire(NamedTuple):
-    "A connection to be drawn: its layers (by number) with how often each occurs, its label."
-    ends: dict
-    label: str
-    style: object
+    width = 0.0
+    if text.strip():
+        font = FontProperties(weight=weight)
+        width = TextPath((0, 0), text, points, prop=font).get_extents().x1 / 72
+    return np.array([width, 1.25 * points / 72])
 
 
 def _escape(text): return text.replace("$", r"\$")
 
 
 def _captions(net):
-    "The lines of text in each layer's box."
+    "The lines of each layer's box: (text, points, weight)."
     names = [str(n) if isinstance(n, str) else f"layer {n}" for n in net.neurons]
     shapes = ["×".join(map(str, layer.shape)) for layer in net.neurons.values()]
     kinds = [kind_of(layer.lagrangian).split("(")[0] for layer in net.neurons.values()]
+    fonts = [("name", "bold"), ("detail", "normal"), ("detail", "normal")]
     return [
-        tuple(_escape(shorten(t, 20)) for t in lines if t) for lines in zip(names, shapes, kinds)
+        [
+            (_escape(shorten(text, 20)), _POINTS[font], weight)
+            for text, (font, weight) in zip(filter(None, lines), fonts)
+        ]
+        for lines in zip(names, shapes, kinds)
     ]
+
+# %% ../../nbs/api/display/drawing.ipynb #008a6f12
+_DASHES = (5, 2), (1, 1.5), (6, 2, 1, 2), (10, 3), (4, 1.5, 1, 1.5, 1, 1.5)
+
+
+def _label(net, s, most):
+    "The name of a hypersynapse, or what it is and where."
+    if isinstance(s, str): return shorten(s, most)
+    kind = kind_of(net.hypersynapses[s]).split("(")[0].removesuffix("Synapse")
+    return shorten(f"{kind} {s}", most)
 
 
 def _wires(net, energies):
-    "The connections: one label and one dash pattern per shared synapse, with energies a label each."
+    "The connections: a label and a dash pattern per shared synapse, with energies a label each."
     order, uses = list(net.neurons), Counter(s for _, s in net.connections)
-    dashes = dict(
-        zip(
-            (s for s in uses if uses[s] > 1),
-            itertools.cycle([(5, 2), (1, 1.5), (6, 2, 1, 2), (10, 3), (4, 1.5, 1, 1.5, 1, 1.5)]),
-        )
-    )
-    wires, seen = [], set()
+    dashes = dict(zip((s for s in uses if uses[s] > 1), itertools.cycle(_DASHES)))
+    wires, labelled = [], set()
     for i, (names, s) in enumerate(net.connections):
-        name = (
-            s
-            if isinstance(s, str)
-            else f"{kind_of(net.hypersynapses[s]).split('(')[0].removesuffix('Synapse')} {s}"
-        )
-        label = "" if s in seen else shorten(name, 24)
+        label = "" if s in labelled else _label(net, s, 24)
         if energies is not None:
-            label = shorten(name, 16) + f" {float(energies[i]) + 0.0:.2g}".replace("-", "−")
-        seen.add(s)
-        wires.append(
-            _Wire(dict(Counter(order.index(n) for n in names)), _escape(label), dashes.get(s, "-"))
-        )
+            energy = f"{float(energies[i]) + 0.0:.2g}".replace("-", "−")
+            label = f"{_label(net, s, 16)} {energy}"
+        labelled.add(s)
+        ends = dict(Counter(order.index(n) for n in names))
+        wires.append(Wire(ends, _escape(label), dashes.get(s, "-")))
     return wires
-
-# %% ../../nbs/api/display/drawing.ipynb #6ffe0854
-def _graph_distances(n, wires):
-    "Distances between layers and, after them, the squares of many-body connections."
-    hubs = [w for w in wires if _has_hub(w)]
-    D = np.full((n + len(hubs),) * 2, np.inf)
-    np.fill_diagonal(D, 0)
-    for w in wires:
-        for i, j in itertools.combinations(w.ends, 2):
-            if not _has_hub(w): D[i, j] = D[j, i] = 1
-    for h, w in enumerate(hubs, n):
-        for i in w.ends: D[i, h] = D[h, i] = 0.62
-    for k in range(len(D)): D = np.minimum(D, D[:, k, None] + D[k])
-    apart = np.isinf(D)
-    D[apart] = 1.2 + D[~apart].max() / 2 # what is not connected stands a little aside
-    return D
-
-
-def _has_hub(wire): return len(wire.ends) > 2 or len(wire.ends) == 2 and sum(wire.ends.values()) > 2
-
-
-def _spring(D, steps=300):
-    "Points in the plane whose distances are nearly `D`: the longest axis along x, the first point on the left."
-    n = len(D)
-    if n < 3: return np.array([(0.0, 0.0), (D[0, -1], 0.0)])[:n]
-    i, j = np.indices(D.shape)
-    # no two eigenvalues are the same, so that the axes are determined
-    D = D * (1 + 1e-6 * np.cos(1.0 + i + j) * np.cos(i - j))
-    J = np.eye(n) - 1 / n
-    values, vectors = np.linalg.eigh(-0.5 * J @ D**2 @ J)
-    P = (vectors * np.sqrt(np.maximum(values, 0)))[:, :-3:-1]
-    w = 1 / np.where(D > 0, D, np.inf)**2
-    V = np.linalg.pinv(np.diag(w.sum(1)) - w)
-    for _ in range(steps):
-        R = np.linalg.norm(P[:, None] - P, axis=-1)
-        B = -w * D / np.where(R > 1e-9, R, np.inf)
-        P = V @ (B - np.diag(B.sum(1))) @ P
-    P = (P - P.mean(0)) @ np.linalg.svd(P - P.mean(0))[2].T
-    # the first point off the axis
-    lead = [P[np.argmax(abs(P[:, a]) > 1e-3 * np.ptp(P)), a] for a in (0, 1)]
-    return P * [-1 if lead[0] > 0 else 1, -1 if lead[1] < 0 else 1]
-
-# %% ../../nbs/api/display/drawing.ipynb #63fea610
-def _overlaps(centre, half, rects, gap=_GAP):
-    "Which of `rects`, rows of (x, y, half width, half height), the rectangle around `centre` touches."
-    rects = np.reshape(rects, (-1, 4))
-    return (abs(rects[:, :2] - centre) < rects[:, 2:] + half + gap).all(1)
-
-
-def _pushed(P, half, free, gap, rounds=300):
-    "`P` with the boxes of half sizes `half` pushed apart; only those that are `free` move."
-    P, order = np.array(P, dtype=float), np.arange(len(P))
-    for _ in range(rounds):
-        d = P[:, None] - P
-        need = np.where(
-            np.eye(len(P), dtype=bool)[..., None], 0, half[:, None] + half + gap - abs(d)
-        )
-        touching = (need > 1e-6).all(-1)
-        if not touching[free].any(): break
-        axis = need.argmin(-1)
-        along = np.take_along_axis(d, axis[..., None], -1)[..., 0]
-        # on top of each other: the later one goes up or right
-        side = np.where(along != 0, np.sign(along), np.sign(np.subtract.outer(order, order)))
-        push = np.where(touching, side * need.min(-1) / 2, 0)
-        P += free[:, None] * np.stack([np.where(axis == a, push, 0).sum(1) for a in (0, 1)], 1)
-    return P
-
-# %% ../../nbs/api/display/drawing.ipynb #3c292841
-def _curve(p, q, shift):
-    "Points from `p` to `q` on a parabola whose middle is `shift` inches aside."
-    t = np.linspace(0, 1, 61)[:, None]
-    along = q - p
-    normal = np.array([-along[1], along[0]]) / max(np.linalg.norm(along), 1e-9)
-    return p + t * along + 4 * t * (1 - t) * shift * normal
-
-
-def _inside(points, rects, gap=0.0):
-    "How many of `rects` some of the points lie in."
-    rects = np.reshape(rects, (-1, 4))
-    return int((abs(points[:, None] - rects[:, :2]) < rects[:, 2:] + gap).all(-1).any(0).sum())
-
-
-def _legs(n, wires):
-    "The lines to draw: (wire, from node, to node), a line for each time that a layer occurs."
-    legs, hub = [], n
-    for k, w in enumerate(wires):
-        if _has_hub(w):
-            legs += [(k, i, hub) for i, m in w.ends.items() for _ in range(m)]
-            hub += 1
-        elif len(w.ends) == 2: legs.append((k, *sorted(w.ends)))
-    return legs
-
-
-def _routes(legs, boxes):
-    "A curve for each leg that avoids the other boxes and its own doubles."
-    doubles, taken, curves = Counter(leg[1:] for leg in legs), {}, []
-    for _, i, j in legs:
-        others, used = np.delete(boxes, [i, j], 0), taken.setdefault((i, j), [])
-        first = 0.0 if doubles[i, j] % 2 else 0.17
-        shifts = sorted(
-            {sign * (first + 0.34 * k) for k in range(6 + doubles[i, j]) for sign in (1, -1)},
-            key=abs,
-        )
-        options = [
-            (s, _curve(boxes[i, :2], boxes[j, :2], s))
-            for s in shifts
-            if all(abs(s - u) > 0.3 for u in used)
-        ]
-        shift, curve = min(
-            options, key=lambda o, others=others: abs(o[0]) + 10 * _inside(o[1], others, _GAP)
-        )
-        used.append(shift); curves.append(curve)
-    return curves
-
-# %% ../../nbs/api/display/drawing.ipynb #879777a2
-def _loop(anchor, u, turns):
-    "`turns` nested loops on the side of a box that faces `u`."
-    t, v = np.linspace(0, 1, 31)[:, None], u[::-1]
-    turn = (
-        lambda r: anchor
-        - 0.05 * u
-        + (1 - 2 * t) * (0.07 + 0.07 * r + 4 * t * (1 - t) * 0.1 * r) * v
-        + 4 * t * (1 - t) * (0.12 + 0.2 * r) * u
-    )
-    return [turn(1 - 0.55 * k / turns) for k in range(turns)]
-
-
-def _attached(box, turns, size, others, rects, lines):
-    "Cost, lines, place of the label and surrounding rectangle of a loop or a stub, on the emptiest side of the box."
-    found = []
-    for u, along in itertools.product(
-        np.array([(0.0, 1.0), (0.0, -1.0), (-1.0, 0.0), (1.0, 0.0)]), (0, -0.6, 0.6)
-    ):
-        anchor = box[:2] + u * box[2:] + along * abs(u[::-1]) * box[2:]
-        drawn = (
-            _loop(anchor, u, turns)
-            if turns
-            else [anchor + u * np.linspace(-0.05, 0.26, 11)[:, None]]
-        )
-        reach = (np.concatenate(drawn) @ u).max() - anchor @ u
-        centre = anchor + u * (reach + abs(u) @ size / 2 + _GAP)
-        corners = np.concatenate(
-            [*(d[(d - anchor) @ u >= 0] for d in drawn), [centre - size / 2, centre + size / 2]]
-        )
-        rect = np.array(
-            [*(corners.max(0) + corners.min(0)) / 2, *(corners.max(0) - corners.min(0)) / 2]
-        )
-        blocked = _overlaps(rect[:2], rect[2:], [*others, *rects]).sum()
-        crossed = sum(_inside(line, rect, 0.03) for line in lines)
-        found.append(
-            (
-                10 * blocked + crossed + 0.3 * (abs(u[0]) + abs(along)) + 0.1 * (u[1] < 0),
-                drawn,
-                centre,
-                rect,
-            )
-        )
-    return min(found, key=lambda f: f[0])
-
-# %% ../../nbs/api/display/drawing.ipynb #07779f7e
-def _labelled(candidates, size, rects, lines):
-    "The place for a label of `size`: (cost, centre)."
-    def cost(pair):
-        dislike, c = pair
-        return (
-            dislike
-            + 10 * _overlaps(c, size / 2, rects, 0.02).sum()
-            + 0.7 * sum(_inside(line, [*c, *(size / 2)]) for line in lines)
-        )
-    best = min(candidates, key=cost)
-    return cost(best), best[1]
-
-
-def _along(curve, boxes):
-    "Places on a curve outside of the boxes at its ends, the middle first."
-    seen = curve[~(abs(curve[:, None] - boxes[:, :2]) < boxes[:, 2:] + _GAP).all(-1).any(1)]
-    seen = seen if len(seen) else curve[len(curve) // 2:][:1]
-    return [(abs(k / max(len(seen) - 1, 1) - 0.5), c) for k, c in enumerate(seen)]
-
-
-def _left(curve, rects):
-    "The length of what is seen of a curve that `rects` cover, in inches."
-    rects = np.array(rects)
-    covered = (abs(curve[1:, None] - rects[:, :2]) < rects[:, 2:]).all(-1).any(1)
-    return np.linalg.norm(np.diff(curve, axis=0), axis=1)[~covered].sum()
-
-
-def _around(centre, size):
-    "Places around a square, near ones first."
-    ring = [(math.cos(a), math.sin(a)) for a in np.arange(16) * math.pi / 8]
-    return [
-        (5 * r, centre + np.array(u) * (size / 2 + 0.09 + r))
-        for r in (0.0, 0.1, 0.25)
-        for u in ring
-    ]
-
-
-class _Scene(NamedTuple):
-    "A picture in inches: boxes and squares (x, y, half width, half height), curves and labels by connection, and what went wrong."
-    boxes: np.ndarray
-    curves: list
-    labels: list
-    conflicts: int
-
-
-def _scene(P, half, n, wires, sizes):
-    "Everything placed, given where the boxes are."
-    boxes = np.concatenate([P, half], 1)
-    legs = _legs(n, wires)
-    routes = _routes(legs, boxes)
-    curves = [(leg[0], c) for leg, c in zip(legs, routes)]
-    conflicts = sum(_inside(c, np.delete(boxes, leg[1:], 0)) for leg, c in zip(legs, routes))
-    conflicts += sum(_overlaps(b[:2], b[2:], boxes[k + 1:]).sum() for k, b in enumerate(boxes))
-    rects, labels = [], []
-    for k, w in enumerate(wires):
-        if len(w.ends) > 1: continue
-        i, = w.ends
-        cost, drawn, centre, rect = _attached(
-            boxes[i], w.ends[i] - 1, sizes[k], np.delete(boxes, i, 0), rects, routes
-        )
-        curves += [(k, d) for d in drawn]
-        rects.append(rect)
-        labels += [(k, centre)] * bool(w.label)
-        conflicts += cost >= 10
-    hub = n - 1
-    for k, w in enumerate(wires):
-        hub += _has_hub(w)
-        if len(w.ends) == 1 or not w.label: continue
-        mine = next(c for leg, c in zip(legs, routes) if leg[0] == k)
-        places = _around(boxes[hub, :2], sizes[k]) if _has_hub(w) else _along(mine, boxes)
-        others = [c for c in routes if c is not mine or _has_hub(w)]
-        cost, centre = _labelled(places, sizes[k], [*boxes, *rects], others)
-        rects.append(np.array([*centre, *sizes[k] / 2]))
-        labels.append((k, centre))
-        conflicts += cost >= 10
-        conflicts += not _has_hub(w) and _left(mine, [*boxes, rects[-1]]) < 0.24
-    return _Scene(boxes, curves, labels, conflicts)
-
-# %% ../../nbs/api/display/drawing.ipynb #e867f665
-def _points(layout, names, wires):
-    "Where layers and squares are, in no particular unit, and which of them may be pushed."
-    n, hubs = len(names), [w for w in wires if _has_hub(w)]
-    if isinstance(layout, str) and layout == "spring":
-        return _spring(_graph_distances(n, wires)), np.ones(n + len(hubs), bool)
-    if isinstance(layout, str) and layout == "circle":
-        turn = math.pi - 2 * math.pi * np.arange(n) / n
-        P = np.stack([np.cos(turn), np.sin(turn)], 1) / max(2 * math.sin(math.pi / max(n, 2)), 1e-9)
-    else:
-        P = _given(layout, names)
-    centres = [np.mean([P[i] for i in w.ends], 0) for w in hubs]
-    return np.array([*P, *centres]), np.arange(n + len(hubs)) >= n
-
-
-def _given(layout, names):
-    "The positions that the caller wants, checked, with the nearest two layers one unit apart."
-    if not isinstance(layout, Mapping):
-        raise ValueError(
-            "layout is 'spring', 'circle' or a dictionary from layer names to (x, y), and was"
-            f" {layout!r}."
-        )
-    if set(layout) != set(names):
-        raise ValueError(
-            "The layout does not have the names of the layers: missing"
-            f" {[n for n in names if n not in layout]}, unknown"
-            f" {[n for n in layout if n not in names]}."
-        )
-    P = np.array(
-        [
-            np.asarray(layout[n], dtype=float) if np.shape(layout[n]) == (2,) else (np.nan, np.nan)
-            for n in names
-        ]
-    )
-    for n, p in zip(names, P):
-        if not np.isfinite(p).all():
-            raise ValueError(
-                f"The layout should give the layer {n!r} two finite numbers (x, y), and gives"
-                f" {layout[n]!r}."
-            )
-    gaps = np.linalg.norm(P[:, None] - P, axis=-1)[~np.eye(len(P), dtype=bool)]
-    if len(gaps) and gaps.min() <= 1e-6 * gaps.max():
-        raise ValueError("The layout puts two layers in the same place.")
-    return P / (gaps.min() if len(gaps) else 1)
-
-
-def _arranged(net, layout, wires, half, sizes):
-    "The scene with the least room in which nothing is covered."
-    n = net.n_neurons
-    P, free = _points(layout, list(net.neurons), wires)
-    half = np.concatenate([half, np.full((len(P) - n, 2), 0.06)])
-    widest = max([s[0] for s, w in zip(sizes, wires) if len(w.ends) > 1], default=0)
-    unit = np.array(
-        [2 * half[:n, 0].mean() + max(0.4, widest) + 4 * _GAP, 2 * half[:n, 1].mean() + 0.5]
-    )
-    pinned = not free[:n].all()
-    if (
-        not pinned
-        and np.ptp(P[:, 0]) * unit[0] > 7.5
-        and np.ptp(P[:, 0]) * unit[1] > np.ptp(P[:, 1]) * unit[0]
-    ):
-        P = np.stack([P[:, 1], -P[:, 0]], 1) # too wide for a page: the long axis goes down
-    if pinned: unit = np.full(2, unit.mean())
-    best = None
-    for spread in 1.13 ** np.arange(10):
-        scene = _scene(_pushed(P * unit * spread, half, free, 0.3), half, n, wires, sizes)
-        if best is None or scene.conflicts < best.conflicts: best = scene
-        if not best.conflicts: break
-    return best
 
 # %% ../../nbs/api/display/drawing.ipynb #1043ab2a
 def _widths(net, energies):
     "A line width per connection: as the sizes of the energies, or all the same."
-    if energies is None: return [1.3] * net.n_connections
+    n = net.n_connections
+    if energies is None: return [1.3] * n
     if any(isinstance(e, jax.core.Tracer) for e in jtu.tree_leaves(energies)):
-        raise TypeError(
-            "A picture needs the numbers, and these energies are traced: call draw outside of jit."
-        )
+        raise TypeError("draw: energies must be numbers, got traced ones. Draw outside of jit.")
     try:
         values = np.array([float(e) for e in energies])
     except (TypeError, ValueError) as e:
         raise TypeError(
-            "The energies are one number per connection, as ham.connection_energies(xhats) gives"
-            f" for one state: {e}."
+            "draw: energies must be one number per connection, as ham.connection_energies(xhats)"
+            f" gives for one state: {e}."
         ) from e
-    if len(values) != net.n_connections:
-        raise ValueError(
-            f"There {'is' if net.n_connections == 1 else 'are'}"
-            f" {plural(net.n_connections, 'connection')}, and {len(values)} energies were given."
-        )
+    if len(values) != n:
+        counts = f"{plural(n, 'connection')}, got {len(values)} energies"
+        raise ValueError(f"draw: energies must be one number for each of {counts}.")
     if not np.isfinite(values).all():
-        raise ValueError(f"The energies should be finite, and are {values.tolist()}.")
+        raise ValueError(f"draw: energies must be finite, got {values.tolist()}.")
     return 0.6 + 2.9 * abs(values) / max(abs(values).max(initial=0), 1e-30)
 
-
+# %% ../../nbs/api/display/drawing.ipynb #7ac6440f
 def _axes_for(ax, extent):
-    "Axes without frame on which `extent` (x0, y0, x1, y1) is shown in proportion, and the size of its inch."
+    "Frameless axes that show `extent` (x0, y0, x1, y1) in proportion, and the size of their inch."
     size = extent[2:] - extent[:2]
     if ax is not None:
         ax.set_axis_off()
@@ -426,97 +110,56 @@ def _axes_for(ax, extent):
         ax = plt.figure(figsize=size * min(1, 7.5 / size.max())).add_axes((0, 0, 1, 1))
     scale = min(np.array([ax.bbox.width, ax.bbox.height]) / ax.figure.dpi / size)
     middle, half = (extent[:2] + extent[2:]) / 2, size / 2 * max(1, scale / 1.25)
-    ax.set(
-        xlim=(middle[0] - half[0], middle[0] + half[0]),
-        ylim=(middle[1] - half[1], middle[1] + half[1]),
-        aspect="equal",
-    )
+    (x0, y0), (x1, y1) = middle - half, middle + half
+    ax.set(xlim=(x0, x1), ylim=(y0, y1), aspect="equal")
     ax.set_axis_off()
     return ax, min(scale, 1.25)
 
 # %% ../../nbs/api/display/drawing.ipynb #642ceb72
-def _paint(ax, scale, scene, net, wires, widths, texts):
-    "Put the scene on the axes; every artist carries the name of its part as gid."
-    import matplotlib as mpl
+def _paint_wires(ax, scale, ink, scene, wires, widths):
+    "Lines, loops and stubs."
     from matplotlib.lines import Line2D
-    from matplotlib.patches import FancyBboxPatch, Rectangle
-    ink, paper = mpl.rcParams["text.color"], mpl.rcParams["axes.facecolor"]
     for k, points in scene.curves:
-        stub = sum(wires[k].ends.values()) == 1
+        style, width = wires[k].style, widths[k]
         # dashes are as long on wide lines
-        style = (
-            wires[k].style
-            if wires[k].style == "-"
-            else (0, tuple(1.3 * d / widths[k] for d in wires[k].style))
-        )
-        ax.add_line(
-            Line2D(
-                *points.T,
-                color=ink,
-                lw=widths[k] * scale,
-                ls=style,
-                zorder=1,
-                gid=f"connection {k}",
-                marker="o" if stub else "",
-                ms=4 * scale,
-                markevery=[-1],
-            )
-        )
-    for k, (x, y, w, h) in zip(
-        (k for k, wire in enumerate(wires) if _has_hub(wire)), scene.boxes[net.n_neurons :]
-    ):
-        ax.add_patch(
-            Rectangle(
-                (x - w, y - h), 2 * w, 2 * h, color=ink, lw=0, zorder=2, gid=f"connection {k}"
-            )
-        )
-    for (name, layer), (x, y, w, h), lines in zip(net.neurons.items(), scene.boxes, texts):
-        ax.add_patch(
-            FancyBboxPatch(
-                (x - w, y - h),
-                2 * w,
-                2 * h,
-                "round,pad=0,rounding_size=0.07",
-                fc=paper,
-                ec=ink,
-                lw=1.2 * scale,
-                ls="-" if layer.leak else "--",
-                zorder=3,
-                gid=f"layer {name}",
-            )
-        )
-        heights = np.array([_extent(*t)[1] for t in lines])
-        for (text, points, weight), dy in zip(
-            lines, heights.sum() / 2 - heights.cumsum() + heights / 2
-        ):
-            ax.text(
-                x,
-                y + dy,
-                text,
-                size=points * scale,
-                weight=weight,
-                color=ink,
-                ha="center",
-                va="center",
-                zorder=4,
-                gid=f"text {name}",
-            )
+        if style != "-": style = (0, tuple(1.3 * d / width for d in style))
+        stub = sum(wires[k].ends.values()) == 1
+        line = Line2D(*points.T, color=ink, lw=width * scale, ls=style, zorder=1)
+        line.set(gid=f"connection {k}", marker="o" if stub else "", ms=4 * scale, markevery=[-1])
+        ax.add_line(line)
+
+
+def _paint_boxes(ax, scale, ink, scene, net, wires):
+    "Squares of many-body connections, and boxes of layers."
+    import matplotlib as mpl
+    from matplotlib.patches import FancyBboxPatch, Rectangle
+    hubs = [k for k, wire in enumerate(wires) if has_hub(wire)]
+    for k, (x, y, w, h) in zip(hubs, scene.boxes[net.n_neurons:]):
+        square = Rectangle((x - w, y - h), 2 * w, 2 * h, color=ink, lw=0, zorder=2)
+        ax.add_patch(square).set_gid(f"connection {k}")
+    for (name, layer), (x, y, w, h) in zip(net.neurons.items(), scene.boxes):
+        round_ = "round,pad=0,rounding_size=0.07"
+        box = FancyBboxPatch((x - w, y - h), 2 * w, 2 * h, round_, ec=ink, lw=1.2 * scale, zorder=3)
+        box.set(fc=mpl.rcParams["axes.facecolor"], ls="-" if layer.leak else "--")
+        ax.add_patch(box).set_gid(f"layer {name}")
+
+
+def _paint_texts(ax, scale, ink, scene, net, wires, captions):
+    "Captions of layers and labels of connections."
+    import matplotlib as mpl
+    centred = dict(color=ink, ha="center", va="center")
+    for name, (x, y, _, _), lines in zip(net.neurons, scene.boxes, captions):
+        heights = np.array([_text_size(*line)[1] for line in lines])
+        offsets = heights.sum() / 2 - heights.cumsum() + heights / 2
+        for (text, points, weight), dy in zip(lines, offsets):
+            font = dict(size=points * scale, weight=weight)
+            ax.text(x, y + dy, text, zorder=4, gid=f"text {name}", **font, **centred)
+    paper = dict(fc=mpl.rcParams["axes.facecolor"], ec="none", pad=0.8 * scale)
     for k, (x, y) in scene.labels:
-        ax.text(
-            x,
-            y,
-            wires[k].label,
-            size=_POINTS["label"] * scale,
-            style="italic",
-            color=ink,
-            ha="center",
-            va="center",
-            zorder=2.5,
-            gid=f"label {k}",
-            bbox=dict(fc=paper, ec="none", pad=0.8 * scale),
-        )
+        font = dict(size=_POINTS["label"] * scale, style="italic", bbox=paper)
+        ax.text(x, y, wires[k].label, zorder=2.5, gid=f"label {k}", **font, **centred)
 
-
+# %% ../../nbs/api/display/drawing.ipynb #69635817
 def draw(
     ham, # a HAM or a VectorizedHAM
     ax=None, # matplotlib axes; None for a new figure of fitting size
@@ -526,31 +169,29 @@ def draw(
     # and shown as line widths
     energies=None,
 ): # the axes
-    "Draw the hypergraph: boxes for layers; lines, squares, loops and stubs for connections. Raises TypeError or ValueError for what it cannot draw."
+    "Draw the hypergraph. Raises TypeError or ValueError for what it cannot draw."
     net = as_network(ham, "draw")
     if ax is not None and not hasattr(ax, "add_patch"):
-        raise TypeError(f"ax should be matplotlib axes, and is {type(ax).__name__}.")
+        raise TypeError(f"draw: ax must be matplotlib axes, got {type(ax).__name__}.")
     if not (isinstance(layout, str) and layout in ("spring", "circle")):
-        _given(layout, list(net.neurons))
-    widths, wires = _widths(net, energies), _wires(net, energies)
-    texts = [
-        [
-            (t, _POINTS["detail" if k else "name"], "normal" if k else "bold")
-            for k, t in enumerate(lines)
-        ]
-        for lines in _captions(net)
-    ]
-    inner = [np.array([_extent(*t) for t in lines]) for lines in texts]
+        given_positions(layout, list(net.neurons))
+    widths, wires, captions = _widths(net, energies), _wires(net, energies), _captions(net)
+    inner = [np.array([_text_size(*line) for line in lines]) for lines in captions]
     half = np.array([(e[:, 0].max() / 2 + 0.09, e[:, 1].sum() / 2 + 0.05) for e in inner])
-    sizes = [_extent(w.label, _POINTS["label"]) + [0.06, 0.02] for w in wires]
-    scene = _arranged(net, layout, wires, half, sizes)
-    rects = [
-        *scene.boxes,
-        *((*c, *sizes[k] / 2) for k, c in scene.labels),
-        *((*p, 0, 0) for _, c in scene.curves for p in c),
-    ]
-    x, y, w, h = np.array(rects).T
-    extent = np.array([min(x - w) - 0.1, min(y - h) - 0.1, max(x + w) + 0.1, max(y + h) + 0.1])
-    ax, scale = _axes_for(ax, extent)
-    _paint(ax, scale, scene, net, wires, widths, texts)
+    sizes = [_text_size(w.label, _POINTS["label"]) + [0.06, 0.02] for w in wires]
+    scene = arrange(list(net.neurons), layout, wires, half, sizes)
+    ax, scale = _axes_for(ax, _extent(scene, sizes))
+    import matplotlib as mpl
+    ink = mpl.rcParams["text.color"]
+    _paint_wires(ax, scale, ink, scene, wires, widths)
+    _paint_boxes(ax, scale, ink, scene, net, wires)
+    _paint_texts(ax, scale, ink, scene, net, wires, captions)
     return ax
+
+
+def _extent(scene, sizes):
+    "The rectangle (x0, y0, x1, y1) around everything."
+    labels = [(*centre, *sizes[k] / 2) for k, centre in scene.labels]
+    points = [(*point, 0, 0) for _, curve in scene.curves for point in curve]
+    x, y, w, h = np.array([*scene.boxes, *labels, *points]).T
+    return np.array([min(x - w) - 0.1, min(y - h) - 0.1, max(x + w) + 0.1, max(y + h) + 0.1])

@@ -16,87 +16,72 @@ def plot_energy(
     ax=None, # matplotlib axes; None for new ones
     label=None, # a name for the legend
     **style, # passed on to matplotlib's plot
-):
-    "Draw the energy against the step, one curve per row; a dot marks where a row stopped. Raises ValueError without a trace. Returns the axes."
+): # the axes
+    "Draw the energy against the step, one curve per row, with a dot where a row stopped."
     energies = getattr(energies, "energies", energies)
     if energies is None:
-        raise ValueError("There is no trace to draw: this descent was made with trace=False.")
+        raise ValueError("plot_energy: the descent must have a trace, got one with trace=False.")
     if ax is None:
         import matplotlib.pyplot as plt
         _, ax = plt.subplots(figsize=(4.5, 2.6), layout="constrained")
     rows = np.atleast_2d(np.asarray(energies, dtype=float))
-    faint = dict(lw=1.5, alpha=1 if len(rows) == 1 else max(0.15, 1 / len(rows)**0.5)) | style
+    style = dict(lw=1.5, alpha=1 if len(rows) == 1 else max(0.15, 1 / len(rows)**0.5)) | style
     for i, row in enumerate(rows):
-        seen = row[~np.isnan(row)]
-        line, = ax.plot(seen, label=label if i == 0 else None, **faint)
-        faint["color"] = line.get_color()
-        if len(seen):
-            ax.plot(
-                len(seen) - 1, seen[-1], ".", ms=4, color=line.get_color(), alpha=faint["alpha"]
-            )
+        steps = row[~np.isnan(row)]
+        line, = ax.plot(steps, label=label if i == 0 else None, **style)
+        style["color"] = line.get_color()
+        end = dict(ms=4, color=style["color"], alpha=style["alpha"])
+        if len(steps): ax.plot(len(steps) - 1, steps[-1], ".", **end)
     ax.set(xlabel="step", ylabel="energy")
     return ax
 
-# %% ../../nbs/api/display/plots.ipynb #d64009c6
-def plot_recall(
-    # arrays (columns, pixels) or (columns, height, width): for instance originals, corrupted,
-    # recalled
-    *rows,
-    labels=None, # a name for each row
-    titles=None, # a title for each column
-    shape=None, # (height, width) of an image; None for a square, or for what the rows have
-    cmap="gray_r", # matplotlib's name of a colour map
-    limits=None, # darkest and lightest value; None for those of the first row
-    axes=None, # an array of axes (rows, columns); None for new ones
-):
-    "Draw rows of images under each other; NaN is hatched as unknown. Raises ValueError for rows that do not fit. Returns the axes."
-    rows = [np.asarray(r, dtype=float) for r in rows]
-    if len({r.shape[:1] for r in rows}) != 1:
-        raise ValueError(
-            "Every row should hold the same number of images, and they have shapes"
-            f" {[r.shape for r in rows]}."
-        )
-    rows = [r.reshape(len(r), *(shape or _image_shape(r))) for r in rows]
-    if axes is None:
-        import matplotlib.pyplot as plt
-        _, axes = plt.subplots(
-            len(rows),
-            len(rows[0]),
-            figsize=(0.75 * len(rows[0]) + 0.9, 0.8 * len(rows)),
-            squeeze=False,
-        )
-    low, high = limits or (np.nanmin(rows[0]), np.nanmax(rows[0]))
-    for r, (row, name) in enumerate(zip(rows, labels or [""] * len(rows), strict=True)):
-        for ax, image in zip(axes[r], row, strict=True): _draw_image(ax, image, cmap, low, high)
-        axes[r][0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
-    for ax, title in zip(axes[0], titles or []): ax.set_title(title, fontsize=9)
-    return axes
-
-
+# %% ../../nbs/api/display/plots.ipynb #ca886de0
 def _image_shape(row):
     "The height and width of the images of a row."
     if row.ndim == 3: return row.shape[1:]
     side = int(round(row.shape[1] ** 0.5)) if row.ndim == 2 else 0
     if side * side != np.prod(row.shape[1:]):
-        raise ValueError(
-            f"Images of {row.shape[1:]} values are not square: give shape=(height, width)."
-        )
+        sizes = " × ".join(map(str, row.shape[1:]))
+        raise ValueError(f"plot_recall: images must be square, got {sizes} values. Give shape=….")
     return side, side
 
 
 def _draw_image(ax, image, cmap, low, high):
     "One image, its unknown pixels hatched."
     ax.imshow(image, cmap=cmap, vmin=low, vmax=high)
+    hatched = dict(facecolor="#e8eefc", edgecolor="#7088c0", hatch="////", lw=0)
     for y, x in np.argwhere(np.isnan(image)):
-        ax.fill(
-            [x - 0.5, x + 0.5, x + 0.5, x - 0.5],
-            [y - 0.5, y - 0.5, y + 0.5, y + 0.5],
-            facecolor="#e8eefc",
-            edgecolor="#7088c0",
-            hatch="////",
-            lw=0,
-        )
+        left, right, low, high = x - 0.5, x + 0.5, y - 0.5, y + 0.5
+        ax.fill([left, right, right, left], [low, low, high, high], **hatched)
     ax.set_xticks([]); ax.set_yticks([])
+
+# %% ../../nbs/api/display/plots.ipynb #d64009c6
+def plot_recall(
+    *rows, # arrays (columns, pixels) or (columns, height, width): originals, corrupted, recalled
+    labels=None, # a name for each row
+    titles=None, # a title for each column
+    shape=None, # (height, width) of an image; None for a square, or for what the rows have
+    cmap="gray_r", # matplotlib's name of a colour map
+    limits=None, # darkest and lightest value; None for those of the first row
+    axes=None, # an array of axes (rows, columns); None for new ones
+): # the axes
+    "Draw rows of images under each other, NaN hatched. Raises ValueError for rows that do not fit."
+    rows = [np.asarray(r, dtype=float) for r in rows]
+    if len({r.shape[:1] for r in rows}) != 1:
+        shapes = [r.shape for r in rows]
+        raise ValueError(f"plot_recall: rows must have the same number of images, got {shapes}.")
+    rows = [r.reshape(len(r), *(shape or _image_shape(r))) for r in rows]
+    if axes is None:
+        import matplotlib.pyplot as plt
+        down, across = len(rows), len(rows[0])
+        size = 0.75 * across + 0.9, 0.8 * down
+        _, axes = plt.subplots(down, across, figsize=size, squeeze=False)
+    low, high = limits or (np.nanmin(rows[0]), np.nanmax(rows[0]))
+    for r, (row, name) in enumerate(zip(rows, labels or [""] * len(rows), strict=True)):
+        for ax, image in zip(axes[r], row, strict=True): _draw_image(ax, image, cmap, low, high)
+        axes[r][0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+    for ax, title in zip(axes[0], titles or []): ax.set_title(title, fontsize=9)
+    return axes
 
 # %% ../../nbs/api/display/plots.ipynb #7ed123c6
 def plot_lagrangian(
@@ -106,8 +91,8 @@ def plot_lagrangian(
     energy_label="energy $x\\hat x - L$", # the title of the last panel
     # function from a number to a state, whose first entry is shown; None for states of one neuron
     slice_of=None,
-):
-    "Draw a Lagrangian, its activation and its energy along a line. Returns the axes."
+): # the axes
+    "Draw a Lagrangian, its activation and its energy along a line."
     import jax
     import matplotlib.pyplot as plt
     # or the energies of the norms, about 1e-5, would be drawn as rounding noise
@@ -119,9 +104,8 @@ def plot_lagrangian(
     energies = (activations * np.asarray(states)).sum(-1) - values
     titles = "Lagrangian $L(x)$", "activation $\\hat x=\\nabla L$", energy_label
     _, axes = plt.subplots(1, 3, figsize=(7.5, 1.9), layout="constrained")
-    for ax, title, y, style in zip(
-        axes, titles, (values, activations[:, 0], energies), ("-", "--", "-.")
-    ):
+    curves = values, activations[:, 0], energies
+    for ax, title, y, style in zip(axes, titles, curves, ("-", "--", "-.")):
         ax.plot(x, y, style, lw=2, color="C0")
         ax.set(title=title, xlabel="$x$" if slice_of is None else "$x_1$")
         ax.axhline(0, lw=0.5, color="0.6")
