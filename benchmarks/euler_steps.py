@@ -1,8 +1,11 @@
 #!/usr/bin/env python3
-"""Forty Euler steps of 784 identity and 1000 softmax neurons, batch 32: `descend`, the same step by hand in one scan, and the published package.
+"""Forty Euler steps of 784 identity and 1000 softmax neurons, batch 32: `descend`, the same step by
+hand in one scan, and the published package.
 
-By hand is two matrix products and a softmax per step, and no energy, residual or stopping. The published hamux 0.2.2 is driven as its README does, a Python loop over `dEdact`, with the activations
-recomputed (its README forgot that), in a process of its own: `pip install --no-deps --target old hamux==0.2.2 fastcore`, and give `--old old`. The contestants take turns.
+By hand is two matrix products and a softmax per step, and no energy, residual or stopping. The
+published hamux 0.2.2 is driven as its README does, a Python loop over `dEdact`, with the
+activations recomputed (its README forgot that), in a process of its own: `pip install --no-deps
+--target old hamux==0.2.2 fastcore`, and give `--old old`. The contestants take turns.
 """
 
 import argparse

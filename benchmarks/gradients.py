@@ -1,7 +1,10 @@
 #!/usr/bin/env python3
-"""The gradient of a loss through a recall of 784 identity and 1000 softmax neurons, batch 32: memory and time of every adjoint, against the number of steps.
+"""The gradient of a loss through a recall of 784 identity and 1000 softmax neurons, batch 32:
+memory and time of every adjoint, against the number of steps.
 
-By hand is the same Euler step in one scan under jax.grad, two matrix products and a softmax, with no energy, residual or stopping. Memory is what XLA plans beyond arguments and result. The contestants take turns.
+By hand is the same Euler step in one scan under jax.grad, two matrix products and a softmax, with
+no energy, residual or stopping. Memory is what XLA plans beyond arguments and result. The
+contestants take turns.
 """
 
 import argparse

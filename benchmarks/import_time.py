@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""What `import hamux` adds to `import jax, equinox, optimistix`: medians over fresh processes, taken in turn."""
+"""What `import hamux` adds to `import jax, equinox, optimistix`: medians over fresh processes,
+taken in turn."""
 
 import argparse
 import statistics

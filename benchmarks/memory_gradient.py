@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
-"""The gradient of one memory synapse in a batch of queries: streamed, against plain logsumexp with autodiff, against PyTorch's fused attention.
+"""The gradient of one memory synapse in a batch of queries: streamed, against plain logsumexp with
+autodiff, against PyTorch's fused attention.
 
-The update is softmax(βΞq)ᵀΞ for each query q. The contestants take turns, in an order that rotates, so that a machine that slows down slows them all,
-and each after a pause: the threads of the one before spin for a while after their work, which without a pause made PyTorch look three times slower. PyTorch belongs to
-no extra: `python -m venv torch; torch/bin/pip install torch==2.13.0`, and give `--torch torch/bin/python`. It runs in a process of its own, on as many threads.
+The update is softmax(βΞq)ᵀΞ for each query q. The contestants take turns, in an order that rotates,
+so that a machine that slows down slows them all, and each after a pause: the threads of the one
+before spin for a while after their work, which without a pause made PyTorch look three times
+slower. PyTorch belongs to no extra: `python -m venv torch; torch/bin/pip install torch==2.13.0`,
+and give `--torch torch/bin/python`. It runs in a process of its own, on as many threads.
 """
 
 import argparse

@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """How many gradients of the energy each solver needs, and whether it ends where the flow ends.
 
-In float64, to a largest |∂E/∂x̂| of 1e-8. The flow is integrated by diffrax (Tsit5, relative tolerance 1e-8); a start agrees where every activation ends
-within 1e-3 of the flow's. The best fixed step is searched on a part of the starts, among those at which at least 95 % converge, for the least median:
-it is found in hindsight, for one system, and says nothing of where it ends (that is in its row). Starts from which the flow itself came to no rest are left out.
+In float64, to a largest |∂E/∂x̂| of 1e-8. The flow is integrated by diffrax (Tsit5, relative
+tolerance 1e-8); a start agrees where every activation ends within 1e-3 of the flow's. The best
+fixed step is searched on a part of the starts, among those at which at least 95 % converge, for the
+least median: it is found in hindsight, for one system, and says nothing of where it ends (that is
+in its row). Starts from which the flow itself came to no rest are left out.
 
     python benchmarks/solvers.py --quick                          # 50 starts a system
     python benchmarks/solvers.py --solvers "Adaptive()" "Relaxation()" --systems rings3
@@ -38,7 +40,8 @@ def digits(beta, n, K=500):
 
 
 def ring(scale, key, sizes=(32, 24, 16, 20)):
-    "Four layers in a ring, identity, tanh, softmax, tanh, with normal weights of standard deviation scale/√(mean size)"
+    """Four layers in a ring, identity, tanh, softmax, tanh, with normal weights of standard
+    deviation scale/√(mean size)"""
     pairs = [(i, (i + 1) % 4) for i in range(4)]
     Ws = [
         scale * jr.normal(k, (sizes[i], sizes[j])) * (2 / (sizes[i] + sizes[j])) ** 0.5
@@ -158,7 +161,8 @@ def flow(ham, xs, axis):
 
 @eqx.filter_jit
 def run(ham, xs, axis, solver, max_steps):
-    "Activations, evaluations of the gradient, whether it converged, and rises of the energy, one per start"
+    """Activations, evaluations of the gradient, whether it converged, and rises of the energy, one
+    per start"""
     def one(ham, xs):
         out = hmx.descend(
             ham, xs, solver=solver, max_steps=max_steps, rtol=0.0, atol=1e-8, trace=False

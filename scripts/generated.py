@@ -1,4 +1,5 @@
-"""What the scripts that generate files share: write them, or with `--check` say how they have drifted."""
+"""What the scripts that generate files share: write them, or with `--check` say how they have
+drifted."""
 
 import argparse
 import difflib

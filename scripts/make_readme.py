@@ -22,7 +22,8 @@ ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 def target(url: str, docs: str) -> str:
-    "Where a link of the notebook leads from the root of the repository: pages to the site, files to the tree"
+    """Where a link of the notebook leads from the root of the repository: pages to the site, files
+    to the tree"""
     if re.match(r"[a-z][a-z+.-]*:|#|/", url): return url
     path, _, anchor = url.partition("#")
     if path.endswith((".ipynb", ".qmd")):

@@ -90,7 +90,8 @@ def run_notebook(path: Path) -> tuple[bool, float]:
 
 
 def run_notebooks(options) -> Iterator[Outcome]:
-    "Every cell of every notebook runs; each in a process of its own, since an open one keeps its compiled functions"
+    """Every cell of every notebook runs; each in a process of its own, since an open one keeps its
+    compiled functions"""
     paths = [p for p in notebooks() if not options.k or options.k in p.as_posix()]
     if not paths and not options.k: raise RuntimeError("there is no notebook under nbs/")
     context = multiprocessing.get_context("spawn")

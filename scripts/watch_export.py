@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Export(FileSystemEventHandler):
-    "nbdev's own `watch-export` hears only writes in place; Jupyter saves by moving a finished file over the old one"
+    """nbdev's own `watch-export` hears only writes in place; Jupyter saves by moving a finished
+    file over the old one"""
 
     def __init__(self): self.done: dict[Path, int] = {}
 

@@ -1,10 +1,12 @@
-"""Every Lagrangian in 200-bit arithmetic: value, gradient, Hessian-vector product, and how sensitive each is to its inputs.
+"""Every Lagrangian in 200-bit arithmetic: value, gradient, Hessian-vector product, and how
+sensitive each is to its inputs.
 
-Written from the definitions, not from the library. A *condition* here is componentwise: the sum of the absolute changes of a
-quantity, per unit, when every entry of x, every entry of the direction t and every hyperparameter moves by a relative unit. An
-error of a few eps × condition is what rounding the inputs once would already cause; more than that is the code's own doing.
-Differences of nearly equal numbers are written out (1 − p_i as the sum of the other p_j), so that the conditions do not hide the
-loss of the small number.
+Written from the definitions, not from the library. A *condition* here is componentwise: the sum of
+the absolute changes of a quantity, per unit, when every entry of x, every entry of the direction t
+and every hyperparameter moves by a relative unit. An error of a few eps × condition is what
+rounding the inputs once would already cause; more than that is the code's own doing. Differences of
+nearly equal numbers are written out (1 − p_i as the sum of the other p_j), so that the conditions
+do not hide the loss of the small number.
 """
 
 from dataclasses import dataclass
@@ -248,7 +250,8 @@ def norm(x, t, gamma, delta, eps, unit, center):
 
 
 def reference(name, x, t, hyper, unit=2.0**-53):
-    """`Ref` of the Lagrangian `lagr_<name>` at the exact vectors x, t and the hyperparameters, in the order of its signature."""
+    """`Ref` of the Lagrangian `lagr_<name>` at the exact vectors x, t and the hyperparameters, in
+    the order of its signature."""
     x, t = [mp.mpf(v) for v in x], [mp.mpf(v) for v in t]
     hyper = [[mp.mpf(u) for u in v] if isinstance(v, (list, tuple)) else mp.mpf(v) for v in hyper]
     if name in ("repu", "relu"):
@@ -264,7 +267,8 @@ def reference(name, x, t, hyper, unit=2.0**-53):
 
 
 def derivative(fn, args, k, rel=2.0**-60):
-    """∂fn/∂args[k] by central differences with a step relative to args[k] (absolute at 0), for fn with values in a list."""
+    """∂fn/∂args[k] by central differences with a step relative to args[k] (absolute at 0), for fn
+    with values in a list."""
     step = (abs(args[k]) or mp.one) * mp.mpf(rel)
     up, down = ([*args[:k], args[k] + s, *args[k + 1:]] for s in (step, -step))
     return [(a - b) / (2 * step) for a, b in zip(fn(up), fn(down))]

@@ -1,4 +1,5 @@
-"""The house: where knowledge lives, what may import what, and that whoever adds a part adds one file."""
+"""The house: where knowledge lives, what may import what, and that whoever adds a part adds one
+file."""
 
 import ast
 import importlib
@@ -50,7 +51,9 @@ def imports(name: str) -> list[tuple[str, list[str]]]:
     here, found = name.split("/")[:-1], []
     for node in ast.walk(MODULES[name]):
         if isinstance(node, ast.Import):
-            found += [(n.name.split(".", 1)[-1], []) for n in node.names if n.name.startswith("hamux.")]
+            found += [
+                (n.name.split(".", 1)[-1], []) for n in node.names if n.name.startswith("hamux.")
+            ]
         if not isinstance(node, ast.ImportFrom): continue
         path = (node.module or "").split(".") if node.module else []
         if node.level:
@@ -70,11 +73,16 @@ def target(module: str, names: list[str]) -> list[str]:
     return inside or [module]
 
 
-# --- the plan of the house -------------------------------------------------------------------------------------------
+# --- the plan of the house
+# -------------------------------------------------------------------------------------------
 
 
 def test_folders_mirror():
-    pages = {p.relative_to(PAGES).with_suffix("").as_posix() for p in PAGES.rglob("*.ipynb") if ".ipynb_" not in str(p)}
+    pages = {
+        p.relative_to(PAGES).with_suffix("").as_posix()
+        for p in PAGES.rglob("*.ipynb")
+        if ".ipynb_" not in str(p)
+    }
     assert pages == set(MODULES)
     faces = {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
     assert faces == {m.split("/")[0] for m in MODULES if "/" in m} == set(FLOOR) - {"cli"}
@@ -88,12 +96,19 @@ def test_imports_go_down(name):
     for module, names in imports(name):
         other = module.split("/")[0]
         assert other in FLOOR, f"{name} imports {module}, which is in no wing"
-        assert other == wing or FLOOR[other] < FLOOR[wing], f"{name} imports {module}: up, or across"
-        assert other != wing or "/" in target(module, names)[0], f"{name} imports the face of its own wing"
+        assert (
+            other == wing or FLOOR[other] < FLOOR[wing]
+        ), f"{name} imports {module}: up, or across"
+        assert (
+            other != wing or "/" in target(module, names)[0]
+        ), f"{name} imports the face of its own wing"
 
 
 def test_no_circle():
-    edges = {name: {t for module, names in imports(name) for t in target(module, names)} & set(MODULES) for name in MODULES}
+    edges = {
+        name: {t for module, names in imports(name) for t in target(module, names)} & set(MODULES)
+        for name in MODULES
+    }
     left = dict(edges)
     while leaves := [n for n, out in left.items() if not out & set(left)]:
         for n in leaves: del left[n]
@@ -101,12 +116,19 @@ def test_no_circle():
 
 
 def test_no_private_name_crosses_a_file():
-    crossing = {(name, n) for name in MODULES for _, names in imports(name) for n in names if n.startswith("_")}
+    crossing = {
+        (name, n)
+        for name in MODULES
+        for _, names in imports(name)
+        for n in names
+        if n.startswith("_")
+    }
     assert crossing == set()
 
 
 def test_lagrangians_are_asked_and_not_compared():
-    "Outside of their wing no Lagrangian stands in a comparison, as a key, or in a table of its likes"
+    """Outside of their wing no Lagrangian stands in a comparison, as a key, or in a table of its
+    likes"""
     is_one = lambda node: getattr(node, "id", getattr(node, "attr", "")).startswith("lagr_")
     for name, tree in MODULES.items():
         if name.startswith("lagrangians/"): continue
@@ -135,15 +157,21 @@ def test_display_is_put_on_the_network():
     assert repr(sample()).startswith("HAM: 2 layers")
 
 
-# --- the face --------------------------------------------------------------------------------------------------------
+# --- the face -------------------------------------------------------------------------------------
+# -------------------
 
 
 def test_face_can_be_read():
     assert len(hmx.__all__) == len(set(hmx.__all__)) < 130
     assert not any(isinstance(getattr(hmx, n), types.ModuleType) for n in hmx.__all__)
-    homes = [getattr(hmx, n).__module__.split(".")[1] for n in hmx.__all__ if hasattr(getattr(hmx, n), "__module__")]
+    homes = [
+        getattr(hmx, n).__module__.split(".")[1]
+        for n in hmx.__all__
+        if hasattr(getattr(hmx, n), "__module__")
+    ]
     order = list(dict.fromkeys(homes))
-    assert len(order) == len([h for i, h in enumerate(homes) if i == 0 or homes[i - 1] != h]) # one group a wing
+    # one group a wing
+    assert len(order) == len([h for i, h in enumerate(homes) if i == 0 or homes[i - 1] != h])
 
 
 @pytest.mark.parametrize("name", sorted(hmx._LEFT))
@@ -155,36 +183,70 @@ def test_names_that_left_go_on_working(name):
 
 
 OLD = {
-    "adaptive": "Adaptive", "adjoints": "ImplicitAdjoint", "attention": "AttentionSynapse", "attractors": "wilson",
-    "build": "Lazy Site build", "config": "to_config", "core": "HAM ConvSynapse", "derivatives": "logsumexp",
-    "discrete": "hebbian", "drawing": "draw", "dynamics": "descend Euler AbstractSolver", "files": "FileProblem",
-    "flow": "flow Flow", "grids": "PoolSynapse", "hypergraph": "HAM", "lagrangians": "lagr_softmax ghostmax",
-    "langevin": "Langevin", "learning": "gradient nudged", "loop": "Setup Trace CONVERGED", "losses": "hide_half",
-    "memories": "recall memory_ham", "memory_synapse": "MemorySynapse log_sum_relu", "neurons": "TanhLayer",
-    "parameters": "seal", "plots": "plot_energy", "random_features": "RandomFeatureMemory",
-    "relaxation": "Relaxation", "saving": "save load", "solvers": "Euler Backtracking Problem Point Move",
-    "streaming": "stream", "synapses": "LinearSynapse ConvSynapse", "tables": "describe", "training": "fit",
-} # fmt: skip
+    "adaptive": "Adaptive",
+    "adjoints": "ImplicitAdjoint",
+    "attention": "AttentionSynapse",
+    "attractors": "wilson",
+    "build": "Lazy Site build",
+    "config": "to_config",
+    "core": "HAM ConvSynapse",
+    "derivatives": "logsumexp",
+    "discrete": "hebbian",
+    "drawing": "draw",
+    "dynamics": "descend Euler AbstractSolver",
+    "files": "FileProblem",
+    "flow": "flow Flow",
+    "grids": "PoolSynapse",
+    "hypergraph": "HAM",
+    "lagrangians": "lagr_softmax ghostmax",
+    "langevin": "Langevin",
+    "learning": "gradient nudged",
+    "loop": "Setup Trace CONVERGED",
+    "losses": "hide_half",
+    "memories": "recall memory_ham",
+    "memory_synapse": "MemorySynapse log_sum_relu",
+    "neurons": "TanhLayer",
+    "parameters": "seal",
+    "plots": "plot_energy",
+    "random_features": "RandomFeatureMemory",
+    "relaxation": "Relaxation",
+    "saving": "save load",
+    "solvers": "Euler Backtracking Problem Point Move",
+    "streaming": "stream",
+    "synapses": "LinearSynapse ConvSynapse",
+    "tables": "describe",
+    "training": "fit",
+}
 
 
 @pytest.mark.parametrize("old", OLD)
 def test_old_paths_import(old):
     module = importlib.import_module(f"hamux.{old}")
     assert sys.modules[f"hamux.{old}"] is module
-    for name in OLD[old].split(): assert getattr(module, name).__name__ == name if name != "CONVERGED" else True
+    for name in OLD[old].split():
+        assert getattr(module, name).__name__ == name if name != "CONVERGED" else True
 
 
 def test_old_star_imports():
-    code = "from hamux.solvers import *; from hamux.build import *; Euler, Backtracking, Site, build"
-    run = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    code = (
+        "from hamux.solvers import *; from hamux.build import *; Euler, Backtracking, Site, build"
+    )
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
     assert (run.returncode, run.stderr) == (0, "")
 
 
-# --- whatever can stand in a network survives load(save(…)) ----------------------------------------------------------
+# --- whatever can stand in a network survives load(save(…))
+# ----------------------------------------------------------
 
 
 def sample():
-    return hmx.HAM([hmx.IdentityLayer(4), hmx.TanhLayer(3)], [hmx.LinearSynapse(jnp.ones((4, 3)))], [([0, 1], 0)])
+    return hmx.HAM(
+        [hmx.IdentityLayer(4), hmx.TanhLayer(3)],
+        [hmx.LinearSynapse(jnp.ones((4, 3)))],
+        [([0, 1], 0)],
+    )
 
 
 def wing_things(wing: str, test) -> list[str]:
@@ -194,10 +256,14 @@ def wing_things(wing: str, test) -> list[str]:
 
 NEEDED = {"lagr_repu": {"n": 3.0}}
 STANDS = {
-    "LinearSynapse": ([4, 3], {}), "LinearSynapseWithBias": ([4, 3], {}), "BiasSynapse": ([(2, 3)], {}),
-    "DenseSynapse": ([4, (2, 3), 2], {}), "ConvSynapse": ([(6, 6, 2), (6, 6, 3)], {"filter_shape": 3}),
-    "AttentionSynapse": ([(5, 4)], {"heads": 2}), "MemorySynapse": ([(5, 4)], {"memories": 3, "over": "last"}),
-} # fmt: skip
+    "LinearSynapse": ([4, 3], {}),
+    "LinearSynapseWithBias": ([4, 3], {}),
+    "BiasSynapse": ([(2, 3)], {}),
+    "DenseSynapse": ([4, (2, 3), 2], {}),
+    "ConvSynapse": ([(6, 6, 2), (6, 6, 3)], {"filter_shape": 3}),
+    "AttentionSynapse": ([(5, 4)], {"heads": 2}),
+    "MemorySynapse": ([(5, 4)], {"memories": 3, "over": "last"}),
+}
 MADE = {
     "PoolSynapse": lambda: ([(6, 6, 2), (3, 3, 2)], hmx.PoolSynapse(2)),
     "RandomFeatureMemory": lambda: (
@@ -215,7 +281,9 @@ def same_after_a_file(ham, tmp_path, **how):
     return back
 
 
-@pytest.mark.parametrize("name", wing_things("lagrangians", lambda v: getattr(v, "facts", None) is not None))
+@pytest.mark.parametrize(
+    "name", wing_things("lagrangians", lambda v: getattr(v, "facts", None) is not None)
+)
 def test_lagrangians_survive_a_file(name, tmp_path):
     lagrangian = getattr(importlib.import_module("hamux.lagrangians"), name)
     bound = eqx.Partial(lagrangian, **NEEDED[name]) if name in NEEDED else lagrangian
@@ -224,7 +292,9 @@ def test_lagrangians_survive_a_file(name, tmp_path):
     same_after_a_file(hmx.HAM({"v": layer}, parts, [(("v",), "m")]), tmp_path)
 
 
-@pytest.mark.parametrize("name", wing_things("synapses", lambda v: isinstance(v, type) and hasattr(v, "config_name")))
+@pytest.mark.parametrize(
+    "name", wing_things("synapses", lambda v: isinstance(v, type) and hasattr(v, "config_name"))
+)
 def test_synapses_survive_a_file(name, tmp_path):
     if name in STANDS:
         shapes, settings = STANDS[name]
@@ -235,7 +305,8 @@ def test_synapses_survive_a_file(name, tmp_path):
     same_after_a_file(hmx.build(layers, [made], [(range(len(shapes)), 0)], key=jr.key(0)), tmp_path)
 
 
-# --- a part of a user's own, in one cell each ------------------------------------------------------------------------
+# --- a part of a user's own, in one cell each
+# ------------------------------------------------------------------------
 
 
 @hmx.with_facts(form="competition", silent=3.0, beta="sharpness", axis="along")
@@ -254,14 +325,21 @@ def test_a_lagrangian_of_yours_streams():
     "Same value and gradients as in one piece, and no array of queries × memories"
     with jax.enable_x64(True):
         Xi, x, b = jr.normal(jr.key(0), (50, 6)), jr.normal(jr.key(1), (6,)), jnp.array(1.7)
-        ours = lambda x, Xi, b: hmx.MemorySynapse(Xi, eqx.Partial(lagr_shy, sharpness=b), block=8)(x)
+        ours = lambda x, Xi, b: hmx.MemorySynapse(Xi, eqx.Partial(lagr_shy, sharpness=b), block=8)(
+            x
+        )
         plain = lambda x, Xi, b: -lagr_shy(Xi @ x, b)
         for k in range(3):
-            np.testing.assert_allclose(jax.grad(ours, k)(x, Xi, b), jax.grad(plain, k)(x, Xi, b), rtol=1e-10)
+            np.testing.assert_allclose(
+                jax.grad(ours, k)(x, Xi, b), jax.grad(plain, k)(x, Xi, b), rtol=1e-10
+            )
         np.testing.assert_allclose(ours(x, Xi, b), plain(x, Xi, b), rtol=1e-12)
     like = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((20_000, 8), (256, 8))]
     f = lambda Xi, X: jax.vmap(jax.grad(hmx.MemorySynapse(Xi, lagr_shy)))(X)
-    assert jax.jit(f).lower(*like).compile().memory_analysis().temp_size_in_bytes < 4 * 20_000 * 256 / 2
+    assert (
+        jax.jit(f).lower(*like).compile().memory_analysis().temp_size_in_bytes
+        < 4 * 20_000 * 256 / 2
+    )
 
 
 def test_a_lagrangian_of_yours_is_sampled_or_refused():
@@ -274,7 +352,8 @@ def test_a_lagrangian_of_yours_is_sampled_or_refused():
         ends = [hmx.descend(ham, {0: jnp.ones(4)}, **settings).xs[0] for ham in (ours, theirs)]
         np.testing.assert_allclose(*ends, rtol=1e-4)
     shy = hmx.HAM([hmx.NeuronLayer(lagr_shy, 4)], [bias], [([0], 0)])
-    with pytest.raises(ValueError, match="lagr_shy.*wrong law"): hmx.descend(shy, {0: jnp.ones(4)}, **settings)
+    with pytest.raises(ValueError, match="lagr_shy.*wrong law"):
+        hmx.descend(shy, {0: jnp.ones(4)}, **settings)
 
 
 def test_a_lagrangian_of_yours_is_relaxed_described_saved_drawn(tmp_path):
@@ -284,10 +363,14 @@ def test_a_lagrangian_of_yours_is_relaxed_described_saved_drawn(tmp_path):
     end = hmx.descend(ham, {"v": jnp.ones(4)}, solver=hmx.Relaxation())
     assert end.converged and end.rises == 0
     hot = hmx.with_beta(ham, "m", 5.0)
-    np.testing.assert_allclose(hot.hypersynapses["m"](jnp.ones(4)), -lagr_shy(memory.Xi @ jnp.ones(4), 5.0), rtol=1e-5)
+    np.testing.assert_allclose(
+        hot.hypersynapses["m"](jnp.ones(4)), -lagr_shy(memory.Xi @ jnp.ones(4), 5.0), rtol=1e-5
+    )
     assert "mine" in repr(ham) and "shy(" in repr(ham)
     back = same_after_a_file(ham, tmp_path, known=[lagr_mine, lagr_shy])
-    assert back.energy({"v": jnp.ones(4)}, {"v": jnp.ones(4)}) == ham.energy({"v": jnp.ones(4)}, {"v": jnp.ones(4)})
+    assert back.energy({"v": jnp.ones(4)}, {"v": jnp.ones(4)}) == ham.energy(
+        {"v": jnp.ones(4)}, {"v": jnp.ones(4)}
+    )
     texts = [t.get_text() for t in hmx.draw(ham).texts]
     assert "mine" in texts
 
@@ -303,7 +386,9 @@ class Springs(eqx.Module):
 
     @classmethod
     def lazy(cls, stiffness=1.0):
-        return hmx.Lazy(lambda key, s1, s2, *, site: cls(site.normal(key, s1, 0.3), stiffness), "Springs.lazy()")
+        return hmx.Lazy(
+            lambda key, s1, s2, *, site: cls(site.normal(key, s1, 0.3), stiffness), "Springs.lazy()"
+        )
 
 
 def test_a_synapse_of_yours(tmp_path):
@@ -335,7 +420,11 @@ def test_a_solver_and_an_adjoint_of_yours():
     end = hmx.descend(ham, ham.init_states(), solver=Halving())
     assert end.converged
     np.testing.assert_allclose(end.xs[0], jnp.arange(4.0), atol=1e-3)
-    f = lambda ham, adjoint: hmx.descend(ham, ham.init_states(), solver=Halving(), adjoint=adjoint).xs[0].sum()
+    f = (
+        lambda ham, adjoint: hmx.descend(ham, ham.init_states(), solver=Halving(), adjoint=adjoint)
+        .xs[0]
+        .sum()
+    )
     slope = lambda adjoint: jax.grad(f)(ham, adjoint).hypersynapses[0].b
     np.testing.assert_allclose(slope("implicit"), jnp.ones(4), rtol=1e-3)
     np.testing.assert_array_equal(slope(Frozen()), jnp.zeros(4))
@@ -349,9 +438,16 @@ class Differences(getattr(hmx, "AbstractMethod", object)):
         leaves, tree = jtu.tree_flatten(ham)
         flat, back = jax.flatten_util.ravel_pytree(leaves)
         free = recall(ham, xs, clamp=clamp)
-        def value(v): return loss(recall(jtu.tree_unflatten(tree, back(v)), xs, clamp=clamp).xhats, targets)
-        slopes = [(value(flat + self.step * e) - value(flat - self.step * e)) / (2 * self.step) for e in jnp.eye(len(flat))]
-        return hmx.Gradient(value(flat), jtu.tree_unflatten(tree, back(jnp.stack(slopes))), {"free": free})
+        def value(v):
+            return loss(recall(jtu.tree_unflatten(tree, back(v)), xs, clamp=clamp).xhats, targets)
+
+        slopes = [
+            (value(flat + self.step * e) - value(flat - self.step * e)) / (2 * self.step)
+            for e in jnp.eye(len(flat))
+        ]
+        return hmx.Gradient(
+            value(flat), jtu.tree_unflatten(tree, back(jnp.stack(slopes))), {"free": free}
+        )
 
 
 class Farthest(eqx.Module):
@@ -362,12 +458,17 @@ class Farthest(eqx.Module):
 
 
 def test_a_learning_method_and_a_loss_of_yours():
-    ham = hmx.HAM([hmx.IdentityLayer(3)], [hmx.BiasSynapse(jnp.array([1.0, -2.0, 0.5]))], [([0], 0)])
+    ham = hmx.HAM(
+        [hmx.IdentityLayer(3)], [hmx.BiasSynapse(jnp.array([1.0, -2.0, 0.5]))], [([0], 0)]
+    )
     loss = lambda xhats, target: ((xhats[0] - target) ** 2).sum()
     ours, theirs = (
-        hmx.gradient(ham, loss, ham.init_states(), targets=jnp.ones(3), method=m) for m in (Differences(), "implicit")
+        hmx.gradient(ham, loss, ham.init_states(), targets=jnp.ones(3), method=m)
+        for m in (Differences(), "implicit")
     )
-    np.testing.assert_allclose(ours.grads.hypersynapses[0].b, theirs.grads.hypersynapses[0].b, rtol=1e-2)
+    np.testing.assert_allclose(
+        ours.grads.hypersynapses[0].b, theirs.grads.hypersynapses[0].b, rtol=1e-2
+    )
     optax = pytest.importorskip("optax")
     rows = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
     settings = dict(steps=3, batch_size=4, key=jr.key(0), progress=False)
@@ -380,4 +481,6 @@ def test_the_sentence_of_every_code():
     "One enumeration: whoever recalls has a sentence for each code that it can end with"
     results = importlib.import_module("hamux.dynamics.results")
     for kind, sentences in results.SENTENCES.items():
-        assert all(re.search(r"\{\w+", s) and s.endswith((".", ".{advice}")) for s in sentences.values()), kind
+        assert all(
+            re.search(r"\{\w+", s) and s.endswith((".", ".{advice}")) for s in sentences.values()
+        ), kind

@@ -1,4 +1,5 @@
-"""AttentionSynapse against loops and closed forms in float64 NumPy, finite differences, and the identities of attention."""
+"""AttentionSynapse against loops and closed forms in float64 NumPy, finite differences, and the
+identities of attention."""
 
 import itertools
 
@@ -250,7 +251,8 @@ def test_a_causal_mask_is_no_one_way_street():
 
 
 def test_the_update_is_attention():
-    "With values W_Qᵀ k, the current into the queries is the attention of any deep-learning library."
+    """With values W_Qᵀ k, the current into the queries is the attention of any deep-learning
+    library."""
     syn = AttentionSynapse(WQ, WK2)
     q, k = (np.einsum("hed,nd->nhe", W, x)[None] for W, x in ((WQ, X), (WK2, X2)))
     out = jax.nn.dot_product_attention(q, k, k)[0]  # (queries, heads, d_head), scale 1/√d_head
@@ -346,8 +348,16 @@ def test_rand_init():
             "positive and finite",
             lambda: AttentionSynapse(WQ, WK, np.array([1.0, np.inf])),
         ),
-        (TypeError, "mask must be booleans", lambda: AttentionSynapse(WQ, WK, mask=np.ones((N, N)))),
-        (TypeError, "key_mask must be booleans", lambda: AttentionSynapse(WQ, WK, key_mask=[1, 0, 1, 1])),
+        (
+            TypeError,
+            "mask must be booleans",
+            lambda: AttentionSynapse(WQ, WK, mask=np.ones((N, N))),
+        ),
+        (
+            TypeError,
+            "key_mask must be booleans",
+            lambda: AttentionSynapse(WQ, WK, key_mask=[1, 0, 1, 1]),
+        ),
         (
             ValueError,
             r"mask must have shape \(4, 4\), got \(4, 3\)",
@@ -363,13 +373,21 @@ def test_rand_init():
             r"key_mask must have shape \(3,\)",
             lambda: AttentionSynapse(WQ, WK2, key_mask=[True] * 4)(X, X2),
         ),
-        (ValueError, "causal must be False between two layers", lambda: AttentionSynapse(WQ, WK2, causal=True)(X, X2)),
+        (
+            ValueError,
+            "causal must be False between two layers",
+            lambda: AttentionSynapse(WQ, WK2, causal=True)(X, X2),
+        ),
         (
             ValueError,
             r"queries must be tokens of shape \(…, 5\)",
             lambda: AttentionSynapse(WQ, WK2)(X2, X2),
         ),
-        (ValueError, r"keys must be tokens of shape \(…, 6\)", lambda: AttentionSynapse(WQ, WK2)(X, X)),
+        (
+            ValueError,
+            r"keys must be tokens of shape \(…, 6\)",
+            lambda: AttentionSynapse(WQ, WK2)(X, X),
+        ),
         (ValueError, r"keys \(of the same layer\)", lambda: AttentionSynapse(WQ, WK2)(X)),
         (ValueError, "at least one axis", lambda: AttentionSynapse(WQ, WK)(X[0])),
         (

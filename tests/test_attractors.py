@@ -36,6 +36,7 @@ from hamux.analysis.attractors import (
     wilson,
 )
 
+
 @pytest.fixture(autouse=True, scope="module")
 def x64():
     with jax.enable_x64(True):

@@ -1,4 +1,5 @@
-"""Lazily sized networks: the issue's example at its own size, and input currents of order one at any depth and width."""
+"""Lazily sized networks: the issue's example at its own size, and input currents of order one at
+any depth and width."""
 
 import math
 import subprocess
@@ -45,7 +46,8 @@ def chain(layers, key):
 
 
 def expected(layers):
-    "The variances of the rule, written out anew: s = 1 / (√(n₁q₂) + √(n₂q₁)) for each pair, and the current of a layer is Σ s² q of its neighbours."
+    """The variances of the rule, written out anew: s = 1 / (√(n₁q₂) + √(n₂q₁)) for each pair, and
+    the current of a layer is Σ s² q of its neighbours."""
     q = [float(square_norm(layer)) for layer in layers]
     n = [1 if i in (0, len(layers) - 1) else 2 for i in range(len(layers))]
     s2 = [
@@ -194,9 +196,11 @@ BIG = """
 import resource
 import jax, jax.random as jr
 import hamux as hmx
-layers = [hmx.IdentityLayer((32, 32, 3)), hmx.ReluLayer((11, 11, 1000)), hmx.SoftmaxLayer((10,)), hmx.SoftmaxLayer((1000,))]
+layers = [hmx.IdentityLayer((32, 32, 3)), hmx.ReluLayer((11, 11, 1000)),
+          hmx.SoftmaxLayer((10,)), hmx.SoftmaxLayer((1000,))]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-ham = hmx.build(layers, [hmx.ConvSynapse.lazy((3, 3), strides=3), hmx.DenseSynapse.lazy(), hmx.LinearSynapse.lazy()],
+conv = hmx.ConvSynapse.lazy((3, 3), strides=3)
+ham = hmx.build(layers, [conv, hmx.DenseSynapse.lazy(), hmx.LinearSynapse.lazy()],
                 [([0, 1], 0), ([1, 3], 1), ([2, 3], 2)], key=jr.key(0))
 jax.block_until_ready(ham)
 print(ham.hypersynapses[1].W.shape, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)

@@ -1,4 +1,5 @@
-"""The two commands as a person meets them: files in, files out, one line for every mistake, and no half-written file."""
+"""The two commands as a person meets them: files in, files out, one line for every mistake, and no
+half-written file."""
 
 import os
 import signal
@@ -35,7 +36,8 @@ def recall(folder, *argv, memories="memories.npy", queries="holes.npy", out="out
 
 
 def refused(folder, capsys, *argv, **files):
-    "The one line that a command says when it refuses, after checking that it is one, with status 2 and nothing left behind"
+    """The one line that a command says when it refuses, after checking that it is one, with status
+    2 and nothing left behind"""
     before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
     with pytest.raises(SystemExit) as stopped:
         recall(folder, *argv, **files)

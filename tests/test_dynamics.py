@@ -753,8 +753,11 @@ def without_leak(layer, *synapses):
 
 
 def test_one_rule_of_rest_for_descend_flow_and_stability():
-    "A layer norm without leak under a bias: its state grows along itself, its activation has come to rest"
-    ham = without_leak(LayerNormLayer((2, 4), leak=False), BiasSynapse(np.arange(8.0).reshape(2, 4) ** 2))
+    """A layer norm without leak under a bias: its state grows along itself, its activation has
+    come to rest"""
+    ham = without_leak(
+        LayerNormLayer((2, 4), leak=False), BiasSynapse(np.arange(8.0).reshape(2, 4) ** 2)
+    )
     out = descend(ham, ham.init_states(key=jr.key(0)))
     assert out.converged and abs(ham.dEdact(out.xhats, out.xs)["t"]).max() > 1
     assert hmx.flow(ham, out.xs, 10.0, steady=True).converged
@@ -788,11 +791,19 @@ def test_the_energy_transformer_comes_to_rest(seed):
     with jax.enable_x64(False):
         keys = jr.split(jr.key(seed), 3)
         tokens = hmx.LayerNormLayer((6, 8), leak=False)
-        parts = {"attention": hmx.AttentionSynapse.lazy(2), "memory": hmx.MemorySynapse.lazy(16, hmx.lagr_relu, over="last", scale=0.5)}
-        ham = hmx.build({"t": tokens}, parts, [(("t",), "attention"), (("t",), "memory")], key=keys[0])
+        parts = {
+            "attention": hmx.AttentionSynapse.lazy(2),
+            "memory": hmx.MemorySynapse.lazy(16, hmx.lagr_relu, over="last", scale=0.5),
+        }
+        ham = hmx.build(
+            {"t": tokens}, parts, [(("t",), "attention"), (("t",), "memory")], key=keys[0]
+        )
         out = descend(ham, ham.init_states(key=keys[1]), max_steps=2000)
         assert out.converged and out.rises == 0 and abs(out.xs["t"]).max() < 1e4
-        assert hmx.stability(ham, out.xs).at_rest and hmx.flow(ham, out.xs, 10.0, steady=True).converged
+        assert (
+            hmx.stability(ham, out.xs).at_rest
+            and hmx.flow(ham, out.xs, 10.0, steady=True).converged
+        )
 
 
 def test_masks_of_a_clamp_may_be_traced():
@@ -800,7 +811,9 @@ def test_masks_of_a_clamp_may_be_traced():
     masks = np.array([[True, False, False, False, True], [False] * 5])
     rows = jax.vmap(lambda m: descend(ham, X, clamp={"v": m}, trace=False).xs["v"])(masks)
     for mask, row in zip(masks, rows, strict=True):
-        np.testing.assert_allclose(row, descend(ham, X, clamp={"v": mask}, trace=False).xs["v"], rtol=1e-6)
+        np.testing.assert_allclose(
+            row, descend(ham, X, clamp={"v": mask}, trace=False).xs["v"], rtol=1e-6
+        )
 
 
 BAD = {

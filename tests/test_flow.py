@@ -23,9 +23,8 @@ from hamux import (
     TanhLayer,
 )
 from hamux.dynamics.continuous import flow
-
-from hamux.dynamics.results import FAILED, MAX_STEPS, MOVING, NONFINITE
 from hamux.dynamics.results import CONVERGED as AT_REST
+from hamux.dynamics.results import FAILED, MAX_STEPS, MOVING, NONFINITE
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -214,15 +213,31 @@ def test_a_clamped_problem_has_the_closed_form_of_the_free_part():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layer", [SoftmaxLayer(5, beta=3.0), LayerNormLayer(5), LayerNormLayer((2, 5))])
+@pytest.mark.parametrize(
+    "layer", [SoftmaxLayer(5, beta=3.0), LayerNormLayer(5), LayerNormLayer((2, 5))]
+)
 def test_the_energy_falls_also_where_a_mask_cuts_a_competition(layer):
     "40 networks each: along the flow of the free states no saved energy is above the one before"
     rng = np.random.default_rng(0)
     size = int(np.prod(layer.shape))
-    start = {"h": jnp.asarray(2 * rng.normal(size=(40, *layer.shape))), "v": jnp.asarray(rng.normal(size=(40, 4)))}
+    start = {
+        "h": jnp.asarray(2 * rng.normal(size=(40, *layer.shape))),
+        "v": jnp.asarray(rng.normal(size=(40, 4))),
+    }
     masks = jnp.asarray(rng.random((40, *layer.shape)) < 0.4)
-    ham = HAM({"h": layer, "v": TanhLayer(4)}, [DenseSynapse(rng.normal(size=(*layer.shape, 4)))], [(("h", "v"), 0)])
-    out = flow(ham.vectorize(), start, 20.0, clamp={"h": masks}, saveat=np.linspace(0, 20, 41), max_steps=20_000)
+    ham = HAM(
+        {"h": layer, "v": TanhLayer(4)},
+        [DenseSynapse(rng.normal(size=(*layer.shape, 4)))],
+        [(("h", "v"), 0)],
+    )
+    out = flow(
+        ham.vectorize(),
+        start,
+        20.0,
+        clamp={"h": masks},
+        saveat=np.linspace(0, 20, 41),
+        max_steps=20_000,
+    )
     assert size and (np.diff(out.energies, axis=1) < 1e-5).all()
     assert same_bits(np.where(masks, out.x1["h"], 0), np.where(masks, start["h"], 0))
 

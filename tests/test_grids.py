@@ -1,4 +1,5 @@
-"""Convolution and pooling against loops in NumPy, for every stride, dilation, padding, grouping and dimension."""
+"""Convolution and pooling against loops in NumPy, for every stride, dilation, padding, grouping
+and dimension."""
 
 import itertools
 import math
@@ -26,7 +27,8 @@ def padding_of(padding, n):
 
 
 def pads_of(size, span, strides, padding):
-    "(low, high) by the definition: SAME has ceil(size / stride) places, what is odd goes to one side"
+    """(low, high) by the definition: SAME has ceil(size / stride) places, what is odd goes to one
+    side"""
     if padding == "VALID": return [(0, 0)] * len(size)
     if not isinstance(padding, str): return list(padding)
     out = []
@@ -174,7 +176,8 @@ def test_pooling(n, padding, kind, window, stride):
 
 @pytest.mark.parametrize("conv", [None, 3])
 def test_ties_share(conv):
-    "The current of one coarse neuron is shared by all winners: its sum is kept, and a mirrored grid gives a mirrored current"
+    """The current of one coarse neuron is shared by all winners: its sum is kept, and a mirrored
+    grid gives a mirrored current"""
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.integers(0, 2, (8, 8, 1)).astype(float))
     syn = PoolSynapse(4, kind="max")
@@ -275,7 +278,10 @@ def test_published_signature():
             lambda: ConvSynapse(jnp.ones((1, 1, 3)), window_strides=(1, 1)),
             "each of the 1 spatial axes",
         ),
-        (lambda: ConvSynapse(jnp.ones((1, 1, 3)), dilation=True), "dilation must be a positive int"),
+        (
+            lambda: ConvSynapse(jnp.ones((1, 1, 3)), dilation=True),
+            "dilation must be a positive int",
+        ),
         (lambda: ConvSynapse(jnp.ones((1, 1, 3)), dilation=1.5), "dilation must be a positive int"),
         (lambda: ConvSynapse(jnp.ones((1, 1, 3)), padding="FULL"), "padding must be 'SAME'"),
         (lambda: ConvSynapse(jnp.ones((1, 1, 3)), padding=1), "padding must be 'SAME'"),

@@ -1,4 +1,5 @@
-"""Random hypergraphs against numpy and finite differences, a HAM as a pytree, the defects of the published versions, bad input."""
+"""Random hypergraphs against numpy and finite differences, a HAM as a pytree, the defects of the
+published versions, bad input."""
 
 import functools
 import math
@@ -132,7 +133,8 @@ CONVS = [((2, 2), "SAME"), ((1, 1), "VALID"), ((2, 2), ((1, 0), (0, 1)))]
 
 
 class Coupling(eqx.Module):
-    """What a user writes: parameters beside an int, a string, a mask and a function, none of them static."""
+    """What a user writes: parameters beside an int, a string, a mask and a function, none of them
+    static."""
     w: jax.Array
     power: int
     how: str
@@ -168,7 +170,8 @@ def ref_dense(W, *xhats):
 
 
 def network(seed):
-    """A HAM, its layers and connections in numpy, how many parameters it has, and a generator of values."""
+    """A HAM, its layers and connections in numpy, how many parameters it has, and a generator of
+    values."""
     # hypothesis draws the seed alone: drawing the choices, it repeats small networks
     rng = np.random.default_rng(seed)
     pick, upto = lambda options: options[rng.integers(len(options))], lambda n: int(
@@ -307,7 +310,8 @@ def ref_tree(refs, connections, xhats, xs):
 
 @jax.jit
 def everything(ham, xhats, xs):
-    """For rows of states, by the HAM and by the vectorised one, in one program. With numpy around it nothing else compiles."""
+    """For rows of states, by the HAM and by the vectorised one, in one program. With numpy around
+    it nothing else compiles."""
     def one(ham, xhats, xs):
         (E, dE), dx = ham.dEdact(xhats, xs, return_energy=True), jax.grad(ham.energy, argnums=1)(
             xhats, xs
@@ -815,7 +819,9 @@ def test_fact_15_independent_keys_and_centred_filters():
 def test_fact_16_a_convolution_does_not_broadcast():
     syn = ConvSynapse(jnp.ones((2, 1, 3, 3)), (1, 1), "SAME")
     for shape in [(1, 1, 2), (4, 4, 1), (4, 2), (1, 4, 4, 2)]:
-        with pytest.raises(ValueError, match=r"must have shape \(4, 4, 2\).*got " + re.escape(str(shape))):
+        with pytest.raises(
+            ValueError, match=r"must have shape \(4, 4, 2\).*got " + re.escape(str(shape))
+        ):
             syn(jnp.ones((4, 4, 1)), jnp.ones(shape))
 
 
@@ -966,7 +972,11 @@ BAD_NETWORKS = {
         TypeError,
         "hypersynapses must be a dictionary by name or a list.*BiasSynapse",
     ),
-    "neurons a string": (lambda: HAM("abc", [B3], J), TypeError, "neurons must be a dictionary.*str"),
+    "neurons a string": (
+        lambda: HAM("abc", [B3], J),
+        TypeError,
+        "neurons must be a dictionary.*str",
+    ),
     "mixed names": (
         lambda: HAM({"a": I3, 0: I3}, [B3], J),
         TypeError,
@@ -1165,8 +1175,16 @@ BAD_NETWORKS = {
     ),
 }
 BAD_PARTS = {
-    "layer without a function": (lambda: NeuronLayer(3, 3), TypeError, "lagrangian must be a function of the state, got 3"),
-    "exchanged": (lambda: NeuronLayer((3,), lagr_identity), TypeError, r"lagrangian must be a function of the state, got \(3,\)"),
+    "layer without a function": (
+        lambda: NeuronLayer(3, 3),
+        TypeError,
+        "lagrangian must be a function of the state, got 3",
+    ),
+    "exchanged": (
+        lambda: NeuronLayer((3,), lagr_identity),
+        TypeError,
+        r"lagrangian must be a function of the state, got \(3,\)",
+    ),
     "shape 0": (lambda: IdentityLayer(0), ValueError, "positive int.*0"),
     "shape negative": (lambda: IdentityLayer((2, -1)), ValueError, r"positive int.*\(2, -1\)"),
     "shape a float": (lambda: IdentityLayer(3.0), TypeError | ValueError, "positive int.*3.0"),
@@ -1188,7 +1206,11 @@ BAD_PARTS = {
         ValueError,
         "tau must be a positive finite number",
     ),
-    "beta": (lambda: one(SoftmaxLayer(3, beta=-1.0)), ValueError, "beta must be greater than 0, got -1"),
+    "beta": (
+        lambda: one(SoftmaxLayer(3, beta=-1.0)),
+        ValueError,
+        "beta must be greater than 0, got -1",
+    ),
     "n": (lambda: one(hmx.RepuLayer(3, 0.5)), ValueError, "n must be at least 1, got 0.5"),
     "linear axes": (
         lambda: LinearSynapse(np.ones(3)),
@@ -1205,7 +1227,11 @@ BAD_PARTS = {
         ValueError,
         r"b must have shape \(2,\) to fit W, got \(3,\)",
     ),
-    "conv axes": (lambda: ConvSynapse(W32), ValueError, r"ConvSynapse: W must have shape.*got \(3, 2\)"),
+    "conv axes": (
+        lambda: ConvSynapse(W32),
+        ValueError,
+        r"ConvSynapse: W must have shape.*got \(3, 2\)",
+    ),
     "conv strides": (
         lambda: ConvSynapse(np.ones((1, 1, 2, 2)), (1, 0)),
         ValueError,
@@ -1253,7 +1279,11 @@ BAD_PARTS = {
     ),
     "batch size": (lambda: IdentityLayer(3).init(2.5), ValueError, "batch size bs.*2.5"),
     "batch negative": (lambda: IdentityLayer(3).init(-1), ValueError, "batch size bs.*-1"),
-    "dtype": (lambda: IdentityLayer(3).init(dtype=int), TypeError, "dtype must be a floating dtype, got int"),
+    "dtype": (
+        lambda: IdentityLayer(3).init(dtype=int),
+        TypeError,
+        "dtype must be a floating dtype, got int",
+    ),
 }
 X = {"a": np.ones(3), "b": np.ones(2)}
 batch = lambda **kw: {n: np.ones((kw.get(n, 4), *x.shape)) for n, x in X.items()}

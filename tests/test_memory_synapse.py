@@ -1,4 +1,5 @@
-"""Memory synapses against the same energy in one piece: every derivative that training through a recall takes, and the memory that it takes."""
+"""Memory synapses against the same energy in one piece: every derivative that training through a
+recall takes, and the memory that it takes."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,8 @@ def in_one_piece(L, similarity, mask):
 
 
 def derivatives(f, Xi, hyper, X):
-    "Energies, gradients, products with the Hessian, and the gradients of a function of the gradients: in memories, hyperparameters and queries."
+    """Energies, gradients, products with the Hessian, and the gradients of a function of the
+    gradients: in memories, hyperparameters and queries."""
     over = lambda g: jax.vmap(g, (None, None, 0))
     def loss(*args):
         energies, currents = over(jax.value_and_grad(f, 2))(*args)

@@ -24,7 +24,8 @@ def exact(x, patterns, beta):
 
 @pytest.mark.parametrize("beta", [0.5, 10.0])
 def test_kernel_is_unbiased(beta):
-    "The mean of the estimates is the kernel, within four standard errors; their variance is at most that of a cosine, 1/2m"
+    """The mean of the estimates is the kernel, within four standard errors; their variance is at
+    most that of a cosine, 1/2m"""
     m, trials = 50, 400
     x, y = jnp.array([0.3, -0.2, 0.1]), jnp.array([-0.1, 0.2, 0.2])
     freq = math.sqrt(beta) * jr.normal(jr.key(0), (trials, m, 3))
@@ -37,7 +38,8 @@ def test_kernel_is_unbiased(beta):
 
 
 def test_slope_of_the_error():
-    "−½ in log–log over several seeds, in the published setting: corners of a cube of side 1/√d, K = 50, β = 10"
+    """−½ in log–log over several seeds, in the published setting: corners of a cube of side 1/√d,
+    K = 50, β = 10"""
     sizes, beta, rng = [500, 2000, 8000, 32_000], 10.0, np.random.default_rng(0)
 
     @jax.jit
@@ -154,7 +156,10 @@ def test_recall():
     [
         (lambda: RandomFeatureMemory.store(jr.key(0), jnp.ones(3), 1.0, 4), "one per row"),
         (lambda: RandomFeatureMemory.store(jr.key(0), jnp.ones((0, 3)), 1.0, 4), "one per row"),
-        (lambda: RandomFeatureMemory.store(jr.key(0), jnp.ones((2, 3)) * 1j, 1.0, 4), "must be real"),
+        (
+            lambda: RandomFeatureMemory.store(jr.key(0), jnp.ones((2, 3)) * 1j, 1.0, 4),
+            "must be real",
+        ),
         (
             lambda: RandomFeatureMemory.store(jr.key(0), jnp.ones((2, 3)), jnp.ones(2), 4),
             "beta must be one positive number",
