@@ -11,18 +11,16 @@ __all__ = ['Backtracking']
 from typing import Any, ClassVar
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
-from ..network.hypergraph import HAM
 from .problem import Point, Problem, shortened
 from hamux.dynamics.solver import (
     AbstractSolver,
     Move,
     check_setting,
     choose,
+    empty_point,
     lowers,
     plain_step,
     same_states,
@@ -41,7 +39,7 @@ class Backtracking(AbstractSolver):
     dt: Any = 1.0 # length of the first step, in units of time
     grow: float = 2.0 # factor on the length after a step that was accepted
     shrink: float = 0.25 # factor on the length after one that was not
-    share: float = 0.1 # the part of the first-order decrease that is asked for
+    share: float = 0.1 # the part of the first-order decrease that is wanted
     compares_energies: ClassVar[bool] = True
     exact_steps: ClassVar[bool] = False
 
@@ -55,27 +53,25 @@ class Backtracking(AbstractSolver):
             )
 
     def init(self, problem, xs):
-        now = jax.eval_shape(problem.evaluate, xs)
-        empty = jtu.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), now)
-        wide = jnp.promote_types(now.energy.dtype, jnp.float32)
+        empty = empty_point(problem, xs)
+        wide = jnp.promote_types(empty.energy.dtype, jnp.float32)
         return _Guarded(empty, jnp.full_like(empty.energy, jnp.inf), jnp.asarray(self.dt, wide))
 
     def step(self, problem, now, state, step, key):
         fine = (step == 0) | lowers(now, state.held, state.lowest, self.share)
         held = choose(fine, now, state.held)
-        length = state.length * jnp.where(
-            step == 0, 1, jnp.where(fine, self.grow, self.shrink)
-        ).astype(state.length.dtype)
+        length = self.next_length(problem, state.length, step, fine)
+        ahead = shortened(problem, plain_step(problem, held, length, 1))
+        carried = _Guarded(held, jnp.minimum(state.lowest, held.energy), length)
+        return Move(held, ahead, carried, same_states(ahead, held.xs))
+
+    def next_length(self, problem, length, step, fine):
+        "Longer after a step that was accepted, shorter after one that was not."
+        factor = jnp.where(step == 0, 1, jnp.where(fine, self.grow, self.shrink))
+        length = length * factor.astype(length.dtype)
         slowest = jnp.stack([jnp.asarray(t, length.dtype) for t in problem.taus.values()]).max()
         leaks = all(problem.ham.neurons[n].leak for n in problem.free)
-        length = jnp.minimum(length, slowest if leaks else jnp.finfo(length.dtype).max / 8)
-        ahead = shortened(problem, plain_step(problem, held, length, 1))
-        return Move(
-            held,
-            ahead,
-            _Guarded(held, jnp.minimum(state.lowest, held.energy), length),
-            same_states(ahead, held.xs),
-        )
+        return jnp.minimum(length, slowest if leaks else jnp.finfo(length.dtype).max / 8)
 
     def descends(self, step): return True
     def cost(self, problem): return 1.0

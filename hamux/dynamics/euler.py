@@ -18,8 +18,7 @@ from .solver import AbstractSolver, Move, at_step, check_setting, plain_step
 # %% ../../nbs/api/dynamics/euler.ipynb #7c00d4a3
 class Euler(AbstractSolver):
     "The explicit Euler method, x ← x − (dt/τ) ∂E/∂x̂."
-    # step in units of time, > 0: a number (a constant), an array (traced), or a function of the
-    # step
+    # step in units of time, > 0: a number (a constant), an array (traced), a function of the step
     dt: Any = 0.1
     check_every: ClassVar[int] = 4
 

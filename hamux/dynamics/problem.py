@@ -1,4 +1,4 @@
-"""What is held, what one evaluation tells of a state, and when a state is at rest: one answer for every solver, the flow, stability and the adjoints.
+"""What is clamped, what one evaluation tells, and when a state is at rest: one answer for all.
 
 Docs: https://hamux.github.io/hamux/api/dynamics/problem.html.md"""
 
@@ -40,6 +40,12 @@ def clamp_dict(
         name if isinstance(name, str | numbers.Integral) else repr(name): True for name in clamp
     }
 
+# %% ../../nbs/api/dynamics/problem.ipynb #842bd87f
+def _clamp_mask(name, mask, shape, batch):
+    "A boolean array of the layer's shape, after the batch axis if there is one."
+    mask = as_mask(mask, f"The clamp of the layer {name!r}", "a mask", shape, batch + shape)
+    return jnp.broadcast_to(jnp.asarray(mask), batch + shape)
+
 
 def read_clamp(
     clamp, # as for `clamp_dict`
@@ -55,17 +61,11 @@ def read_clamp(
                 f" {', '.join(map(repr, neurons))}."
             )
         if isinstance(mask, bool | np.bool_): mask = bool(mask)
-        if mask is True:whole.append(name)
+        if mask is True: whole.append(name)
         elif mask is not False: masks[name] = _clamp_mask(name, mask, neurons[name].shape, batch)
     return tuple(whole), masks
 
-
-def _clamp_mask(name, mask, shape, batch):
-    "A boolean array of the layer's shape, after the batch axis if there is one."
-    mask = as_mask(mask, f"The clamp of the layer {name!r}", "a mask", shape, batch + shape)
-    return jnp.broadcast_to(jnp.asarray(mask), batch + shape)
-
-
+# %% ../../nbs/api/dynamics/problem.ipynb #3edaefa7
 class Start(NamedTuple):
     "What a recall begins with, checked."
     ham: HAM # the network, for one example
@@ -103,8 +103,7 @@ def read_start(
 class Point(eqx.Module):
     "What one evaluation tells of one state; dictionaries by layer, of the layers that are free."
     xs: dict # states
-    # the coordinates that `grads` is the gradient in: activations (states where a mask cuts through
-    # a reduction)
+    # the coordinates of `grads`: activations (states, where a mask cuts through a reduction)
     duals: dict
     grads: dict # gradient of the energy; 0 where clamped
     energy: Float[Array, ""] # total energy
@@ -115,6 +114,14 @@ class Point(eqx.Module):
 def is_separable(layer) -> bool:
     "Whether a layer's Lagrangian says that it is a sum over its entries."
     return facts_of(layer.lagrangian).form == "sum"
+
+# %% ../../nbs/api/dynamics/problem.ipynb #d745c4be
+def _input_currents(ham, xhats, layers):
+    "The input currents of some layers, and the energy of every connection."
+    def pull(moving):
+        parts = ham.connection_energies({**xhats, **moving})
+        return -sum(parts, jnp.zeros((), jnp.result_type(*moving.values()))), parts
+    return jax.grad(pull, has_aux=True)({n: xhats[n] for n in layers})
 
 # %% ../../nbs/api/dynamics/problem.ipynb #2b1e858b
 class Problem(eqx.Module):
@@ -132,11 +139,9 @@ class Problem(eqx.Module):
 
     def states(self, xs: dict) -> dict:
         "All states, from the free ones."
-        held = {
-            n: jnp.where(self.masks[n], self.start[n], xs[n]) if n in self.masks else xs[n]
-            for n in self.free
-        }
-        return {n: held.get(n, x) for n, x in self.start.items()}
+        put = lambda n, x: jnp.where(self.masks[n], self.start[n], x) if n in self.masks else x
+        moving = {n: put(n, xs[n]) for n in self.free}
+        return {n: moving.get(n, x) for n, x in self.start.items()}
 
     def duals(self, xs: dict) -> dict:
         "The coordinates of the free layers in which a point's `grads` is the gradient."
@@ -147,27 +152,24 @@ class Problem(eqx.Module):
     def evaluate(self, xs: dict, layers=None) -> Point:
         "Energy and gradient at the free states `xs`; the gradient of some `layers` only, if named."
         xs, layers = self.states(xs), self.free if layers is None else layers
-        xhats, neurons = self.ham.activations(xs), self.ham.neurons
-        def pull(moving):
-            parts = self.ham.connection_energies({**xhats, **moving})
-            return -sum(parts, jnp.zeros((), jnp.result_type(*moving.values()))), parts
-        currents, parts = jax.grad(pull, has_aux=True)({n: xhats[n] for n in layers})
-        grads = {n: xs[n] - I if neurons[n].leak else -I for n, I in currents.items()}
+        xhats = self.ham.activations(xs)
+        currents, parts = _input_currents(self.ham, xhats, layers)
         tree = {"neurons": self.ham.neuron_energies(xhats, xs), "connections": parts}
         terms = jtu.tree_leaves(tree) + [(xhats[n] * x).sum() for n, x in xs.items()]
-        for n in self.cut:
-            if n in grads: grads[n] = jax.vjp(neurons[n].activations, xs[n])[1](grads[n])[0]
-        grads = {
-            n: jnp.where(self.masks[n], 0, g) if n in self.masks else g for n, g in grads.items()
-        }
         return Point(
             {n: xs[n] for n in self.free},
             {n: xs[n] if n in self.cut else xhats[n] for n in self.free},
-            grads,
+            {n: self.gradient(n, xs[n], I) for n, I in currents.items()},
             sum(jtu.tree_leaves(tree)),
             jax.lax.stop_gradient(sum(map(abs, terms))),
             tree,
         )
+
+    def gradient(self, n, x, current):
+        "∂E/∂x̂ of one layer, from its input current; ∂E/∂x where a mask cuts, 0 where clamped."
+        g = x - current if self.ham.neurons[n].leak else -current
+        if n in self.cut: g = jax.vjp(self.ham.neurons[n].activations, x)[1](g)[0]
+        return jnp.where(self.masks[n], 0, g) if n in self.masks else g
 
     def map(self, xs: dict) -> dict:
         "The map whose fixed points are those of the dynamics: each state to its input current."
@@ -187,24 +189,21 @@ def _still_to_come(layer, x, g):
     share = abs(there - here) / jnp.where(size > 0, size, 1)
     return jnp.where(share <= 1, share, 1), abs(here).max()
 
-
+# %% ../../nbs/api/dynamics/problem.ipynb #b5a074db
 def check_rest(
-    problem: Problem,  # the energy of the free states
-    point: Point,  # what is known of a state
-    rtol,  # relative tolerance
-    atol,  # absolute tolerance
-) -> (
-    tuple
-):  # the residual; the largest state (activation, without leak); whether all layers are at rest
+    problem: Problem, # the energy of the free states
+    point: Point, # what is known of a state
+    rtol, # relative tolerance
+    atol, # absolute tolerance
+) -> tuple: # residual; largest state (activation, without leak); whether all layers are at rest
     "Whether a state is at rest: one rule for all. No derivative goes through it."
     residuals, sizes, at_rest = [], [], []
     for n, g in point.grads.items():
         x, layer = point.xs[n], problem.ham.neurons[n]
         if layer.leak or n in problem.cut:
+            x = jnp.where(problem.masks[n], 0, abs(x)) if n in problem.masks else abs(x)
             r = abs(g).max()
-            size = against = (
-                jnp.where(problem.masks[n], 0, abs(x)) if n in problem.masks else abs(x)
-            ).max()
+            size = against = x.max()
         else:
             share, size = _still_to_come(layer, x, g)
             r, against = (abs(g) * share).max().astype(g.dtype), abs(g).max()

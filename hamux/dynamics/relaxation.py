@@ -1,4 +1,4 @@
-"""One class of layers after another jumps to where its own energy is least: no step size, a twentieth of the evaluations, and no rise.
+"""One class of layers after another jumps to where its own energy is least: no step size, no rise.
 
 Docs: https://hamux.github.io/hamux/api/dynamics/relaxation.html.md"""
 
@@ -11,13 +11,18 @@ __all__ = ['alone', 'Relaxation']
 from typing import ClassVar
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
 from .problem import Point, Problem, shortened
-from .solver import AbstractSolver, Move, choose, lowers, same_states
+from hamux.dynamics.solver import (
+    AbstractSolver,
+    Move,
+    choose,
+    empty_point,
+    lowers,
+    same_states,
+)
 
 # %% ../../nbs/api/dynamics/relaxation.ipynb #54d0a76f
 def alone(
@@ -40,7 +45,7 @@ def _jumps(problem: Problem) -> tuple:
         if fits and ham.neurons[n].leak and n not in problem.cut: out.append(n)
     return tuple(out)
 
-
+# %% ../../nbs/api/dynamics/relaxation.ipynb #ab9fc767
 def _colours(problem: Problem) -> tuple:
     "The free layers in classes that share no synapse, greedily coloured, the last layers first."
     near = {
@@ -59,31 +64,49 @@ def _colours(problem: Problem) -> tuple:
 
 def _depth(problem: Problem) -> int:
     "The number of synapses between the two free layers that are farthest from each other."
-    near = {
-        n: {
-            m
-            for names, _ in problem.ham.connections
-            if n in names
-            for m in names
-            if m in problem.free
-        }
-        for n in problem.free
-    }
+    met = lambda n: {m for names, _ in problem.ham.connections if n in names for m in names}
+    near = {n: met(n) & set(problem.free) for n in problem.free}
     def reach(n):
-        seen, d = {n}, 0
-        while new := set().union(*(near[m] for m in seen)) - seen: seen, d = seen | new, d + 1
+        reached, d = {n}, 0
+        while new := set().union(*(near[m] for m in reached)) - reached:
+            reached, d = reached | new, d + 1
         return d
     return max(map(reach, problem.free))
 
 # %% ../../nbs/api/dynamics/relaxation.ipynb #f2436b64
 class _Sweeping(eqx.Module):
     "What relaxation carries."
-    held: Point
-    lowest: Float[Array, ""]
-    length: Float[Array, ""]
+    held: Point # the point it stands at
+    lowest: Float[Array, ""] # the lowest energy so far
+    length: Float[Array, ""] # of the guarded steps
     asleep: PyTree # whether a free layer started at zero, where others did not
 
 
+def _asleep(xs):
+    "Which layers start at zero, where others do not."
+    zero = jnp.stack([~jnp.any(x != 0) for x in xs.values()])
+    return dict(zip(xs, zero & ~zero.all(), strict=True))
+
+# %% ../../nbs/api/dynamics/relaxation.ipynb #16beb13c
+def _sweep(problem, held, classes, jumping, length, asleep, waking):
+    "The states after every class had its turn."
+    xs = held.xs
+    for i, names in enumerate(classes):
+        grads = held.grads if i == 0 and len(classes) > 1 else problem.evaluate(xs, names).grads
+        for n in names:
+            step = 1 if n in jumping else length
+            new = (xs[n] - step * grads[n]).astype(xs[n].dtype)
+            xs = {**xs, n: jnp.where(waking & ~asleep[n], xs[n], new)}
+    return xs
+
+
+def _with_last_class(now, names, unknown):
+    "The point with gradients of 0 where layers stand at their input current; large, if unknown."
+    at_current = lambda x: jnp.where(unknown, jnp.maximum(abs(x), 1), 0)
+    grads = {n: at_current(x) if n in names else now.grads[n] for n, x in now.xs.items()}
+    return eqx.tree_at(lambda p: p.grads, now, grads)
+
+# %% ../../nbs/api/dynamics/relaxation.ipynb #cf2923ea
 class Relaxation(AbstractSolver):
     "Sweeps over classes of layers; each jumps to its input current, or takes a guarded step."
     # length of the first guarded step, in units of the gradient, and the longest with leak
@@ -96,72 +119,37 @@ class Relaxation(AbstractSolver):
             raise ValueError(f"Relaxation: dt must be one positive number, got {self.dt!r}.")
 
     def init(self, problem, xs):
-        now = jax.eval_shape(problem.evaluate, xs)
-        empty = jtu.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), now)
-        zero = jnp.stack([~jnp.any(x != 0) for x in xs.values()])
-        asleep = zero & ~zero.all()
-        length = jnp.asarray(self.dt, jnp.promote_types(now.energy.dtype, jnp.float32))
-        return _Sweeping(
-            empty, jnp.full_like(empty.energy, jnp.inf), length, dict(zip(xs, asleep, strict=True))
-        )
+        empty = empty_point(problem, xs)
+        length = jnp.asarray(self.dt, jnp.promote_types(empty.energy.dtype, jnp.float32))
+        return _Sweeping(empty, jnp.full_like(empty.energy, jnp.inf), length, _asleep(xs))
 
     def step(self, problem, now, state, step, key):
-        classes, free_to_jump = _colours(problem), _jumps(problem)
-        mixed, deep = jnp.stack(list(state.asleep.values())).any(), _depth(problem)
-        waking = mixed & (step < deep)
-        # they stand at their input current, by the last sweep
-        settled = tuple(n for n in classes[-1] if n in free_to_jump)
-        unknown = (step == 0) | mixed & (step <= deep)
-        now = eqx.tree_at(
-            lambda p: p.grads,
-            now,
-            {
-                n: jnp.where(unknown, jnp.maximum(abs(x), 1), 0) if n in settled else now.grads[n]
-                for n, x in now.xs.items()
-            },
-        )
-        fine = (
-            (step == 0)
-            | (len(free_to_jump) == len(problem.free))
-            | lowers(now, state.held, state.lowest, 0.0)
-        )
+        classes, jumping, depth = _colours(problem), _jumps(problem), _depth(problem)
+        mixed = jnp.stack(list(state.asleep.values())).any()
+        # what the last class stands at is known by the last sweep, once all of it has jumped
+        waking, unknown = mixed & (step < depth), (step == 0) | mixed & (step <= depth)
+        now = _with_last_class(now, [n for n in classes[-1] if n in jumping], unknown)
+        exact = len(jumping) == len(problem.free)
+        fine = (step == 0) | exact | lowers(now, state.held, state.lowest, 0.0)
         held = choose(fine, now, state.held)
-        length = jnp.where(
-            step == 0,
-            state.length,
-            jnp.where(fine, jnp.minimum(2 * state.length, self.longest(problem)), state.length / 4),
-        ).astype(state.length.dtype)
-        ahead = self.sweep(problem, held, classes, free_to_jump, length, state.asleep, waking)
+        length = self.next_length(problem, state.length, step, fine)
+        ahead = _sweep(problem, held, classes, jumping, length, state.asleep, waking)
         ahead = shortened(problem, ahead)
         stuck = same_states(ahead, held.xs) & ~unknown
-        return Move(
-            held,
-            ahead,
-            _Sweeping(held, jnp.minimum(state.lowest, held.energy), length, state.asleep),
-            stuck,
-            unknown,
-        )
+        lowest = jnp.minimum(state.lowest, held.energy)
+        return Move(held, ahead, _Sweeping(held, lowest, length, state.asleep), stuck, unknown)
 
-    def longest(self, problem):
-        "The longest guarded step: `dt`, or any where a layer has no leak, whose gradient has no length of its own."
+    def next_length(self, problem, length, step, fine):
+        "Longer after a sweep that was accepted, shorter after another; at most `dt` with leak."
         leaks = all(problem.ham.neurons[n].leak for n in problem.free)
-        return self.dt if leaks else float(jnp.finfo(jnp.float32).max) / 8
-
-    def sweep(self, problem, held, classes, free_to_jump, length, asleep, waking):
-        "The states after every class had its turn."
-        xs = held.xs
-        for i, names in enumerate(classes):
-            grads = held.grads if i == 0 and len(classes) > 1 else problem.evaluate(xs, names).grads
-            for n in names:
-                step = 1 if n in free_to_jump else length
-                new = (xs[n] - step * grads[n]).astype(xs[n].dtype)
-                xs = {**xs, n: jnp.where(waking & ~asleep[n], xs[n], new)}
-        return xs
+        longest = self.dt if leaks else float(jnp.finfo(jnp.float32).max) / 8
+        new = jnp.where(fine, jnp.minimum(2 * length, longest), length / 4)
+        return jnp.where(step == 0, length, new).astype(length.dtype)
 
     def descends(self, step): return True
 
     def cost(self, problem):
-        classes, free_to_jump = _colours(problem), _jumps(problem)
-        last = sum(n in free_to_jump for n in classes[-1])
+        classes, jumping = _colours(problem), _jumps(problem)
+        last = sum(n in jumping for n in classes[-1])
         later = len(problem.free) - len(classes[0]) if len(classes) > 1 else len(problem.free)
         return (len(problem.free) - last + later) / len(problem.free)

@@ -1,4 +1,4 @@
-"""One enumeration of the reasons for which a recall ends, and the sentences that go with them: for `descend`, `flow` and `recall_bits`.
+"""One enumeration of reasons, and their sentences, for `descend`, `flow` and `recall_bits`.
 
 Docs: https://hamux.github.io/hamux/api/dynamics/results.html.md"""
 
@@ -16,68 +16,31 @@ import numpy as np
 RUNNING, CONVERGED, MAX_STEPS, NONFINITE, UNBOUNDED, STUCK, SAMPLED, MOVING, FAILED = range(9)
 
 # %% ../../nbs/api/dynamics/results.ipynb #49805dec
-SENTENCES = {
-    "descent": {
-        CONVERGED: (
-            "Converged in {steps} steps: the residual of {residual:.2g} is within the tolerance."
-        ),
-        MAX_STEPS: (
-            "Stopped at the maximum of {steps} steps with a residual of {residual:.2g}.{advice}"
-        ),
-        NONFINITE: (
-            "Stopped being finite at step {next_step}; the last finite state is returned. "
-            "Look for NaN or inf in parameters and start, or take a smaller dt."
-        ),
-        UNBOUNDED: (
-            "The energy seems not to be bounded below: at step {steps} it was still falling, with"
-            " states far beyond the scale of the start. Make the weights smaller, or give the"
-            " layers activations that saturate."
-        ),
-        STUCK: (
-            "Stopped after {steps} steps with a residual of {residual:.2g}: no step that this dtype"
-            " resolves lowers the energy. Compute in a wider dtype, or allow a larger tolerance."
-        ),
-        SAMPLED: (
-            "Took all {steps} steps. At a temperature above 0 the states do not settle; they are"
-            " samples."
-        ),
-    },
-    "flow": {
-        CONVERGED: (
-            "At rest at t = {t:.4g} after {steps} steps: the residual of {residual:.2g} is within"
-            " the tolerance."
-        ),
-        MAX_STEPS: (
-            "Stopped at the maximum of {steps} steps at t = {t:.4g}, with a residual of"
-            " {residual:.2g}. Allow more steps, a larger tolerance, or, where time constants differ"
-            " widely, an implicit solver such as diffrax.Kvaerno5()."
-        ),
-        NONFINITE: (
-            "Not finite at t = {t:.4g}. Look for NaN or inf in parameters and start, for an energy"
-            " that is not bounded below, or take smaller steps."
-        ),
-        MOVING: (
-            "Reached t = {t:.4g} in {steps} steps, still moving: the residual is {residual:.2g}."
-        ),
-        FAILED: (
-            "The integration failed at t = {t:.4g} after {steps} steps, with a residual of"
-            " {residual:.2g}. Diffrax's reason is in `.solution.result`."
-        ),
-    },
-    "bits": {
-        CONVERGED: (
-            "Converged in {sweeps} sweeps and {flips} flips: no flip of a free neuron lowers the"
-            " energy."
-        ),
-        MAX_STEPS: (
-            "Stopped at the maximum of {sweeps} sweeps after {flips} flips, some of them in the"
-            " last sweep. Allow more sweeps."
-        ),
-        NONFINITE: (
-            "Not finite after {sweeps} sweeps: the weights hold NaN or inf, or the energy"
-            " overflows."
-        ),
-    },
+SENTENCES = {}
+SENTENCES["descent"] = {
+    CONVERGED: (
+        "Converged in {steps} steps: the residual of {residual:.2g} is within the tolerance."
+    ),
+    MAX_STEPS: (
+        "Stopped at the maximum of {steps} steps with a residual of {residual:.2g}.{advice}"
+    ),
+    NONFINITE: (
+        "Stopped being finite at step {next_step}; the last finite state is returned. "
+        "Look for NaN or inf in parameters and start, or take a smaller dt."
+    ),
+    UNBOUNDED: (
+        "The energy seems not to be bounded below: at step {steps} it was still falling, with"
+        " states far beyond the scale of the start. Make the weights smaller, or give the"
+        " layers activations that saturate."
+    ),
+    STUCK: (
+        "Stopped after {steps} steps with a residual of {residual:.2g}: no step that this dtype"
+        " resolves lowers the energy. Compute in a wider dtype, or allow a larger tolerance."
+    ),
+    SAMPLED: (
+        "Took all {steps} steps. At a temperature above 0 the states do not settle; they are"
+        " samples."
+    ),
 }
 
 
@@ -89,6 +52,46 @@ def sentence(
     "The sentence for a code."
     template = SENTENCES[kind].get(code)
     return "Still running." if template is None else template.format(**numbers)
+
+# %% ../../nbs/api/dynamics/results.ipynb #980f9184
+SENTENCES["flow"] = {
+    CONVERGED: (
+        "At rest at t = {t:.4g} after {steps} steps: the residual of {residual:.2g} is within"
+        " the tolerance."
+    ),
+    MAX_STEPS: (
+        "Stopped at the maximum of {steps} steps at t = {t:.4g}, with a residual of"
+        " {residual:.2g}. Allow more steps, a larger tolerance, or, where time constants differ"
+        " widely, an implicit solver such as diffrax.Kvaerno5()."
+    ),
+    NONFINITE: (
+        "Not finite at t = {t:.4g}. Look for NaN or inf in parameters and start, for an energy"
+        " that is not bounded below, or take smaller steps."
+    ),
+    MOVING: (
+        "Reached t = {t:.4g} in {steps} steps, still moving: the residual is {residual:.2g}."
+    ),
+    FAILED: (
+        "The integration failed at t = {t:.4g} after {steps} steps, with a residual of"
+        " {residual:.2g}. Diffrax's reason is in `.solution.result`."
+    ),
+}
+
+# %% ../../nbs/api/dynamics/results.ipynb #b27d8f38
+SENTENCES["bits"] = {
+    CONVERGED: (
+        "Converged in {sweeps} sweeps and {flips} flips: no flip of a free neuron lowers the"
+        " energy."
+    ),
+    MAX_STEPS: (
+        "Stopped at the maximum of {sweeps} sweeps after {flips} flips, some of them in the"
+        " last sweep. Allow more sweeps."
+    ),
+    NONFINITE: (
+        "Not finite after {sweeps} sweeps: the weights hold NaN or inf, or the energy"
+        " overflows."
+    ),
+}
 
 # %% ../../nbs/api/dynamics/results.ipynb #d03cda5c
 def in_words(
