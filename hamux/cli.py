@@ -1,4 +1,4 @@
-"""`hamux-demo` recalls handwritten digits and draws what it did; `hamux-recall` does it for anybody's files.
+"""`hamux-demo` recalls handwritten digits and draws it; `hamux-recall` does it for your files.
 
 Docs: https://hamux.github.io/hamux/api/cli.html.md"""
 
@@ -48,7 +48,7 @@ def _one_line_errors(command):
 
 @contextmanager
 def _stops_between_batches():
-    "A list that fills when the process is interrupted or terminated: to be looked at where it is safe to stop."
+    "A list that fills when the process is interrupted: to be looked at where it is safe to stop."
     asked, old = [], {}
     for s in (signal.SIGINT, signal.SIGTERM):
         try:
@@ -343,7 +343,7 @@ def hamux_recall(
     argv=None,  # the arguments; None for those of the process
 ) -> (
     int
-):  # exit status: 0 if every query converged, 1 if some did not (they are written all the same); 2 for a mistake
+):  # exit status: 0, 1 if some queries did not converge, 2 for a mistake
     "The command `hamux-recall`: recall the rows of one file from the rows of another."
     o = _recall_options(argv)
     with _one_line_errors("hamux-recall"):

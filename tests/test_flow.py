@@ -23,8 +23,7 @@ from hamux import (
     TanhLayer,
 )
 from hamux.dynamics.continuous import flow
-from hamux.dynamics.results import CONVERGED as AT_REST
-from hamux.dynamics.results import FAILED, MAX_STEPS, MOVING, NONFINITE
+from hamux.dynamics.results import MAX_STEPS, MOVING, NONFINITE
 
 
 @pytest.fixture(autouse=True, scope="module")

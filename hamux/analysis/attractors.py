@@ -1,4 +1,4 @@
-"""What was reached, whether it is a minimum, and how far away one may start: the three things that a recall experiment reports.
+"""What was reached, whether it is a minimum, and how far away one may start.
 
 Docs: https://hamux.github.io/hamux/api/analysis/attractors.html.md"""
 

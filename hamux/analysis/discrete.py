@@ -1,4 +1,4 @@
-"""Neurons of ±1 that flip one at a time, each flip downhill, and each paid for with one row of the weights: the binary networks of the papers, at their sizes.
+"""Neurons of ±1 that flip one at a time, each flip downhill: the binary networks of the papers.
 
 Docs: https://hamux.github.io/hamux/api/analysis/discrete.html.md"""
 

@@ -1,4 +1,4 @@
-"""Follow the flow where the basin is decided, leap to the end of it where it is linear: no step size to choose, no rise, and a tenth of the evaluations.
+"""Follow the flow where the basin is decided, leap to its end where it is linear, and never rise.
 
 Docs: https://hamux.github.io/hamux/api/dynamics/adaptive.html.md"""
 

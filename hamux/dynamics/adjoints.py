@@ -1,4 +1,4 @@
-"""Four ways to differentiate what a descent returns: through its steps, stored or computed again, through the fixed point that they reach, or through the last step alone. How to choose one; how to add one.
+"""Four ways to differentiate what a descent returns, how to choose one, and how to add one.
 
 Docs: https://hamux.github.io/hamux/api/dynamics/adjoints.html.md"""
 

@@ -1,4 +1,4 @@
-"""The flow itself, integrated by diffrax: trajectories with controlled error, saved when you ask, stopped at rest, and differentiable.
+"""The flow itself, integrated by diffrax: error control, saved times, a stop at rest, gradients.
 
 Docs: https://hamux.github.io/hamux/api/dynamics/continuous.html.md"""
 

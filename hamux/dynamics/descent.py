@@ -1,4 +1,4 @@
-"""Recall is one call: slide down the energy until it is flat, hold what is known, and say why it stopped.
+"""Recall in one call: slide down the energy until it is flat, and say why it stopped.
 
 Docs: https://hamux.github.io/hamux/api/dynamics/descent.html.md"""
 

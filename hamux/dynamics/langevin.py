@@ -1,4 +1,4 @@
-"""A temperature: states that fluctuate about the energy's valleys with the law exp(−E/T), for sampling and for annealed recall.
+"""A temperature: states with the law exp(−E/T), for sampling and for annealed recall.
 
 Docs: https://hamux.github.io/hamux/api/dynamics/langevin.html.md"""
 

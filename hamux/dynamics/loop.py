@@ -1,4 +1,4 @@
-"""One compiled loop over a batch: every row has its own steps and its own reason to stop, what is recorded stays out of the derivative, and rows that are done stop costing. A workshop page: to recall, read Dynamics.
+"""One compiled loop over a batch: each row stops by itself, and soon costs nothing. A workshop.
 
 Docs: https://hamux.github.io/hamux/api/dynamics/loop.html.md"""
 

@@ -1,4 +1,4 @@
-"""States are real floating arrays, hyperparameters have a sign and a shape: the checks that every Lagrangian begins with.
+"""States are real, hyperparameters have a sign and a shape: what every Lagrangian checks.
 
 Docs: https://hamux.github.io/hamux/api/lagrangians/arguments.html.md"""
 
@@ -16,7 +16,7 @@ import numpy as np
 
 # %% ../../nbs/api/lagrangians/arguments.ipynb #8fbd63d2
 def real_state(x, who):
-    "`x` as an array of real floating numbers, in the precision in which it will be computed, and its own dtype."
+    "`x` as a real array, in the precision in which it is computed, and its own dtype."
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
@@ -27,7 +27,7 @@ def real_state(x, who):
 
 
 def hyperparameter(value, name, who, shape, dtype, at_least=0.0, strictly=True):
-    "The hyperparameter `value` in `dtype`: checked for sign where it is known, and for shape against `shape`."
+    "The hyperparameter `value` in `dtype`: checked for sign where known, and for shape."
     if not isinstance(value, jax.core.Tracer):
         known = np.asarray(value, dtype=float)
         if not np.all(known > at_least if strictly else known >= at_least):

@@ -1,4 +1,4 @@
-"""Softmax and ghostmax: neurons that share one unit of activity, with all digits where one has won.
+"""Softmax and ghostmax: neurons that share one unit of activity.
 
 Docs: https://hamux.github.io/hamux/api/lagrangians/competitions.html.md"""
 
@@ -30,7 +30,7 @@ def lagr_softmax(
     beta=1.0,
     axis=-1, # axis along which the neurons compete; several, or None for all
 ) -> Float[Array, ""]: # Σ_rows (1/β) log Σ exp(β x)
-    "The Lagrangian of the softmax: the activation is softmax(βx) along `axis`, and the rows are summed."
+    "The Lagrangian of the softmax: the activation is softmax(βx) along `axis`; rows are summed."
     x, dtype, beta, axes = _competition(x, beta, axis, False, "lagr_softmax")
     return total(logsumexp(x, beta, axes, False)).astype(dtype).reshape(())
 
@@ -42,7 +42,7 @@ def lagr_ghostmax(
     beta=1.0,
     axis=-1, # axis along which the neurons compete; several, or None for all
 ) -> Float[Array, ""]: # Σ_rows (1/β) log(1 + Σ exp(β x))
-    "The Lagrangian of the ghostmax, a softmax with a silent competitor at 0, whose activations may sum to less than one."
+    "The Lagrangian of the ghostmax, a softmax with a silent competitor at 0."
     x, dtype, beta, axes = _competition(x, beta, axis, True, "lagr_ghostmax")
     return total(logsumexp(x, beta, axes, True)).astype(dtype).reshape(())
 

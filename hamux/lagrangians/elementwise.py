@@ -1,4 +1,4 @@
-"""One convex scalar function per layer fixes its activation and its energy; here are the eleven the field uses, correct at every magnitude.
+"""One convex function per layer fixes its activation and energy: here, neurons one by one.
 
 Docs: https://hamux.github.io/hamux/api/lagrangians/elementwise.html.md"""
 
@@ -60,7 +60,7 @@ def lagr_repu(
     x: Float[Array, "..."], # state, any shape
     n, # degree, at least 1; a number, or an array to learn it
 ) -> Float[Array, ""]: # (1/n) Σ max(x, 0)ⁿ
-    "The Lagrangian of the rectified power unit of degree `n`: the activation is max(x, 0)ⁿ⁻¹ (Krotov & Hopfield 2016)."
+    "The Lagrangian of degree `n` of max(x, 0)ⁿ⁻¹ (Krotov & Hopfield 2016)."
     return _power_unit(x, n, "lagr_repu")
 
 

@@ -1,4 +1,4 @@
-"""A Lagrangian says of itself what the rest of the library may use: whether it is a sum or a competition, which keyword is its temperature, and which noise it bears.
+"""A Lagrangian says of itself what the rest of the library may use.
 
 Docs: https://hamux.github.io/hamux/api/lagrangians/facts.html.md"""
 
@@ -46,8 +46,8 @@ class Facts:
             self.terms is not None and self.outer is not None
         ):
             raise ValueError(
-                "Facts: terms and outer must both be given for the form 'function of a sum', and for no"
-                f" other, got form {self.form!r}."
+                "Facts: terms and outer must both be given for the form 'function of a sum', and"
+                f" for no other, got form {self.form!r}."
             )
         if self.silent and self.form != "competition":
             raise ValueError(
@@ -75,7 +75,7 @@ def taken_apart(
     lagrangian: Callable,  # a function, partials of one, or a module
 ) -> (
     tuple
-):  # the function or module, and the keywords bound to it; None for the first if positions are bound
+):  # the function or module (None if positions are bound), and the keywords
     "A Lagrangian without its partials."
     keywords = {}
     while isinstance(lagrangian, eqx.Partial | ft.partial):

@@ -1,4 +1,4 @@
-"""Layer norm and sphere: the square root of a sum of squares is convex, and its gradient is a unit vector.
+"""Layer norm and sphere: the root of a sum of squares is convex, its gradient a unit vector.
 
 Docs: https://hamux.github.io/hamux/api/lagrangians/norms.html.md"""
 
@@ -52,5 +52,5 @@ def lagr_spherical_norm(
     axis=-1, # axis to normalise along; several, or None for all
     eps=1e-5, # added to the squared length, ≥ 0
 ) -> Float[Array, ""]: # Σ_rows γ √(Σ x² + ε) + Σ δ x
-    "The Lagrangian of the projection on a sphere: the activation is γ x/√(Σ x² + ε) + δ, row by row."
+    "The Lagrangian of the sphere: the activation is γ x/√(Σ x² + ε) + δ, row by row."
     return _norm_lagrangian(x, gamma, delta, axis, eps, False, "lagr_spherical_norm")

@@ -1,4 +1,4 @@
-"""The gradient of a loss of what was recalled, by every method that the field uses, behind one call: adjoints, equilibrium propagation, contrastive Hebbian learning.
+"""The gradient of a loss of what was recalled, by every method of the field, behind one call.
 
 Docs: https://hamux.github.io/hamux/api/learning/gradients.html.md"""
 

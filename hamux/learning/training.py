@@ -1,4 +1,4 @@
-"""One call on optax: progress, validation, early stopping, and a file from which it goes on exactly where it was.
+"""One loop on optax: batches, constraints, early stopping, and a file from which it goes on.
 
 Docs: https://hamux.github.io/hamux/api/learning/training.html.md"""
 

@@ -1,4 +1,4 @@
-"""From arrays to an associative memory in one call: what to remember, what is asked, what is known of it.
+"""From arrays to an associative memory in one call: what to remember, and what is asked.
 
 Docs: https://hamux.github.io/hamux/api/memories/arrays.html.md"""
 
@@ -29,7 +29,7 @@ def memory_ham(
     similarity="euclidean", # "euclidean" or "dot"
     trainable=True, # whether gradients reach the patterns
 ) -> HAM: # layers "pattern" (d,) and "memory" (K,)
-    "The network that remembers the rows of `memories`. Raises ValueError for other shapes or similarities."
+    "The network that remembers the rows of `memories`. Raises ValueError for what does not fit."
     memories = jnp.asarray(memories)
     if memories.ndim != 2:
         raise ValueError(f"The memories are one pattern per row, and have shape {memories.shape}.")
@@ -50,7 +50,7 @@ def near_distance2(
     memories: Float[Array, "K d"], # the patterns, one per row
     seed=0, # for the sample of patterns
 ) -> float: # squared distance; 1 where there is only one pattern
-    "The squared distance to the nearest other pattern that 5 % of the patterns undercut. Copies of a pattern do not count."
+    "The squared distance to the nearest other pattern that 5 % of the patterns undercut."
     memories, rng = np.asarray(memories, dtype=float), np.random.default_rng(seed)
     mine, rivals = (memories[np.sort(rng.permutation(len(memories))[:n])] for n in (1000, 10_000))
     gaps = []
@@ -68,7 +68,7 @@ def choose_beta(
     delta=1e-4, # the weight that all other patterns may have together
     seed=0, # for the sample of patterns
 ) -> float: # inverse temperature
-    "An inverse temperature at which most patterns are recalled by themselves, from the distances between them."
+    "An inverse temperature at which most patterns are recalled by themselves."
     return 2 / near_distance2(memories, seed) * (math.log(len(memories)) + math.log(1 / delta))
 
 
@@ -76,7 +76,7 @@ def choose_similarity(
     memories: Float[Array, "K d"], # the patterns, one per row
     seed=0, # for the sample of patterns
 ) -> str: # "dot" or "euclidean"
-    "The dot product where all patterns have one length (the biases would differ by less than 1 % of a near squared distance), else the Euclidean similarity."
+    "The dot product where all patterns have nearly one length, else the Euclidean similarity."
     squares = (np.asarray(memories, dtype=float)**2).sum(1)
     return (
         "dot"
@@ -100,7 +100,7 @@ def recall_states(
     solver: AbstractSolver = Euler(0.5), # how to step
     max_steps: int = 1000, # steps at most
 ) -> Descent: # of the layers "pattern" and "memory", one row per query
-    "Recall each query: fill in what is unknown, then slide down the energy with what is known clamped, or free if it is noisy."
+    "Recall each query: fill in what is unknown, then slide down with what is known clamped or free."
     queries = jnp.asarray(queries)
     d = ham.neurons["pattern"].shape[0]
     if queries.ndim != 2 or queries.shape[1] != d:
@@ -136,7 +136,7 @@ def _joined(first, second):
 
 # %% ../../nbs/api/memories/arrays.ipynb #c3a753e6
 class Memory:
-    "A set of patterns made ready for recall: similarity and temperature chosen from their scale unless given."
+    "A set of patterns made ready for recall: similarity and temperature chosen unless given."
     def __init__(self,
                  memories: Float[Array, "K d"], # the patterns, one per row: finite numbers
                  # inverse temperature, in units of 1/distance² of the data; None to choose
@@ -178,7 +178,7 @@ class Memory:
                noisy=False, # whether the known entries are free to move too
                **settings, # solver and max_steps, passed on
                ): # the answers (n, d) and the `Descent`, in scaled units
-        "The patterns that the queries recall. Known entries come back unchanged unless they are noisy."
+        "The patterns that the queries recall. Known entries stay unless they are noisy."
         queries = np.asarray(queries)
         if queries.ndim != 2 or queries.shape[1] != len(self.centre):
             raise ValueError(
@@ -209,5 +209,5 @@ def recall(
     similarity=None, # "euclidean" or "dot"; None to choose
     **settings, # solver and max_steps, passed on to the descent
 ): # the answers (n, d), and the `Descent` with steps, residuals and reasons
-    "Recall queries from memories, both plain arrays. Raises ValueError for shapes or numbers that do not fit."
+    "Recall queries from memories, both plain arrays. Raises ValueError for what does not fit."
     return Memory(memories, beta, similarity).recall(queries, noisy, **settings)

@@ -292,7 +292,7 @@ def dEdact(
     xs: dict,  # a state per layer
     return_energy=False,  # whether the energy is wanted too
 ):  # the gradient, a dictionary like `xhats`; with `return_energy` the pair (energy, gradient)
-    "The gradient of the total energy in the activations: the state minus the input current, layer by layer."
+    "The gradient of the total energy in the activations: the state minus the input current."
     xhats = check_states(xhats, self.neurons, "activations")
     return (jax.value_and_grad if return_energy else jax.grad)(self.energy)(xhats, xs)
 
@@ -351,7 +351,7 @@ class VectorizedHAM(eqx.Module):
         )
 
     def dEdact(self, xhats, xs, return_energy=False):
-        "The gradient of each row's total energy in its activations; with `return_energy` the pair (energies, gradients)."
+        "The gradient of each row; with `return_energy` the pair (energies, gradients)."
         f = lambda xhats, xs: self._ham.dEdact(xhats, xs, return_energy)
         return jax.vmap(f)(check_batch(xhats, self, "activations"), check_batch(xs, self, "states"))
 

@@ -34,8 +34,8 @@ def scalar_lagrangian(L, who="The Lagrangian"):
         shape, dtype = jnp.shape(value), jnp.result_type(value)
         if shape != ():
             raise ValueError(
-                f"{who} must return one number for the whole layer, got shape {shape} for a state of"
-                f" shape {jnp.shape(x)}. Sum it over the remaining axes."
+                f"{who} must return one number for the whole layer, got shape {shape} for a state"
+                f" of shape {jnp.shape(x)}. Sum it over the remaining axes."
             )
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(f"{who} must return one real floating number, got dtype {dtype}.")
@@ -138,7 +138,7 @@ class NeuronLayer(eqx.Module):
     def activations(self,
                     x: Float[Array, "..."], # state, the layer's shape
                     ) -> Float[Array, "..."]: # ∇L(x), same shape
-        "The activation that belongs to a state. Raises for a wrong shape or dtype, or a Lagrangian that is not scalar."
+        "The activation that belongs to a state. Raises for a wrong shape, dtype or Lagrangian."
         return jax.grad(scalar_lagrangian(self.lagrangian))(
             check_state(x, self.shape, "The state of", self)
         )

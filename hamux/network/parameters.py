@@ -1,4 +1,4 @@
-"""A number is a constant, a floating array is a parameter: how anything a person writes becomes a pytree whose only leaves are what can learn.
+"""A number is a constant, a floating array is a parameter: how anything becomes a pytree.
 
 Docs: https://hamux.github.io/hamux/api/network/parameters.html.md"""
 
@@ -66,7 +66,7 @@ class Frozen:
 
 # %% ../../nbs/api/network/parameters.ipynb #f91a9619
 class Sealed(eqx.Module):
-    "What `seal` makes of a pytree with constants in it: parameters as leaves, constants as structure."
+    "What `seal` makes of a pytree: parameters as leaves, constants as structure."
     params: PyTree
     constants: Frozen = eqx.field(static=True)
 
@@ -85,7 +85,7 @@ def _open(node):
 def seal(
     node: PyTree, # a module, a function, a partial, a number, an array
 ) -> PyTree: # the same, or a `Sealed`: every leaf a parameter
-    "A pytree whose only leaves are parameters, from anything. Raises TypeError for complex or traced integer arrays."
+    "A pytree whose only leaves are parameters. Raises TypeError for what cannot be one."
     node = _open(node)
     if all(map(is_parameter, jtu.tree_leaves(node))): return node
     params, constants = eqx.partition(node, is_parameter)
@@ -114,7 +114,7 @@ def as_weights(
     who: str, # whose weights they are, in messages
     ndim=None, # number of axes it must have; None for any
 ) -> Float[Array, "..."]:
-    "Weights as an array of real floating numbers. Raises TypeError or ValueError for anything else."
+    "Weights as a real floating array. Raises TypeError or ValueError for anything else."
     refuse_masked(W, f"{who}: {name}")
     try:
         W = jnp.asarray(W)

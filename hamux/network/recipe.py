@@ -1,4 +1,4 @@
-"""A hypersynapse that does not know its sizes yet is a recipe; the site where it will stand tells it the rest.
+"""A hypersynapse that does not know its sizes yet is a recipe; its site tells it the rest.
 
 Docs: https://hamux.github.io/hamux/api/network/recipe.html.md"""
 
@@ -33,7 +33,7 @@ class Site(NamedTuple):
               # how many products the energy sums, a function of the shapes; None for all to all
               terms=None,
               ) -> Float[Array, ""]: # standard deviation of the weights
-        "The scale at which the rms currents of the ends add up to one. Raises ValueError where there is none."
+        "The scale at which the rms currents of the ends add up to one. Raises ValueError without one."
         sizes = math.prod(map(math.prod, self.shapes))
         share = 1.0 if terms is None else terms(*self.shapes) / sizes
         q = self.squares
@@ -96,7 +96,8 @@ def vector_sizes(
     "The sizes of layers that are vectors. Raises ValueError where one is not."
     if any(len(s) != 1 for s in shapes):
         raise ValueError(
-            f"{who}: the layers must be vectors, got shapes {list(shapes)}. Use DenseSynapse.lazy()."
+            f"{who}: the layers must be vectors, got shapes {list(shapes)}. Use"
+            " DenseSynapse.lazy()."
         )
     return tuple(n for n, in shapes)
 

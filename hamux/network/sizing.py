@@ -1,4 +1,4 @@
-"""Hypersynapses that do not know their sizes yet, and `build`, which finds them from the layers and draws weights that train.
+"""Hypersynapses without sizes, and `build`, which finds them and draws weights that train.
 
 Docs: https://hamux.github.io/hamux/api/network/sizing.html.md"""
 
@@ -38,7 +38,7 @@ def _mean_square_norm(layer, xs):
 
 # %% ../../nbs/api/network/sizing.ipynb #de424aaa
 def _sites(s, connections, neurons, squares, dtype):
-    "The sites of hypersynapse `s`, one for each connection that it serves, with the names of their layers."
+    "The sites of hypersynapse `s`, one for each connection, with the names of their layers."
     def site(names):
         return Site(
             tuple(neurons[n].shape for n in names),
@@ -68,8 +68,8 @@ def _make(s, lazy, places, key, neurons, dtype):
             try_connection(more, s, neurons, synapse, dtype)
         except ValueError as e:
             raise ValueError(
-                f"{e} It was sized for {names} of shapes {list(site.shapes)}, and must fit all of its"
-                " connections."
+                f"{e} It was sized for {names} of shapes {list(site.shapes)}, and must fit all of"
+                " its connections."
             ) from e
     return synapse
 
@@ -82,7 +82,7 @@ def build(
     key, # a PRNG key for the weights of what is lazy; None if nothing is
     dtype=None, # floating dtype of these weights; None for JAX's default
 ) -> HAM: # every hypersynapse sized and drawn
-    "A network from layers and hypersynapses, of which some may not know their sizes. Raises ValueError where sizes do not fit."
+    "A network from parts, some of which may not know their sizes. Raises ValueError if unfit."
     neurons, hypersynapses = by_name(neurons, "neurons"), by_name(hypersynapses, "hypersynapses")
     connections, dtype = check_connections(connections, neurons, hypersynapses), jnp.dtype(
         dtype or jnp.result_type(float)

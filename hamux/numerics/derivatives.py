@@ -1,4 +1,4 @@
-"""The scalar functions behind the Lagrangians, each written with the derivatives of paper and pencil, accurate to the last digits at any magnitude.
+"""The functions behind the Lagrangians, with derivatives that are accurate at any magnitude.
 
 Docs: https://hamux.github.io/hamux/api/numerics/derivatives.html.md"""
 
@@ -91,7 +91,7 @@ def _repu_learned_jvp(primals, tangents):
 
 # %% ../../nbs/api/numerics/derivatives.ipynb #45720aa3
 def tempered(value, slope, curve, dual):
-    "The elementwise f(βx)/β, from f(βx)/β, f'(z), w f''(z) and w (z f'(z) - f(z)), with all derivatives in x and β."
+    "The elementwise f(βx)/β with all derivatives in x and β, from its value and three others."
 
     @jax.custom_jvp
     def L(x, beta):
@@ -170,7 +170,7 @@ def softplus_dual(z, w):
 
 # %% ../../nbs/api/numerics/derivatives.ipynb #2d2fdfb7
 def compete(x, beta, axes, ghost):
-    "The top entry, who reaches it, the weights relative to it, and the weight of all others together (keepdims)."
+    "The top entry, who reaches it, the weights relative to it, and that of all others (keepdims)."
     top = x.max(axes, keepdims=True, initial=0.0 if ghost else None)
     at_top = x == top
     weights = jnp.exp(beta * (x - top))

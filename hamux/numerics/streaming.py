@@ -1,4 +1,4 @@
-"""A sum over very many rows, taken a block at a time, whose derivatives of every order are again such sums.
+"""A sum over very many rows, a block at a time, whose derivatives are again such sums.
 
 Docs: https://hamux.github.io/hamux/api/numerics/streaming.html.md"""
 
@@ -33,7 +33,7 @@ def _split(where, values):
 
 @dataclass(frozen=True)
 class _Tangent:
-    "The directional derivative of a body: takes the tangents after the arguments, and after the blocks."
+    "The directional derivative of a body: tangents come after arguments, and after blocks."
     body: Callable
     args: tuple # whether each argument has a tangent
     blocks: tuple # whether each array of rows has one
@@ -55,7 +55,7 @@ class _Tangent:
 # %% ../../nbs/api/numerics/streaming.ipynb #fb69dfee
 @dataclass(frozen=True)
 class _Transposed:
-    "The transpose of a body in some of its inputs: takes the cotangents after the other arguments, and after the other blocks."
+    "The transpose of a body: cotangents come after the other arguments, and after the blocks."
     body: Callable
     args: tuple # shape and dtype of each argument in which it is linear, None for the others
     blocks: tuple # the same for each array of rows, without the leading axis

@@ -1,4 +1,4 @@
-"""How a number, an array, a function or a module is written so that JSON and YAML hold it, and read again.
+"""How numbers, arrays, functions and modules are written in JSON and YAML, and read again.
 
 Docs: https://hamux.github.io/hamux/api/storage/descriptions.html.md"""
 

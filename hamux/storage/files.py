@@ -1,4 +1,4 @@
-"""Patterns in and out of `.npy`, `.npz` and `.csv` files: read in batches, written whole or not at all.
+"""Patterns in and out of `.npy`, `.npz` and `.csv`: read in batches, written whole or not at all.
 
 Docs: https://hamux.github.io/hamux/api/storage/files.html.md"""
 

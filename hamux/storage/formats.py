@@ -1,4 +1,4 @@
-"""Where the rows of a `.npy`, `.npz` or `.csv` file lie, how they are read a few at a time, and written.
+"""Where the rows of a `.npy`, `.npz` or `.csv` file lie, and how they are read and written.
 
 Docs: https://hamux.github.io/hamux/api/storage/formats.html.md"""
 

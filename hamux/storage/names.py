@@ -1,4 +1,4 @@
-"""Which words a configuration may use for a Lagrangian, a hypersynapse or an entry, and what each means.
+"""Which words a configuration may use, and what each means.
 
 Docs: https://hamux.github.io/hamux/api/storage/names.html.md"""
 

@@ -1,4 +1,4 @@
-"""Architecture and weights in one file, whole or not at all, and loaded without running what it says.
+"""Architecture and weights in one file, whole or not at all, loaded without running it.
 
 Docs: https://hamux.github.io/hamux/api/storage/saving.html.md"""
 

@@ -1,4 +1,4 @@
-"""Attention as an energy: every query is drawn to the keys it matches, every key to the queries that chose it, and the two currents come from one number.
+"""Attention as an energy: queries are drawn to keys, and keys to the queries that chose them.
 
 Docs: https://hamux.github.io/hamux/api/synapses/attention.html.md"""
 
@@ -67,13 +67,13 @@ def _fitting(mask, name, *shapes):
 
 
 def _allowed(syn, queries, keys):
-    "The table (queries, keys) of who may look at whom, from the shapes of the grids; `keys` is None within one layer."
+    "The table (queries, keys) of who may look at whom; `keys` is None within one layer."
     within, keys = keys is None, queries if keys is None else keys
     n, m = math.prod(queries), math.prod(keys)
     if syn.causal and not within:
         raise ValueError(
-            "AttentionSynapse: causal must be False between two layers, got True, which is for tokens"
-            " of one layer. Give a mask."
+            "AttentionSynapse: causal must be False between two layers, got True, which is for"
+            " tokens of one layer. Give a mask."
         )
     seen = jnp.ones((n, m), bool)
     if within and not syn.include_self: seen &= ~jnp.eye(n, dtype=bool)
@@ -86,7 +86,7 @@ def _allowed(syn, queries, keys):
 
 # %% ../../nbs/api/synapses/attention.ipynb #9ef9de36
 class AttentionSynapse(eqx.Module):
-    "Energy attention −(1/β) Σ_heads Σ_queries log Σ_keys exp(β k·q), within one layer of tokens or between two."
+    "Energy attention −(1/β) Σ_heads Σ_queries log Σ_keys exp(β k·q), in one layer or between two."
     Wq: Float[Array, "heads d_head d_query"]
     Wk: Float[Array, "heads d_head d_key"]
     _beta: PyTree
@@ -117,8 +117,8 @@ class AttentionSynapse(eqx.Module):
         )
         if self.Wq.shape[:2] != self.Wk.shape[:2]:
             raise ValueError(
-                "AttentionSynapse: Wq and Wk must have the same heads and d_head (their first two axes),"
-                f" got shapes {self.Wq.shape} and {self.Wk.shape}."
+                "AttentionSynapse: Wq and Wk must have the same heads and d_head (their first two"
+                f" axes), got shapes {self.Wq.shape} and {self.Wk.shape}."
             )
         heads, d_head, _ = self.Wq.shape
         self._beta = seal(d_head**-0.5 if beta is None else _as_beta(beta, heads))
@@ -152,7 +152,7 @@ class AttentionSynapse(eqx.Module):
 
 # %% ../../nbs/api/synapses/attention.ipynb #50764f68
 def _scores(syn, queries, keys):
-    "The scores k·q (heads, queries, keys), very low where masked; beta (heads, 1, 1); who sees whom; the dtype of the energy."
+    "The scores k·q (very low where masked), beta, who sees whom, and the dtype of the energy."
     q, q_grid = _tokens(queries, syn.Wq.shape[2], "queries")
     k, k_grid = (q, None) if keys is None else _tokens(keys, syn.Wk.shape[2], "keys")
     if keys is None: _tokens(queries, syn.Wk.shape[2], "keys (of the same layer)")
@@ -211,8 +211,8 @@ def lazy(cls: AttentionSynapse,
     def make(key, queries, keys=None):
         if min(len(queries), len(keys or queries)) < 2:
             raise ValueError(
-                "AttentionSynapse.lazy: the layers must be tokens of shape (…, d) with at least one axis"
-                f" before the last, got shapes {queries} and {keys}."
+                "AttentionSynapse.lazy: the layers must be tokens of shape (…, d) with at least"
+                f" one axis before the last, got shapes {queries} and {keys}."
             )
         return cls.rand_init(
             key,

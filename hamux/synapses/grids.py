@@ -1,4 +1,4 @@
-"""Convolution and pooling as energies: what goes forward comes back transposed, in one, two or three dimensions.
+"""Convolution and pooling as energies, in one, two or three dimensions.
 
 Docs: https://hamux.github.io/hamux/api/synapses/grids.html.md"""
 
@@ -48,14 +48,14 @@ def _as_padding(padding, n, who):
     if (len(pairs) != n or any(not hasattr(p, "__len__") or len(p) != 2 for p in pairs)
             or any(not isinstance(v, numbers.Integral) or v < 0 for p in pairs for v in p)):
         raise ValueError(
-            f"{who}: padding must be 'SAME', 'SAME_LOWER', 'VALID', or a pair (low, high) of ints ≥ 0"
-            f" for each of the {n} spatial axes, got {padding!r}."
+            f"{who}: padding must be 'SAME', 'SAME_LOWER', 'VALID', or a pair (low, high) of ints ≥"
+            f" 0 for each of the {n} spatial axes, got {padding!r}."
         )
     return tuple((int(low), int(high)) for low, high in pairs)
 
 
 def _sizes(size, window, strides, padding, who):
-    "The (low, high) pads and the number of places along every axis, for a window that spans `window`."
+    "The (low, high) pads and the number of places along every axis."
     pads = (
         jax.lax.padtype_to_pads(size, window, strides, padding)
         if isinstance(padding, str)
@@ -67,8 +67,8 @@ def _sizes(size, window, strides, padding, who):
     )
     if min(places) < 1:
         raise ValueError(
-            f"{who}: the window must fit into the grid {size} with padding {padding!r}, got one that"
-            f" spans {window}."
+            f"{who}: the window must fit into the grid {size} with padding {padding!r}, got one"
+            f" that spans {window}."
         )
     return [tuple(map(int, p)) for p in pads], places
 
@@ -117,8 +117,8 @@ class PoolSynapse(eqx.Module):
             max(p) >= w for p, w in zip(self.padding, sizes, strict=True)
         ):
             raise ValueError(
-                f"PoolSynapse: padding must be smaller than the window {window}, which else sees nothing"
-                f" at the edge, got {padding}."
+                f"PoolSynapse: padding must be smaller than the window {window}, which else sees"
+                f" nothing at the edge, got {padding}."
             )
 
     def __call__(self,
@@ -206,8 +206,8 @@ class ConvSynapse(eqx.Module):
         self.W, n = as_weights(W, "W", "ConvSynapse"), jnp.ndim(W) - 2
         if n not in (1, 2, 3) or 0 in self.W.shape:
             raise ValueError(
-                "ConvSynapse: W must have shape (out, in, *window) with one to three spatial axes, got"
-                f" {self.W.shape}."
+                "ConvSynapse: W must have shape (out, in, *window) with one to three spatial axes,"
+                f" got {self.W.shape}."
             )
         self.window_strides = _per_axis(window_strides, n, "ConvSynapse", "window_strides")
         self.dilation, self.padding = _per_axis(
@@ -215,8 +215,8 @@ class ConvSynapse(eqx.Module):
         ), _as_padding(padding, n, "ConvSynapse")
         if not isinstance(groups, numbers.Integral) or groups < 1 or self.W.shape[0] % groups:
             raise ValueError(
-                f"ConvSynapse: groups must be a positive int that divides the {self.W.shape[0]} output"
-                f" channels, got {groups!r}."
+                f"ConvSynapse: groups must be a positive int that divides the {self.W.shape[0]}"
+                f" output channels, got {groups!r}."
             )
         if pool is not None and not isinstance(pool, PoolSynapse):
             raise TypeError(f"ConvSynapse: pool must be a PoolSynapse or None, got {pool!r}.")
@@ -272,7 +272,7 @@ def forward_conv(self: ConvSynapse,
 def forward(self: ConvSynapse,
             x: Float[Array, "n *spatial C"], # a batch of grids
             ) -> Float[Array, "n *places out"]: # a batch of feature grids, pooled if asked
-    "The current that a batch of grids sends into the features: convolution, then pooling if there is any."
+    "The current that a batch of grids sends into the features, pooled if asked."
     return self.forward_conv(x) if self.pool is None else self.pool.forward(self.forward_conv(x))
 
 # %% ../../nbs/api/synapses/grids.ipynb #d4d24efe
@@ -288,7 +288,7 @@ def from_conv_params(cls: ConvSynapse,
                      sigma=0.01, # standard deviation of the filters
                      *, groups=1, # number of parts that the channels are split in
                      **settings): # dilation, pool and trainable, passed on
-    "Normal filters for the given convolution. Raises ValueError where groups do not divide the channels."
+    "Normal filters. Raises ValueError where groups do not divide the channels."
     if channels_in % groups:
         raise ValueError(
             f"ConvSynapse: groups must be a positive int that divides the {channels_in} input"
@@ -325,9 +325,9 @@ def lazy(cls: ConvSynapse,
             or features[-1] % groups
         ):
             raise ValueError(
-                f"ConvSynapse.lazy: filters {window} in {groups} group{'s' * (groups > 1)} must join"
-                " a grid to a grid of features, with one axis more than the filters, for the channels,"
-                f" got shapes {grid} and {features}."
+                f"ConvSynapse.lazy: filters {window} in {groups} group{'s' * (groups > 1)} must"
+                " join a grid to a grid of features, with one axis more than the filters, for the"
+                f" channels, got shapes {grid} and {features}."
             )
         W = site.normal(
             key, (features[-1], grid[-1] // groups, *window), given_scale(scale, site, terms)

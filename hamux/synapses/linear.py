@@ -1,4 +1,4 @@
-"""A hypersynapse is one number computed from the activations of the layers that it joins; the minus sign inside makes agreement cheap.
+"""One number computed from the activations of the layers that it joins: linear, biased, many-body.
 
 Docs: https://hamux.github.io/hamux/api/synapses/linear.html.md"""
 
@@ -229,8 +229,8 @@ class DenseSynapse(eqx.Module):
         shapes = [x.shape for x in xhats]
         if sum(shapes, ()) != self.W.shape:
             raise ValueError(
-                f"DenseSynapse: W must have the axes of the layers {shapes}, one after the other, got"
-                f" shape {self.W.shape}."
+                f"DenseSynapse: W must have the axes of the layers {shapes}, one after the other,"
+                f" got shape {self.W.shape}."
             )
         rest = trained(self.W, self.trainable)
         for x in xhats[::-1]: rest = jnp.tensordot(rest, x, x.ndim)
@@ -261,7 +261,8 @@ def lazy(cls: DenseSynapse,
     def make(key, *shapes, site):
         if layers is not None and len(shapes) != layers:
             raise ValueError(
-                f"DenseSynapse.lazy: it must join {layers} layers, got {len(shapes)}: {list(shapes)}."
+                f"DenseSynapse.lazy: it must join {layers} layers, got {len(shapes)}:"
+                f" {list(shapes)}."
             )
         return cls(site.normal(key, sum(shapes, ()), given_scale(scale, site)), trainable)
     return Lazy(make, "DenseSynapse.lazy()")

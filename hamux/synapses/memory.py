@@ -1,4 +1,4 @@
-"""One hypersynapse, −L(similarity(Ξ, x̂)), is the polynomial, the exponential and the modern Hopfield memory, by the choice of L; a million memories stream through it.
+"""−L(similarity(Ξ, x̂)): every dense memory, by the choice of L, streamed over a million patterns.
 
 Docs: https://hamux.github.io/hamux/api/synapses/memory.html.md"""
 
@@ -43,7 +43,7 @@ from ..numerics.streaming import stream, stream_tangent
 
 # %% ../../nbs/api/synapses/memory.ipynb #005187e9
 def _similarities(x, Xi, similarity, mask=None):
-    "The similarity of the vector `x` to each row of `Xi`; masked rows count as zeros, so that what is in them does not matter."
+    "The similarity of the vector `x` to each row of `Xi`; masked rows count as zeros."
     Xi = Xi.astype(x.dtype)
     if mask is not None: Xi = jnp.where(mask[:, None], Xi, 0)
     s = Xi @ x
@@ -52,7 +52,7 @@ def _similarities(x, Xi, similarity, mask=None):
 # %% ../../nbs/api/synapses/memory.ipynb #185a0a69
 @dataclass(frozen=True)
 class _Terms:
-    "Σ f(s_k) for a function that is a sum: args are x̂ and shared numbers, blocks are Ξ, numbers per memory and the mask."
+    "Σ f(s_k): args are x̂ and shared numbers, blocks are Ξ, numbers per memory, the mask."
     tree: Any # the function, without the numbers that it holds
     constants: tuple # pairs of a keyword and its value
     shared: tuple # keywords whose values are arrays
@@ -76,7 +76,7 @@ class _Terms:
 # %% ../../nbs/api/synapses/memory.ipynb #af641038
 @dataclass(frozen=True)
 class _Rivals:
-    "Of a block: the largest similarity, the sum of the weights relative to it, and the weighted sum of memories."
+    "Of a block: the largest similarity, the sum of relative weights, the weighted sum."
     similarity: str
 
     def __call__(self, size, args, blocks):
@@ -120,7 +120,7 @@ class _Weighted:
 # %% ../../nbs/api/synapses/memory.ipynb #cc47288c
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _compete(how, x, beta, *blocks):
-    "z, the maximum t, the mean memory and the mass of all weights; `how` is (similarity, silent, block)."
+    "z, the maximum t, the mean memory, the mass; `how` is (similarity, silent, block)."
     similarity, silent, block = how
     low = 0.0 if silent else float(jnp.finfo(x.dtype).min)
     top, weight, mean = stream(
@@ -174,7 +174,7 @@ def _settings(lagrangian, names):
 
 
 def _sum_of(lagrangian, similarity, x, Xi, masks, block):
-    "Σ L(s_k), a block at a time: arrays bound as keywords learn, and may hold one number per memory."
+    "Σ L(s_k), a block at a time: arrays bound as keywords learn, also one per memory."
     function, keywords = taken_apart(lagrangian)
     K, who = len(Xi), readable_name(function)
     number = lambda n, v: hyperparameter(v, n, who, (K,), x.dtype, at_least=-math.inf)
@@ -188,7 +188,7 @@ def _sum_of(lagrangian, similarity, x, Xi, masks, block):
 
 
 def _separation(lagrangian, similarity, x, Xi, masks, block):
-    "L(similarity(Ξ, x̂)) as a streaming sum, or None where the Lagrangian does not say that it is one."
+    "L(similarity(Ξ, x̂)) as a streaming sum, or None where the Lagrangian declares none."
     facts, (function, keywords) = facts_of(lagrangian), taken_apart(lagrangian)
     who = readable_name(function)
     if facts.form == "sum": return _sum_of(lagrangian, similarity, x, Xi, masks, block)
@@ -254,7 +254,7 @@ class MemorySynapse(eqx.Module):
                  # activation, the shape of one memory, after the axes of tokens if any
                  xhat: Float[Array, "..."],
                  ) -> Float[Array, ""]: # the energy
-        "The energy −L(similarity(Ξ, x̂)), summed over tokens. Raises ValueError where the shape does not fit."
+        "The energy −L(similarity(Ξ, x̂)), summed over tokens. Raises ValueError if unfit."
         tokens = _memory_tokens(self, xhat)
         return (
             jax.vmap(lambda x: _energy(self, x))(tokens).sum()
@@ -325,7 +325,7 @@ def _memory_tokens(synapse, xhat):
 
 
 def _energy(synapse, xhat):
-    "The energy of one activation: streamed where the Lagrangian says how, else from all similarities at once."
+    "The energy of one activation: streamed if declared, else from all similarities at once."
     Xi, mask = trained(synapse.Xi, synapse.trainable).reshape(synapse.Xi.shape[0], -1), synapse.mask
     dtype = jnp.promote_types(xhat.dtype, Xi.dtype)
     x = xhat.reshape(-1).astype(jnp.promote_types(dtype, jnp.float32))

@@ -60,8 +60,8 @@ class RandomFeatureMemory(eqx.Module):
         )
         if self.frequencies.ndim != 2 or self.T.shape != (2 * len(self.frequencies),):
             raise ValueError(
-                "RandomFeatureMemory: T must have two numbers for each row of frequencies, got shapes"
-                f" {self.T.shape} and {self.frequencies.shape}."
+                "RandomFeatureMemory: T must have two numbers for each row of frequencies, got"
+                f" shapes {self.T.shape} and {self.frequencies.shape}."
             )
 
     @property
@@ -87,8 +87,8 @@ def _positive(value, name):
     "`value` as a positive finite Python number."
     if isinstance(value, jax.core.Tracer):
         raise TypeError(
-            f"RandomFeatureMemory: {name} must be a constant, got a traced value. What is stored was"
-            " made for it."
+            f"RandomFeatureMemory: {name} must be a constant, got a traced value. What is stored"
+            " was made for it."
         )
     if isinstance(value, bool) or jnp.shape(value) != () or not 0 < float(value) < math.inf:
         raise ValueError(f"RandomFeatureMemory: {name} must be one positive number, got {value!r}.")
@@ -159,7 +159,7 @@ def add(self: RandomFeatureMemory,
 def remove(self: RandomFeatureMemory,
            patterns: Float[Array, "K d"], # what to forget: patterns that were stored, one per row
            ) -> RandomFeatureMemory: # a memory of the same size
-    "A memory without these patterns. That they were stored cannot be checked. Raises ValueError for a wrong shape."
+    "A memory without these patterns, which must have been stored. Raises for a wrong shape."
     less = _sum_of_features(
         _patterns(patterns, self.frequencies.shape[1], self.T.dtype), self.frequencies
     )
