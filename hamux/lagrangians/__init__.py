@@ -6,3 +6,5 @@ from .elementwise import *
 from .competitions import *
 from .norms import *
 from .separation import *
+from .measure import *
+from .check import *
