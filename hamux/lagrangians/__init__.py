@@ -7,4 +7,5 @@ from .competitions import *
 from .norms import *
 from .separation import *
 from .measure import *
+from .declared import *
 from .check import *

@@ -1,4 +1,4 @@
-"""Is it convex, finite, and rightly differentiated? `check_lagrangian` looks, and says where not.
+"""Is it convex, finite, rightly differentiated? `check_lagrangian` looks, and says where not.
 
 Docs: https://hamux.github.io/hamux/api/lagrangians/check.html.md"""
 
@@ -18,20 +18,11 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from .arguments import reduced_axes
-from .facts import facts_of, readable_name, setting_of, settings_for, taken_apart
-from hamux.lagrangians.measure import (
-    STATE_SIZES,
-    derivative_at_zero,
-    differences,
-    draw_states,
-    float_hyperparameters,
-    measure_states,
-    mismatch,
-    pick_state,
-    state_in_words,
-    worst_state,
-)
+from .declared import WRITTEN_OUT, wrong_fact
+from .facts import facts_of, readable_name
+from .measure import STATE_SIZES, derivative_at_zero, differences, draw_states
+from .measure import float_hyperparameters, measure_states, mismatch
+from .measure import pick_state, state_in_words, worst_state
 
 # %% ../../nbs/api/lagrangians/check.ipynb #5b7d755a
 class Finding(NamedTuple):
@@ -238,76 +229,6 @@ def _is_bounded(m, at):
         words = f"is not bounded: it is not finite at states of size {STATE_SIZES[len(finite)]:g}."
     return Finding("bounded", True, f"The activation {words}")
 
-# %% ../../nbs/api/lagrangians/check.ipynb #fed82c2a
-def _entry_by_entry(lagrangian, facts, x):
-    "The sum of the Lagrangian over single entries, each with its own numbers."
-    function, keywords = taken_apart(lagrangian)
-    arrays = {n: v for n, v in keywords.items() if isinstance(v, jax.Array | np.ndarray)}
-    own = {n: jnp.broadcast_to(v, x.shape).ravel() for n, v in arrays.items()}
-    return jax.vmap(lambda s, own: function(s, **(keywords | own)))(x.ravel(), own).sum()
-
-
-def _log_sum_exp(lagrangian, facts, x):
-    "Σ_rows (1/β) log(c + Σ exp βx), of one row where the Lagrangian has no axis."
-    axis = setting_of(lagrangian, facts.axis, None)
-    axes = reduced_axes(axis, x.ndim, readable_name(lagrangian))
-    beta = jnp.asarray(setting_of(lagrangian, facts.beta, 1.0))
-    z = jax.nn.logsumexp(beta * x, axes, keepdims=True)
-    return ((jnp.logaddexp(z, jnp.log(facts.silent)) if facts.silent else z) / beta).sum()
-
-
-def _outer_of_terms(lagrangian, facts, x):
-    "The outer function of the sum of the terms of single entries."
-    settings = settings_for(lagrangian, facts.terms)
-    terms = jax.vmap(lambda s: facts.terms(s, **settings))(x.ravel()).sum()
-    return facts.outer(terms, **settings_for(lagrangian, facts.outer))
-
-
-_WRITTEN_OUT = {
-    "sum": ("a sum over entries", _entry_by_entry),
-    "competition": ("a competition", _log_sum_exp),
-    "function of a sum": ("a function of a sum", _outer_of_terms),
-}
-
-# %% ../../nbs/api/lagrangians/check.ipynb #0a93dd68
-def _log_slopes(lagrangian, facts, x):
-    "d log σ′/dx as declared and as differentiated; the latter is NaN where σ′ is not positive."
-    ones = jnp.ones_like(x)
-    steep = lambda x: jax.vjp(jax.grad(lagrangian), x)[1](ones)[0]
-    log_steep = lambda t: jnp.log(steep(x + t * ones))
-    settings = settings_for(lagrangian, facts.log_slope)
-    declared = facts.log_slope(jax.grad(lagrangian)(x), **settings)
-    return jnp.broadcast_to(declared, x.shape), derivative_at_zero(log_steep)
-
-
-def _apart(got, true, eps):
-    "Where two arrays of one row per state differ most, beyond rounding; None if nowhere."
-    got, true = (np.reshape(a, (len(a), -1)) for a in (got, true))
-    scale = np.maximum(abs(got), abs(true)).max(1) + 1e-3
-    off = abs(got - true).max(1) / scale
-    off = np.where(np.isfinite(off), off, np.inf)
-    return int(np.argmax(off)) if off.max() > max(1e-7, 100 * eps) else None
-
-# %% ../../nbs/api/lagrangians/check.ipynb #6210020c
-def _wrong_fact(L, facts, at, eps):
-    "The fact that does not hold, with the numbers; None if all do."
-    near = at.generic & (at.size >= 0.1) & (at.size <= 3)
-    x, size = at.x[near], at.size[near]
-    every = lambda f: jtu.tree_map(np.asarray, jax.jit(jax.vmap(f))(x))
-    name, written_out = _WRITTEN_OUT[facts.form]
-    wanted, got = every(lambda x: (written_out(L, facts, x), L(x)))
-    if (i := _apart(wanted, got, eps)) is not None:
-        state = state_in_words(x[i], size[i])
-        return f"{name}, which at {state} is {wanted[i]:.4g}, but it is {got[i]:.4g}"
-    if facts.log_slope is None: return None
-    wanted, got = every(lambda x: _log_slopes(L, facts, x))
-    if (i := _apart(wanted, got, 1e-8)) is None: return None
-    j = np.argmax(abs(wanted[i] - got[i]))
-    wanted, got = wanted[i].flat[j], got[i].flat[j]
-    state = state_in_words(x[i], size[i])
-    return f"with d log σ′/dx = {wanted:.4g} at {state}, but it is {got:.4g}"
-
-
 # %% ../../nbs/api/lagrangians/check.ipynb #8bf91959
 def _facts_hold(L, at, eps):
     "The finding on what a Lagrangian declares."
@@ -315,9 +236,9 @@ def _facts_hold(L, at, eps):
     if facts.form is None:
         words = "No form is declared (hamux.with_facts), so it is neither streamed nor sampled."
         return Finding("facts", True, words)
-    name = _WRITTEN_OUT[facts.form][0]
+    name = WRITTEN_OUT[facts.form][0]
     try:
-        wrong = _wrong_fact(L, facts, at, eps)
+        wrong = wrong_fact(L, facts, at, eps)
     except Exception as e:
         wrong = f"{name}, and that cannot be evaluated: {type(e).__name__}: {e}"
     if wrong:

@@ -1,4 +1,4 @@
-"""A Lagrangian says of itself what the rest of the library may use: whether it is a sum or a competition, which keyword is its temperature, and which noise it bears.
+"""What a Lagrangian declares of itself: a sum, a competition, its temperature, the noise it bears.
 
 Docs: https://hamux.github.io/hamux/api/lagrangians/facts.html.md"""
 
@@ -43,12 +43,11 @@ class Facts:
             raise ValueError(
                 f"Facts: form must be {', '.join(map(repr, FORMS))} or None, got {self.form!r}."
             )
-        if (self.form == "function of a sum") != (
-            self.terms is not None and self.outer is not None
-        ):
+        parts = self.terms is not None and self.outer is not None
+        if (self.form == "function of a sum") != parts:
             raise ValueError(
-                "Facts: terms and outer must both be given for the form 'function of a sum', and for no"
-                f" other, got form {self.form!r}."
+                "Facts: terms and outer must both be given for the form 'function of a sum', and"
+                f" for no other, got form {self.form!r}."
             )
         if self.silent and self.form != "competition":
             raise ValueError(
@@ -100,7 +99,7 @@ def readable_name(
         return f"{readable_name(lagrangian.func)}({', '.join(bound)})"
     return getattr(lagrangian, "__name__", None) or repr(lagrangian)
 
-# %% ../../nbs/api/lagrangians/facts.ipynb #5c375228
+# %% ../../nbs/api/lagrangians/facts.ipynb #7397863a
 def setting_of(
     lagrangian: Callable, # a Lagrangian, with or without hyperparameters bound
     name: str, # a hyperparameter
@@ -123,16 +122,17 @@ def parameter_default(function, name):
     except (TypeError, ValueError, KeyError):
         return inspect.Parameter.empty
 
-
+# %% ../../nbs/api/lagrangians/facts.ipynb #b13ee015
 def settings_for(
     lagrangian: Callable, # a Lagrangian, with or without hyperparameters bound
     function: Callable, # one of its facts: its first argument, then hyperparameters by name
 ) -> dict: # those that the function takes
-    "The hyperparameters that a function of the facts asks for. Raises ValueError where one is missing."
+    "The hyperparameters that a function of the facts takes. Raises ValueError for a missing one."
     parameters = list(inspect.signature(function).parameters.values())[1:]
     names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
     settings = {n: setting_of(lagrangian, n, parameter_default(function, n)) for n in names}
     missing = [n for n, v in settings.items() if v is inspect.Parameter.empty]
     if missing:
-        raise ValueError(f"{readable_name(lagrangian)} must have the settings {missing}, which its facts use.")
+        name = readable_name(lagrangian)
+        raise ValueError(f"{name} must have the settings {missing}, which its facts use.")
     return settings

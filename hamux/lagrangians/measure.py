@@ -1,4 +1,4 @@
-"""States of every size, curvature in many directions, and derivatives against finite differences.
+"""States of every size, curvature in many directions, derivatives against finite differences.
 
 Docs: https://hamux.github.io/hamux/api/lagrangians/measure.html.md"""
 
