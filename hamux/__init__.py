@@ -13,7 +13,7 @@ from . import numerics as _numerics
 from .lagrangians import (
     lagr_identity, lagr_repu, lagr_relu, lagr_exp, lagr_rexp, lagr_tanh, lagr_sigmoid,
     lagr_softmax, lagr_ghostmax, ghostmax, lagr_layernorm, lagr_spherical_norm, log_sum_relu,
-    Facts, with_facts,
+    Facts, with_facts, check_lagrangian,
 )
 from .network import (
     NeuronLayer, legendre_transform,

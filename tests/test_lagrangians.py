@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 import zlib
 
 import equinox as eqx
@@ -783,3 +784,140 @@ def test_norms_of_a_constant_row_have_no_direction():
     for dtype in DTYPES:
         _, g = VG["layernorm"](jnp.full(7, 0.1, dtype), eps=0.0)
         np.testing.assert_array_equal(np.float64(g), 0)
+
+
+# --------------------------------------------------------------------------------------------------
+# -------------------
+# (i) check_lagrangian: no false alarm, and every fault named
+
+
+ARRAYS = dict(beta=jnp.array(1.7), n=jnp.array(2.5), gamma=jnp.array(0.8), delta=jnp.array(0.3))
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 4)], ids=str)
+@every(NAMES)
+def test_no_false_alarm(name, shape):
+    bound = {k: v for k, v in ARRAYS.items() if k in HYPER[name]}
+    report = lagr.check_lagrangian(
+        functools.partial(L[name], **bound), shape, key=jax.random.key(shape[0])
+    )
+    assert report.ok, report
+    questions = {f.question for f in report.findings}
+    wanted = {"scalar", "convex", "finite", "derivatives", "bounded", "facts"}
+    assert questions - {"hyperparameters"} == wanted
+    assert "hyperparameters" in questions or not bound
+    (bounded,) = (f.sentence for f in report.findings if f.question == "bounded")
+    unbounded = name in ("identity", "repu", "relu", "exp", "rexp")
+    assert ("not bounded" in bounded) == unbounded
+
+
+class Halting(eqx.Module):
+    "A temperature as a field, with or without its derivative."
+    beta: jax.Array
+    stop: bool
+
+    def __call__(self, x):
+        beta = jax.lax.stop_gradient(self.beta) if self.stop else self.beta
+        return jax.nn.logsumexp(beta * x) / self.beta
+
+
+@jax.custom_vjp
+def by_hand(x): return (x**4).sum() / 4
+by_hand.defvjp(lambda x: (by_hand(x), x), lambda x, g: (g * x**3,))
+
+
+@jax.custom_jvp
+def wrong_rule(x): return (x**2).sum() / 2
+wrong_rule.defjvp(lambda p, t: (wrong_rule(*p), (p[0] * t[0]).sum() * 1.01))
+
+
+def branching(x, beta): return lagr.lagr_tanh(x, beta) if beta > 1 else lagr.lagr_tanh(x)
+def stopped_inside(x, beta=2.0): return lagr.lagr_softmax(jax.lax.stop_gradient(beta) * x) / beta
+def declared(**facts): return lambda f: lagr.with_facts(**facts)(f)
+def log_cosh(x): return jnp.log(jnp.cosh(x)).sum()
+def own_softmax(x, beta=1.0): return jax.nn.logsumexp(beta * x) / beta
+
+
+bind = functools.partial
+FAULTS = {  # the Lagrangian, the question that it fails, what the sentence names
+    "negative": (lambda x: -(x**2).sum(), "convex", r"x = \[.*curvature is -2 along v"),
+    "a saddle": (lambda x: (x**2).sum() - 3 * x[0] * x[1], "convex", "curvature is -1 "),
+    "a kink": (lambda x: (x**2).sum() - abs(x).sum(), "convex", "half way between"),
+    "declared not convex": (lagr.log_sum_relu, "convex", r"convex=False.*not in a layer"),
+    "a vector": (lambda x: x**2, "scalar", r"array of shape \(3,\).*Sum"),
+    "complex": (lambda x: 1j * x.sum(), "scalar", "complex128"),
+    "an int": (lambda x: jnp.argmax(x), "scalar", "int64"),
+    "none": (lambda x: None, "scalar", "fails on a state"),
+    "a branch": (lambda x: x.sum() if x.sum() > 0 else 0.0, "scalar", "boolean"),
+    "log cosh": (log_cosh, "finite", "value is infinite at x = .*1000.*logsumexp"),
+    "a root": (lambda x: jnp.sqrt((x**2).sum()), "finite", "NaN at the state 0. Add a small"),
+    "stopped state": (lambda x: x @ jax.lax.stop_gradient(x), "derivatives", "activation is not"),
+    "wrong rule": (wrong_rule, "derivatives", "activation is not the derivative of its value"),
+    "stopped default": (stopped_inside, "hyperparameters", "beta is wrong.*bind it as a number"),
+    "stopped": (bind(stopped_inside, beta=jnp.array(2.0)), "hyperparameters", "autograd gives"),
+    "stopped field": (Halting(jnp.array(2.0), True), "hyperparameters", "value in beta is wrong"),
+    "branching": (bind(branching, beta=jnp.array(2.0)), "hyperparameters", "beta is an array"),
+    "no sum": (declared(form="sum")(lambda x: (x.sum() ** 2)), "facts", "a sum over entries.*but it"),
+    "no competition": (
+        declared(form="competition")(lambda x: (x**2).sum()), "facts", "a competition.*but it is"),
+    "a ghost": (
+        declared(form="competition", silent=1.0)(lambda x: own_softmax(x)), "facts", "a competition"),
+    "other terms": (
+        declared(form="function of a sum", terms=lambda x: (x**2).sum(), outer=lambda s: 3 * s)(
+            lambda x: (x**2).sum()), "facts", "a function of a sum"),
+    "no setting": (
+        declared(form="function of a sum", terms=lambda x, b: b * x.sum(), outer=lambda s: s)(
+            lambda x: x.sum()), "facts", r"cannot be evaluated.*\['b'\]"),
+    "log slope": (
+        declared(form="sum", log_slope=lambda xhat: xhat)(lambda x: lagr.lagr_tanh(x)), "facts",
+        "d log σ′/dx"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_faults_are_named(case):
+    f, question, words = FAULTS[case]
+    report = lagr.check_lagrangian(f, 3)
+    assert not report.ok
+    said = [f.sentence for f in report.findings if f.question == question and not f.ok]
+    assert len(said) == 1 and re.search(words, said[0]), report
+    assert str(report).count("\n") == len(report.findings) and f"✗ {said[0]}" in str(report)
+    others = [f.question for f in report.findings if not f.ok and f.question != question]
+    assert not others or case in ("a ghost",), report
+
+
+PASSES = {
+    "a field": Halting(jnp.array(2.0), False),
+    "declared": declared(form="competition")(own_softmax),
+    "a custom vjp": by_hand,
+    "single precision inside": lambda x: (x.astype(jnp.float32) ** 2).sum() / 2,
+    "a single array": bind(lagr.lagr_softmax, beta=jnp.array(3.0, jnp.float32)),
+    "one number per entry": bind(lagr.lagr_tanh, beta=jnp.array([0.5, 1.0, 2.0])),
+    "a number that branches": bind(branching, beta=2.0),
+    "a position": bind(lambda W, x: lagr.lagr_relu(W @ x), jnp.eye(3)),
+}
+
+
+@pytest.mark.parametrize("case", PASSES)
+def test_what_is_right_passes(case):
+    report = lagr.check_lagrangian(PASSES[case], 3)
+    assert report.ok, report
+
+
+def test_a_layer_looks_first_if_asked():
+    from hamux.network import NeuronLayer
+    with pytest.raises(ValueError, match="NeuronLayer: .*It is not convex: at x = "):
+        NeuronLayer(lambda x: -(x**2).sum(), 3, check=True)
+    with pytest.raises(ValueError, match="not one number"): NeuronLayer(jnp.sin, 3, check=True)
+    assert NeuronLayer(lagr.lagr_tanh, 3, check=True).shape == (3,)
+    assert NeuronLayer(lambda x: -(x**2).sum(), 3).shape == (3,)
+    with pytest.raises(ValueError, match=r"hamux.check_lagrangian\(L, shape\) says more"):
+        NeuronLayer(jnp.sin, 3).activations(jnp.ones(3))
+
+
+def test_bad_arguments_of_the_check():
+    with pytest.raises(TypeError, match="must be a function, got 3"): lagr.check_lagrangian(3, 3)
+    with pytest.raises(ValueError, match="samples must be an int from 3 up, got 1"):
+        lagr.check_lagrangian(lagr.lagr_relu, 3, samples=1)
+    with pytest.raises(TypeError, match="beta must be known"):
+        jax.jit(lambda b: lagr.check_lagrangian(bind(lagr.lagr_tanh, beta=b), 3).ok)(2.0)

@@ -6,3 +6,6 @@ from .elementwise import *
 from .competitions import *
 from .norms import *
 from .separation import *
+from .measure import *
+from .declared import *
+from .check import *

@@ -1,4 +1,4 @@
-"""States are real, hyperparameters have a sign and a shape: what every Lagrangian checks.
+"""States are real floating arrays; hyperparameters have a sign and a shape. Both are checked first.
 
 Docs: https://hamux.github.io/hamux/api/lagrangians/arguments.html.md"""
 
@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# %% ../../nbs/api/lagrangians/arguments.ipynb #8fbd63d2
+# %% ../../nbs/api/lagrangians/arguments.ipynb #1599403a
 def real_state(x, who):
-    "`x` as a real array, in the precision in which it is computed, and its own dtype."
+    "`x` in the precision in which it will be computed, and its own dtype. Raises TypeError."
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
@@ -25,32 +25,29 @@ def real_state(x, who):
         )
     return x.astype(jnp.promote_types(x.dtype, jnp.float32)), x.dtype
 
-
+# %% ../../nbs/api/lagrangians/arguments.ipynb #1cf9af60
 def hyperparameter(value, name, who, shape, dtype, at_least=0.0, strictly=True):
-    "The hyperparameter `value` in `dtype`: checked for sign where known, and for shape."
+    "The hyperparameter `value` in `dtype`. Raises ValueError for a wrong sign or shape."
     if not isinstance(value, jax.core.Tracer):
         known = np.asarray(value, dtype=float)
         if not np.all(known > at_least if strictly else known >= at_least):
             bound = "greater than" if strictly else "at least"
             raise ValueError(f"{who}: {name} must be {bound} {at_least:g}, got {value}.")
     value = jnp.asarray(value)
-    if len(value.shape) > len(shape) or any(
-        v not in (1, s) for v, s in zip(value.shape[::-1], shape[::-1], strict=False)
-    ):
+    pairs = zip(value.shape[::-1], shape[::-1], strict=False)
+    if value.ndim > len(shape) or any(v not in (1, s) for v, s in pairs):
         raise ValueError(
             f"{who}: {name} must be one number, or an array that broadcasts to {shape}, got shape"
             f" {value.shape}."
         )
     return value.astype(dtype)
 
-
+# %% ../../nbs/api/lagrangians/arguments.ipynb #9117defa
 def reduced_axes(axis, ndim, who):
     "`axis` (an int, several, or None for all) as a sorted tuple of non-negative ints."
-    axes = (
-        tuple(range(ndim))
-        if axis is None
-        else (axis,) if isinstance(axis, numbers.Integral) else tuple(axis)
-    )
+    axes = axis
+    if axis is None: axes = range(ndim)
+    elif isinstance(axis, numbers.Integral): axes = (axis,)
     if any(not -ndim <= a < ndim for a in axes):
         raise ValueError(f"{who}: axis must be an axis of the state, which has {ndim}, got {axis}.")
     return tuple(sorted({a % ndim for a in axes}))

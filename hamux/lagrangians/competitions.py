@@ -1,4 +1,4 @@
-"""Softmax and ghostmax: neurons that share one unit of activity.
+"""Softmax and ghostmax: neurons that share one unit of activity, exact where one has won.
 
 Docs: https://hamux.github.io/hamux/api/lagrangians/competitions.html.md"""
 
@@ -15,14 +15,15 @@ from ..numerics.derivatives import logsumexp, total, winners
 from .arguments import hyperparameter, real_state, reduced_axes
 from .facts import with_facts
 
-# %% ../../nbs/api/lagrangians/competitions.ipynb #1bf2e9ac
-def _competition(x, beta, axis, ghost, who):
+# %% ../../nbs/api/lagrangians/competitions.ipynb #b0b5f076
+def _checked(x, beta, axis, who):
+    "The state, its own dtype, beta per row, and the axes of the competition."
     x, dtype = real_state(x, who)
     axes = reduced_axes(axis, x.ndim, who)
     row = tuple(1 if a in axes else s for a, s in enumerate(x.shape))
     return x, dtype, hyperparameter(beta, "beta", who, row, x.dtype), axes
 
-
+# %% ../../nbs/api/lagrangians/competitions.ipynb #f5204be5
 @with_facts(form="competition", name="softmax")
 def lagr_softmax(
     x: Float[Array, "..."], # state, any shape
@@ -30,11 +31,11 @@ def lagr_softmax(
     beta=1.0,
     axis=-1, # axis along which the neurons compete; several, or None for all
 ) -> Float[Array, ""]: # Σ_rows (1/β) log Σ exp(β x)
-    "The Lagrangian of the softmax: the activation is softmax(βx) along `axis`; rows are summed."
-    x, dtype, beta, axes = _competition(x, beta, axis, False, "lagr_softmax")
+    "The Lagrangian of the softmax: the activation is softmax(βx) along `axis`."
+    x, dtype, beta, axes = _checked(x, beta, axis, "lagr_softmax")
     return total(logsumexp(x, beta, axes, False)).astype(dtype).reshape(())
 
-
+# %% ../../nbs/api/lagrangians/competitions.ipynb #cb20e1f5
 @with_facts(form="competition", silent=1.0, name="ghostmax")
 def lagr_ghostmax(
     x: Float[Array, "..."], # state, any shape
@@ -43,7 +44,7 @@ def lagr_ghostmax(
     axis=-1, # axis along which the neurons compete; several, or None for all
 ) -> Float[Array, ""]: # Σ_rows (1/β) log(1 + Σ exp(β x))
     "The Lagrangian of the ghostmax, a softmax with a silent competitor at 0."
-    x, dtype, beta, axes = _competition(x, beta, axis, True, "lagr_ghostmax")
+    x, dtype, beta, axes = _checked(x, beta, axis, "lagr_ghostmax")
     return total(logsumexp(x, beta, axes, True)).astype(dtype).reshape(())
 
 
@@ -53,6 +54,6 @@ def ghostmax(
     beta=1.0,
     axis=-1, # axis along which the neurons compete; several, or None for all
 ) -> Float[Array, "..."]: # exp(βx) / (1 + Σ exp(βx)), the shape of `x`
-    "The activation of `lagr_ghostmax`."
-    x, dtype, beta, axes = _competition(x, beta, axis, True, "ghostmax")
+    "The activation of `lagr_ghostmax`: it may sum to less than one."
+    x, dtype, beta, axes = _checked(x, beta, axis, "ghostmax")
     return winners(x, beta, axes, True).astype(dtype)

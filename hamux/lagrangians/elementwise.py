@@ -1,4 +1,4 @@
-"""One convex function per layer fixes its activation and energy: here, neurons one by one.
+"""One convex function per layer decides its activation and its energy. Here: one term per neuron.
 
 Docs: https://hamux.github.io/hamux/api/lagrangians/elementwise.html.md"""
 
@@ -15,20 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from hamux.numerics.derivatives import (
-    exp_dual,
-    half_square,
-    logcosh_dual,
-    logcosh_value,
-    repu,
-    repu_learned,
-    rexp_value,
-    sech2,
-    softplus_dual,
-    tempered,
-    times_exp,
-)
-
+from ..numerics.derivatives import exp_dual, half_square, logcosh_dual, logcosh_value, repu
+from ..numerics.derivatives import repu_learned, rexp_value, sech2, softplus_dual
+from ..numerics.derivatives import tempered, times_exp
 from .arguments import hyperparameter, real_state
 from .facts import with_facts
 
@@ -46,13 +35,11 @@ def _power_unit(x, n, who):
     "The rectified power Lagrangian of constant or learned degree."
     x, dtype = real_state(x, who)
     learned = hyperparameter(n, "n", who, x.shape, x.dtype, at_least=1, strictly=False)
-    constant = isinstance(n, numbers.Real)
-    rows = (
-        repu(x, int(n) if float(n).is_integer() else float(n))
-        if constant
-        else repu_learned(x, learned)
-    )
-    return rows.sum().astype(dtype)
+    if isinstance(n, numbers.Real):
+        terms = repu(x, int(n) if float(n).is_integer() else float(n))
+    else:
+        terms = repu_learned(x, learned)
+    return terms.sum().astype(dtype)
 
 
 @with_facts(form="sum", name="repu")
@@ -60,7 +47,7 @@ def lagr_repu(
     x: Float[Array, "..."], # state, any shape
     n, # degree, at least 1; a number, or an array to learn it
 ) -> Float[Array, ""]: # (1/n) Σ max(x, 0)ⁿ
-    "The Lagrangian of degree `n` of max(x, 0)ⁿ⁻¹ (Krotov & Hopfield 2016)."
+    "The Lagrangian of the rectified power unit: the activation is max(x, 0)ⁿ⁻¹."
     return _power_unit(x, n, "lagr_repu")
 
 

@@ -1,4 +1,4 @@
-"""Layer norm and sphere: the root of a sum of squares is convex, its gradient a unit vector.
+"""Layer norm and sphere: a root of a sum of squares is convex, and its gradient a unit vector.
 
 Docs: https://hamux.github.io/hamux/api/lagrangians/norms.html.md"""
 
@@ -17,19 +17,19 @@ from ..numerics.derivatives import normed, total
 from .arguments import hyperparameter, real_state, reduced_axes
 from .facts import with_facts
 
-# %% ../../nbs/api/lagrangians/norms.ipynb #ca5ee30b
+# %% ../../nbs/api/lagrangians/norms.ipynb #05977a3e
 def _norm_lagrangian(x, gamma, delta, axis, eps, centre, who):
+    "Σ (γ/κ) y + Σ δx, with the mean taken away if `centre`."
     x, dtype = real_state(x, who)
     axes = reduced_axes(axis, x.ndim, who)
     row = tuple(1 if a in axes else s for a, s in enumerate(x.shape))
     gamma = hyperparameter(gamma, "gamma", who, row, x.dtype, strictly=False)
     eps = hyperparameter(eps, "eps", who, (), x.dtype, strictly=False)
-    delta = jnp.broadcast_to(
-        hyperparameter(delta, "delta", who, x.shape, x.dtype, at_least=-math.inf), x.shape
-    )
+    delta = hyperparameter(delta, "delta", who, x.shape, x.dtype, at_least=-math.inf)
+    delta = jnp.broadcast_to(delta, x.shape)
     return total(normed(x, gamma, delta, eps, axes, centre)).astype(dtype).reshape(())
 
-
+# %% ../../nbs/api/lagrangians/norms.ipynb #b461ac55
 @with_facts(name="layernorm")
 def lagr_layernorm(
     x: Float[Array, "..."], # state, any shape
@@ -42,7 +42,7 @@ def lagr_layernorm(
     "The Lagrangian of the layer norm: the activation is γ (x − mean)/√(var + ε) + δ, row by row."
     return _norm_lagrangian(x, gamma, delta, axis, eps, True, "lagr_layernorm")
 
-
+# %% ../../nbs/api/lagrangians/norms.ipynb #062375e2
 @with_facts(name="spherical_norm")
 def lagr_spherical_norm(
     x: Float[Array, "..."], # state, any shape

@@ -1,4 +1,4 @@
-"""What a memory may apply to its similarities beside a Lagrangian, such as the log-sum-ReLU.
+"""What a memory may use beside Lagrangians: functions that are not convex, as the log-sum-ReLU.
 
 Docs: https://hamux.github.io/hamux/api/lagrangians/separation.html.md"""
 
@@ -28,9 +28,8 @@ def log_sum_relu(
     beta=1.0, # inverse squared width > 0; a number, or a scalar array to learn it
     eps=1e-6, # floor of the sum, > 0
 ) -> Float[Array, ""]: # (1/β) log(ε + Σ max(1 + βs, 0))
-    "The separation function of the Epanechnikov memory (Hoover et al. 2025). Not convex."
+    "The separation function of the Epanechnikov memory. Not convex: not for a layer."
     s, dtype = real_state(s, "log_sum_relu")
-    beta, eps = (
-        hyperparameter(v, n, "log_sum_relu", (), s.dtype) for v, n in ((beta, "beta"), (eps, "eps"))
-    )
+    beta = hyperparameter(beta, "beta", "log_sum_relu", (), s.dtype)
+    eps = hyperparameter(eps, "eps", "log_sum_relu", (), s.dtype)
     return (jnp.log(eps + tents(s, beta)) / beta).astype(dtype)
