@@ -1,4 +1,4 @@
-"""`hamux-demo` recalls handwritten digits and draws it; `hamux-recall` does it for your files.
+"""`hamux-demo` recalls handwritten digits and draws what it did; `hamux-recall` recalls your files.
 
 Docs: https://hamux.github.io/hamux/api/cli.html.md"""
 
@@ -19,19 +19,26 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from .display.plots import plot_energy, plot_recall
 from .dynamics.euler import Euler
+from .dynamics.results import CONVERGED
+from .memories.arrays import Memory
 from hamux.storage.files import (
-    FileProblem,
     atomic_file,
     check_finite,
     computing_dtype,
     open_rows,
     write_rows,
 )
-from .memories.arrays import Memory
-from .display.plots import plot_energy, plot_recall
+from .storage.problems import FileProblem
 
-# %% ../nbs/api/cli.ipynb #ee8e27db
+# %% ../nbs/api/cli.ipynb #1f2c234b
+def _fail(command, what, status=2):
+    "Say one line, and end with a status."
+    print(f"{command}: {' '.join(str(what).split())}", file=sys.stderr)
+    raise SystemExit(status)
+
+
 @contextmanager
 def _one_line_errors(command):
     "Turn what a user can get wrong into one line on stderr and exit status 2."
@@ -45,35 +52,29 @@ def _one_line_errors(command):
     except KeyboardInterrupt:
         _fail(command, "interrupted; nothing was written", 130)
 
-
+# %% ../nbs/api/cli.ipynb #dba78f51
 @contextmanager
-def _stops_between_batches():
-    "A list that fills when the process is interrupted: to be looked at where it is safe to stop."
-    asked, old = [], {}
+def _caught_signals():
+    "A list of the signals to stop: they are looked at where it is safe to stop."
+    signals, old = [], {}
     for s in (signal.SIGINT, signal.SIGTERM):
         try:
-            old[s] = signal.signal(s, lambda number, _: asked.append(number))
+            old[s] = signal.signal(s, lambda number, _: signals.append(number))
         except ValueError:
             pass # not in the main thread
     try:
-        yield asked
+        yield signals
     finally:
         for s, handler in old.items(): signal.signal(s, handler)
 
 
-def _fail(command, what, status=2):
-    print(f"{command}: {' '.join(str(what).split())}", file=sys.stderr)
-    raise SystemExit(status)
-
-
 def _progress(items, total, what):
-    "`items` with a progress bar on stderr, if it takes more than two seconds."
+    "`items` with a progress bar on stderr, on a terminal, if it takes more than two seconds."
     if importlib.util.find_spec("tqdm") is None: return items
     from tqdm import tqdm
-    # on a terminal only
     return tqdm(items, total=total, desc=what, delay=2, leave=False, disable=None)
 
-
+# %% ../nbs/api/cli.ipynb #ca8efb60
 def _number(kind, low, high, what):
     "An argparse type: a number of the given kind within bounds."
     def parse(text):
@@ -82,14 +83,18 @@ def _number(kind, low, high, what):
         except ValueError:
             value = None
         if value is None or not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+            raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
         return value
+
     return parse
 
 
 class _Parser(argparse.ArgumentParser):
     "A parser whose errors are one line."
     def error(self, message): _fail(self.prog, f"{message} (see {self.prog} --help)")
+
+
+_POSITIVE_INT = _number(int, 1, 10**7, "a positive int")
 
 # %% ../nbs/api/cli.ipynb #c183ba29
 # the share that a demo of the default size must bring back
@@ -117,12 +122,8 @@ def corrupt(
 ) -> np.ndarray: # (n, 64), NaN where unknown
     "Queries from patterns: the lower half unknown, noise, or both."
     out = patterns.copy()
-    if how != "half":
-        out += (
-            16
-            * noise
-            * np.random.default_rng([seed, 1]).standard_normal(out.shape).astype(out.dtype)
-        )
+    draws = np.random.default_rng([seed, 1]).standard_normal(out.shape)
+    if how != "half": out += 16 * noise * draws.astype(out.dtype)
     if how != "noise": out[:, 32:] = np.nan
     return out
 
@@ -136,22 +137,33 @@ def _recall_timed(memory, queries, noisy):
     return answers, out, 1e3 * (time.perf_counter() - begin)
 
 
+_HEADER = (
+    f"{'corrupted':10s} {'recalled exactly':>17s} {'energy':>18s} {'steps (max)':>16s}"
+    f" {'converged':>14s} {'ms':>9s}"
+)
+
+
 def _row(how, patterns, answers, out, ms):
-    "One line of the demo's table, and what it must hold to be called a success."
-    exact = (np.round(answers) == patterns).all(1)
-    n, before, after = len(patterns), float(out.energies[:, 0].mean()), float(out.energy.mean())
+    "One line of the demo's table, and what fell short."
+    n, exact = len(patterns), (np.round(answers) == patterns).all(1)
+    before, after = float(out.energies[:, 0].mean()), float(out.energy.mean())
     steps = f"{int(np.median(out.steps))} ({int(out.steps.max())})"
-    text = (f"{how:10s} {exact.sum():>8d} of {n:<5d} {before:>9.2f} → {after:<9.2f} {steps:>10s} "
-            f"{int(out.converged.sum()):>8d} of {n:<5d} {ms:>8.0f}")
-    wrong = []
+    converged, rises = int(out.converged.sum()), int(out.rises.sum())
+    text = (
+        f"{how:10s} {exact.sum():>8d} of {n:<5d} {before:>9.2f} → {after:<9.2f} {steps:>10s}"
+        f" {converged:>8d} of {n:<5d} {ms:>8.0f}"
+    )
+    short = []
     if exact.mean() < GOALS[how]:
-        wrong.append(f"{how}: {exact.mean():.0%} came back, fewer than {GOALS[how]:.0%}")
-    if not out.converged.all():
-        wrong.append(f"{how}: {int((~out.converged).sum())} did not converge")
-    if int(out.rises.sum()): wrong.append(f"{how}: the energy rose in {int(out.rises.sum())} steps")
-    return text, wrong
+        short.append(f"{how}: {exact.mean():.0%} came back, fewer than {GOALS[how]:.0%}")
+    if converged < n: short.append(f"{how}: {n - converged} did not converge")
+    if rises: short.append(f"{how}: the energy rose in {rises} steps")
+    return text, short
 
 # %% ../nbs/api/cli.ipynb #d9c23262
+_TITLES = {"half": "lower half unknown", "noise": "noisy", "both": "half unknown, half noisy"}
+
+
 def draw_demo(
     patterns: np.ndarray, # (n, 64) what was stored
     runs: dict, # corruption → (queries, answers, Descent)
@@ -167,246 +179,174 @@ def draw_demo(
     blocks = np.atleast_1d(fig.subfigures(len(runs), 1))
     for block, (how, (queries, answers, out)) in zip(blocks, runs.items(), strict=True):
         images, curve = block.subfigures(1, 2, width_ratios=(0.62 * columns + 1, 3.6))
-        axes = images.subplots(3, columns, squeeze=False)
-        plot_recall(
-            patterns[:columns],
-            queries[:columns],
-            answers[:columns],
-            labels=["stored", "given", "recalled"],
-            limits=(0, 16),
-            axes=axes,
-        )
+        rows = [v[:columns] for v in (patterns, queries, answers)]
+        axes, labels = images.subplots(3, columns, squeeze=False), ["stored", "given", "recalled"]
+        plot_recall(*rows, labels=labels, limits=(0, 16), axes=axes)
         ax = plot_energy(out.energies[:100], curve.subplots(), color="C0")
-        ax.set_title(
-            {"half": "lower half unknown", "noise": "noisy", "both": "half unknown, half noisy"}[
-                how
-            ],
-            fontsize=10,
-        )
+        ax.set_title(_TITLES[how], fontsize=10)
     fig.savefig(file, format="png", dpi=110)
 
-# %% ../nbs/api/cli.ipynb #8b79f135
+# %% ../nbs/api/cli.ipynb #6b03e499
 def _demo_options(argv):
+    "The options of `hamux-demo`."
     p = _Parser(
         prog="hamux-demo",
-        description=(
-            "Store handwritten digits in an associative memory, corrupt them, and recall them."
-        ),
+        description="Store handwritten digits in an associative memory, corrupt and recall them.",
     )
-    p.add_argument(
-        "-n",
-        "--digits",
-        type=_number(int, 1, 1797, "an int from 1 to 1797"),
-        default=100,
-        help="how many digits to store (100)",
-    )
-    p.add_argument(
-        "-c",
-        "--corruption",
-        choices=["half", "noise", "both", "all"],
-        default="all",
-        help="how to corrupt them (all three)",
-    )
-    p.add_argument(
-        "--noise",
-        type=_number(float, 0, 10, "a number from 0 to 10"),
-        default=0.2,
-        help="noise, as a share of the grey scale (0.2)",
-    )
-    p.add_argument(
-        "--beta",
-        type=_number(float, 1e-12, 1e12, "a positive number"),
-        help="inverse temperature per squared grey level (chosen)",
-    )
-    p.add_argument(
-        "--seed",
-        type=_number(int, 0, 2**32, "a non-negative int"),
-        default=0,
-        help="which digits, and which noise (0)",
-    )
-    p.add_argument(
-        "-o", "--output", default="hamux-demo.png", help="where to draw (hamux-demo.png)"
-    )
+    count = _number(int, 1, 1797, "an int from 1 to 1797")
+    p.add_argument("-n", "--digits", type=count, default=100, help="how many to store (100)")
+    hows = [*GOALS, "all"]
+    p.add_argument("-c", "--corruption", choices=hows, default="all", help="how (all three)")
+    share = _number(float, 0, 10, "a number from 0 to 10")
+    help = "noise, as a share of the grey scale (0.2)"
+    p.add_argument("--noise", type=share, default=0.2, help=help)
+    beta = _number(float, 1e-12, 1e12, "a positive number")
+    help = "inverse temperature per squared grey level (chosen)"
+    p.add_argument("--beta", type=beta, help=help)
+    seed = _number(int, 0, 2**32, "a non-negative int")
+    help = "which digits, and which noise (0)"
+    p.add_argument("--seed", type=seed, default=0, help=help)
+    help = "where to draw (hamux-demo.png)"
+    p.add_argument("-o", "--output", default="hamux-demo.png", help=help)
     return p.parse_args(argv)
 
-
+# %% ../nbs/api/cli.ipynb #ff61cf45
 def hamux_demo(
     argv=None, # the arguments; None for those of the process
 ) -> int: # exit status: 0 if the recall did what it says, 1 if not; 2 for a mistake
     "The command `hamux-demo`: recall corrupted handwritten digits, print a table, draw a picture."
     o = _demo_options(argv)
-    lines, wrong, runs = [], [], {}
+    lines, short, runs = [], [], {}
     with _one_line_errors("hamux-demo"):
         if Path(o.output).suffix.lower() != ".png":
             raise ValueError(f"{o.output}: the picture is a PNG; name it something.png")
-        # asked for first, so that a place that cannot be written is known at once
+        # opened first, so that a place that cannot be written is known at once
         with atomic_file(o.output) as picture:
             patterns = load_patterns(o.digits, o.seed)
-            memory, hows = Memory(patterns, o.beta, "euclidean"), (
-                list(GOALS) if o.corruption == "all" else [o.corruption]
-            )
+            memory = Memory(patterns, o.beta, "euclidean")
+            hows = list(GOALS) if o.corruption == "all" else [o.corruption]
             for how in _progress(hows, len(hows), "recalling"):
                 queries = corrupt(patterns, how, o.noise, o.seed)
                 answers, out, ms = _recall_timed(memory, queries, noisy=how != "half")
-                text, bad = _row(how, patterns, answers, out, ms)
                 runs[how] = queries, answers, out
-                lines.append(text); wrong += bad
+                text, missed = _row(how, patterns, answers, out, ms)
+                lines.append(text)
+                short += missed
             draw_demo(patterns, runs, picture)
     print(f"{len(patterns)} digits stored, beta = {memory.beta:.3g} per squared grey level\n")
-    print(
-        f"{'corrupted':10s} {'recalled exactly':>17s} {'energy':>18s} {'steps (max)':>16s}"
-        f" {'converged':>14s} {'ms':>9s}"
-    )
-    print(*lines, sep="\n")
-    print(f"\nPicture: {o.output}")
-    for line in wrong: print(f"hamux-demo: {line}", file=sys.stderr)
-    return 1 if wrong else 0
+    print(_HEADER, *lines, f"\nPicture: {o.output}", sep="\n")
+    for line in short: print(f"hamux-demo: {line}", file=sys.stderr)
+    return 1 if short else 0
 
 # %% ../nbs/api/cli.ipynb #856fae53
-def _batch_size(asked, n_queries, n_memories, n_features):
-    "Rows per batch: as asked, or such that a batch of states takes some ten megabytes."
-    return asked or int(np.clip(2**22 // (n_memories + n_features), 1, min(1024, n_queries)))
+def _batch_size(size, n_queries, n_memories, n_features):
+    "Rows per batch: as given, or such that a batch of states takes some ten megabytes."
+    return size or int(np.clip(2**22 // (n_memories + n_features), 1, min(1024, n_queries)))
+
+
+class _Tally:
+    "What is reported of all queries together."
+    def __init__(self): self.steps, self.converged, self.rises, self.known = [], 0, 0, 0
+
+    def add(self, rows, out):
+        "Count a batch of queries and its descent, which may be longer than the batch."
+        n = len(rows)
+        self.steps.append(np.asarray(out.steps)[:n])
+        self.converged += int((np.asarray(out.code)[:n] == CONVERGED).sum())
+        self.rises += int((np.asarray(out.rises)[:n] > 0).sum())
+        self.known += int((~np.isnan(rows)).all(1).sum())
 
 
 def _recall_batches(memory, source, batch, noisy, settings):
-    "The answers and the descent of every batch of queries, in order."
+    "Queries, answers and descent of every batch, in order."
     first = 0
     for rows in source.batches(batch):
         check_finite(rows, allow_nan=True, first_row=first, what=source.path)
         n = len(rows)
         padded = np.concatenate([rows, np.repeat(rows[-1:], batch - n, 0)]) if n < batch else rows
         answers, out = memory.recall(padded, noisy, **settings)
-        yield (
-            answers[:n],
-            [np.asarray(v)[:n] for v in (out.steps, out.code, out.rises)],
-            int((~np.isnan(rows)).all(1).sum()),
-        )
+        yield rows, answers[:n], out
         first += n
 
-
-class _Tally:
-    "What is reported of all queries together."
-    def __init__(self): self.steps, self.converged, self.rises, self.known = [], 0, 0, 0
-    def add(self, marks, known):
-        steps, code, rises = marks
-        self.steps.append(steps)
-        self.converged += int((code == 1).sum())
-        self.rises += int((rises > 0).sum())
-        self.known += known
-
-# %% ../nbs/api/cli.ipynb #ebaf8b96
+# %% ../nbs/api/cli.ipynb #60737eec
 def _recall_options(argv):
+    "The options of `hamux-recall`."
     p = _Parser(
         prog="hamux-recall",
-        description=(
-            "Recall queries from memories: files of rows (.npy, .npz, .csv), NaN where a query is"
-            " unknown."
-        ),
+        description="Recall queries from memories: files of rows (.npy, .npz, .csv), with NaN.",
     )
     p.add_argument("memories", help="the patterns to remember, one per row")
-    p.add_argument("queries", help="what is asked, one query per row; NaN where unknown")
-    p.add_argument(
-        "-o", "--output", required=True, help="where to write the answers (.npy, .npz or .csv)"
-    )
-    p.add_argument(
-        "--noisy", action="store_true", help="the known part may be wrong: let it move too"
-    )
-    p.add_argument(
-        "--similarity",
-        choices=["euclidean", "dot"],
-        help="how patterns are compared (chosen from the data)",
-    )
-    p.add_argument(
-        "--beta",
-        type=_number(float, 1e-300, 1e300, "a positive number"),
-        help="inverse temperature per squared unit of the data (chosen)",
-    )
-    p.add_argument(
-        "--dt",
-        type=_number(float, 1e-6, 1, "a number above 0, at most 1"),
-        default=0.5,
-        help="step of the descent (0.5)",
-    )
-    p.add_argument(
-        "--max-steps",
-        type=_number(int, 1, 10**7, "a positive int"),
-        default=1000,
-        help="steps at most (1000)",
-    )
-    p.add_argument(
-        "--batch", type=_number(int, 1, 10**7, "a positive int"), help="queries at a time (chosen)"
-    )
+    p.add_argument("queries", help="what to recall, one query per row; NaN where unknown")
+    help = "where to write the answers (.npy, .npz or .csv)"
+    p.add_argument("-o", "--output", required=True, help=help)
+    help = "the known part may be wrong: let it move too"
+    p.add_argument("--noisy", action="store_true", help=help)
+    help = "how patterns are compared (chosen from the data)"
+    p.add_argument("--similarity", choices=["euclidean", "dot"], help=help)
+    beta = _number(float, 1e-300, 1e300, "a positive number")
+    help = "inverse temperature per squared unit of the data (chosen)"
+    p.add_argument("--beta", type=beta, help=help)
+    dt = _number(float, 1e-6, 1, "a number above 0, at most 1")
+    p.add_argument("--dt", type=dt, default=0.5, help="step of the descent (0.5)")
+    p.add_argument("--max-steps", type=_POSITIVE_INT, default=1000, help="steps at most (1000)")
+    p.add_argument("--batch", type=_POSITIVE_INT, help="queries at a time (chosen)")
     return p.parse_args(argv)
+
+# %% ../nbs/api/cli.ipynb #2e334aa3
+def _report(o, tally, n, memories, memory, seconds):
+    "Say how a recall of `n` queries went, and what to do about what went wrong."
+    steps = np.concatenate(tally.steps)
+    print(
+        f"{n} queries recalled from {memories[0]} memories of {memories[1]} numbers"
+        f" ({memory.similarity}, beta = {memory.beta:.3g}): {tally.converged} of {n} converged,"
+        f" {int(np.median(steps))} steps in the median and {steps.max()} at most,"
+        f" {seconds:.1f} s. Answers: {o.output}"
+    )
+    remarks = []
+    if tally.known and not o.noisy:
+        what = f"{tally.known} of {n} queries have nothing unknown and came back as they were"
+        remarks.append(f"{what}; mark it with NaN, or say --noisy")
+    if tally.rises:
+        what = f"the energy rose on the way of {tally.rises} queries"
+        remarks.append(f"{what}; take a smaller --dt")
+    if tally.converged < n:
+        what = f"{n - tally.converged} of {n} queries did not converge"
+        remarks.append(f"{what}; allow more --max-steps, or take a smaller --dt")
+    for remark in remarks: print(f"hamux-recall: {remark}", file=sys.stderr)
+
+# %% ../nbs/api/cli.ipynb #4a134e93
+def _recall_files(o, source, queries, signals):
+    "Recall all queries into the output file."
+    begin, dtype = time.perf_counter(), computing_dtype(source.dtype, queries.dtype)
+    n, tally = queries.shape[0], _Tally()
+    with write_rows(o.output, n, queries.row_shape, dtype) as writer:
+        patterns = source.read()
+        check_finite(patterns, allow_nan=False, what=source.path)
+        memory = Memory(patterns, o.beta, o.similarity, dtype)
+        batch = _batch_size(o.batch, n, *source.shape)
+        settings = dict(solver=Euler(o.dt), max_steps=o.max_steps)
+        batches = _recall_batches(memory, queries, batch, o.noisy, settings)
+        for rows, answers, out in _progress(batches, -(-n // batch), "recalling"):
+            writer.write(answers)
+            tally.add(rows, out)
+            if signals:
+                what = f"stopped by signal {signals[0]}; nothing was written"
+                _fail("hamux-recall", what, 128 + signals[0])
+    _report(o, tally, n, source.shape, memory, time.perf_counter() - begin)
+    return int(tally.converged < n)
 
 
 def hamux_recall(
-    argv=None,  # the arguments; None for those of the process
-) -> (
-    int
-):  # exit status: 0, 1 if some queries did not converge, 2 for a mistake
+    argv=None, # the arguments; None for those of the process
+) -> int: # exit status: 0 if every query converged, 1 if some did not; 2 for a mistake
     "The command `hamux-recall`: recall the rows of one file from the rows of another."
     o = _recall_options(argv)
     with _one_line_errors("hamux-recall"):
         source, queries = open_rows(o.memories), open_rows(o.queries)
-        if source.shape[1] != queries.shape[1]:
-            raise ValueError(
-                f"{o.queries}: a query has {queries.shape[1]} numbers and a memory"
-                f" {source.shape[1]}; they must have as many"
-            )
-        with (
-            jax.enable_x64(computing_dtype(source.dtype, queries.dtype) == np.float64),
-            _stops_between_batches() as asked,
-        ):
-            return _recall_files(o, source, queries, asked)
-
-# %% ../nbs/api/cli.ipynb #b9b934ea
-def _recall_files(o, source, queries, asked):
-    "Recall all queries into the output file, and say how it went."
-    begin, dtype, tally = (
-        time.perf_counter(),
-        computing_dtype(source.dtype, queries.dtype),
-        _Tally(),
-    )
-    with write_rows(o.output, queries.shape[0], queries.row_shape, dtype) as writer:
-        patterns = source.read()
-        check_finite(patterns, allow_nan=False, what=source.path)
-        memory = Memory(patterns, o.beta, o.similarity, dtype)
-        batch = _batch_size(o.batch, *queries.shape[:1], *source.shape)
-        batches = _recall_batches(
-            memory, queries, batch, o.noisy, dict(solver=Euler(o.dt), max_steps=o.max_steps)
-        )
-        for answers, marks, known in _progress(batches, -(-queries.shape[0] // batch), "recalling"):
-            writer.write(answers)
-            tally.add(marks, known)
-            if asked:
-                _fail(
-                    "hamux-recall",
-                    f"stopped by signal {asked[0]}; nothing was written",
-                    128 + asked[0],
-                )
-    n, steps = queries.shape[0], np.concatenate(tally.steps)
-    print(
-        f"{n} queries recalled from {source.shape[0]} memories of {source.shape[1]} numbers"
-        f" ({memory.similarity}, beta = {memory.beta:.3g}): {tally.converged} of {n} converged,"
-        f" {int(np.median(steps))} steps in the median and {steps.max()} at most,"
-        f" {time.perf_counter() - begin:.1f} s. Answers: {o.output}"
-    )
-    if tally.known and not o.noisy:
-        print(
-            f"hamux-recall: {tally.known} of {n} queries have nothing unknown and came back as they"
-            " were; mark it with NaN, or say --noisy",
-            file=sys.stderr,
-        )
-    if tally.rises:
-        print(
-            f"hamux-recall: the energy rose on the way of {tally.rises} queries; take a smaller"
-            " --dt",
-            file=sys.stderr,
-        )
-    if tally.converged < n:
-        print(
-            f"hamux-recall: {n - tally.converged} of {n} queries did not converge; allow more"
-            " --max-steps, or take a smaller --dt",
-            file=sys.stderr,
-        )
-    return int(tally.converged < n)
+        ours, theirs = source.shape[1], queries.shape[1]
+        if ours != theirs:
+            what = f"a query has {theirs} numbers and a memory {ours}"
+            raise ValueError(f"{o.queries}: {what}; they must have as many")
+        wide = computing_dtype(source.dtype, queries.dtype) == np.float64
+        with jax.enable_x64(wide), _caught_signals() as signals:
+            return _recall_files(o, source, queries, signals)
