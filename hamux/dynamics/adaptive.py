@@ -1,4 +1,4 @@
-"""Follow the flow where the basin is decided, leap to its end where it is linear, and never rise.
+"""Follow the flow where the basin is decided, leap to its end where it is linear; never climb.
 
 Docs: https://hamux.github.io/hamux/api/dynamics/adaptive.html.md"""
 
@@ -17,7 +17,14 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .problem import Point, shortened
-from .solver import AbstractSolver, Move, choose, rounding, same_states
+from hamux.dynamics.solver import (
+    AbstractSolver,
+    Move,
+    choose,
+    empty_point,
+    rounding,
+    same_states,
+)
 from ..lagrangians.facts import facts_of, setting_of
 
 # %% ../../nbs/api/dynamics/adaptive.ipynb #aeac60c8
@@ -83,6 +90,18 @@ class _Path(eqx.Module):
     count: jax.Array # points accepted
 
 
+def _first_path(problem, xs, first, m):
+    "Before the first evaluation."
+    dtype = jnp.result_type(jnp.float32, *xs.values())
+    size, held = sum(x.size for x in xs.values()), empty_point(problem, xs)
+    number, vector, rows = (jnp.zeros(shape, dtype) for shape in ((), size, (m, size)))
+    least = jnp.stack([jnp.asarray(problem.taus[n], dtype) for n in xs]).min()
+    return _Path(
+        held, jnp.full_like(held.energy, jnp.inf), rows, rows, rows, number + first * least, number,
+        model=vector, expected=vector, bend=vector, count=jnp.array(0, jnp.int32),
+    )
+
+# %% ../../nbs/api/dynamics/adaptive.ipynb #cb3f70e1
 class _Trial(NamedTuple):
     "The new point and the held one as flat vectors."
     tau: jax.Array
@@ -150,7 +169,7 @@ def _remember(path, trial, goes):
     missed = trial.g / trial.tau - path.model
     return rows, jnp.where(goes, missed / (path.time * (path.time + path.last)), path.bend)
 
-
+# %% ../../nbs/api/dynamics/adaptive.ipynb #7f3006d7
 class _Ahead(NamedTuple):
     "Where a step leads, and the gradient by τ that is expected there."
     move: jax.Array
@@ -167,14 +186,50 @@ def _ahead(r, trial, modes, h, last, bend, fade):
     travel, stays = _travel(leak / tau, h), jnp.exp(-h * leak / tau)
     same = jnp.where(leak > 0, travel - h * stays, h * h / (2 * tau))
     bent = fade * bend * (short**3 / 3 + jnp.minimum(last, short) * short**2 / 2)
-    move = (
-        travel * r
-        + _together(c, rates, tau, leak, _travel(rates, h), travel, same, currents)
-        + bent
-    )
+    shared = _together(c, rates, tau, leak, _travel(rates, h), travel, same, currents)
+    move = travel * r + shared + bent
     together = _together(c, rates, tau, leak, jnp.exp(-rates * h), stays, h / tau * stays, currents)
     model = stays * r + together
     return _Ahead(move, model, model + fade * bend * short * (short + jnp.minimum(last, short)))
+
+# %% ../../nbs/api/dynamics/adaptive.ipynb #eeeee79e
+def _error(problem, now, dxs):
+    "The relative error that `dxs` is, in the layer where it is largest; infinite for NaN."
+    size = lambda v: jnp.linalg.norm(v.astype(jnp.promote_types(v.dtype, jnp.float32)).ravel())
+    wrong = jax.jvp(problem.duals, (now.xs,), (dxs,))[1]
+    seen = [size(d) / (size(now.duals[n]) + 1e-6) for n, d in wrong.items()]
+    # a tenth of the error in states that no activation shows, as in a saturated layer
+    unseen = [0.1 * size(d) / (size(now.xs[n]) + 1e-6) for n, d in dxs.items()]
+    worst = jnp.stack(seen + unseen).max()
+    return jnp.maximum(jnp.where(jnp.isfinite(worst), worst, jnp.inf), 1e-12)
+
+
+def _judge(problem, now, path, trial):
+    "The error of the trial, and whether the energy did not rise."
+    tau, h = trial.tau, path.time
+    unexpected = _travel(trial.leak / tau, h) / 2 * (trial.g / tau - path.expected)
+    error = _error(problem, *jax.lax.stop_gradient((now, _unflat(unexpected, now.xs))))
+    fell = _fell(path.held, now, path.lowest, trial)
+    if all(layer.leak for layer in problem.ham.neurons.values()): return error, fell
+    calmer = _steepness(problem, now) <= 1.5 * _steepness(problem, path.held)
+    return error, fell & (_resolved(path.held, now) | calmer)
+
+# %% ../../nbs/api/dynamics/adaptive.ipynb #ab395d7c
+def _next_length(tol, path, trial, modes, error, fell, ok):
+    "The lengths of the step that was accepted last, and of the next."
+    still, h, tau = jax.lax.stop_gradient, path.time, trial.tau
+    later = path.count > 0 # the first point is accepted as it is
+    factor = jnp.clip(0.9 * jnp.sqrt(tol / error), 0.2, 3)
+    # the flow's time to go as far
+    reach = jnp.linalg.norm(still(trial.dx)) / jnp.linalg.norm(still(trial.g0 / tau))
+    shorter = jnp.where(fell, jnp.minimum(factor, 0.5) * h, jnp.fmin(h, reach) / 4)
+    last = jnp.where(later & ok, h, path.last)
+    h = jnp.where(later & ok, factor * h, jnp.where(ok, h, shorter))
+    # without leak a state may grow for ever, and time with it
+    endless = float(jnp.finfo(h.dtype).max) ** 0.4
+    most = jnp.where(trial.leak.all(), 1e3 * tau.max(), endless)
+    growing = 2 / jnp.maximum(-modes[0][0], 1e-30)
+    return last, jnp.clip(jnp.minimum(h, growing), jnp.finfo(h.dtype).eps ** 2, most)
 
 # %% ../../nbs/api/dynamics/adaptive.ipynb #5e65f784
 class Adaptive(AbstractSolver):
@@ -195,90 +250,26 @@ class Adaptive(AbstractSolver):
         if not isinstance(self.m, int) or self.m < 1:
             raise ValueError(f"Adaptive: m must be a positive int, got {self.m!r}.")
 
-    def init(self, problem, xs):
-        dtype = jnp.result_type(jnp.float32, *xs.values())
-        size = sum(x.size for x in xs.values())
-        zero, one, none = (
-            jnp.zeros(size, dtype),
-            jnp.zeros((), dtype),
-            jnp.zeros((self.m, size), dtype),
-        )
-        shapes = jax.eval_shape(problem.evaluate, xs)
-        held = jtu.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        least = jnp.stack([jnp.asarray(problem.taus[n], dtype) for n in xs]).min()
-        return _Path(
-            held,
-            jnp.full_like(held.energy, jnp.inf),
-            none,
-            none,
-            none,
-            one + self.first * least,
-            one,
-            model=zero,
-            expected=zero,
-            bend=zero,
-            count=jnp.array(0, jnp.int32),
-        )
+    def init(self, problem, xs): return _first_path(problem, xs, self.first, self.m)
 
     def step(self, problem, now, path, step, key):
         # no derivative goes through lengths and modes
         still, dtype = jax.lax.stop_gradient, path.time.dtype
         trial = _trial(problem, now, path.held, dtype)
-        error, fell = self.judge(problem, now, path, trial)
+        error, fell = _judge(problem, now, path, trial)
         ok = (path.count == 0) | (fell & (error <= 4 * self.tol))
         goes = (path.count > 0) & ok
         held = choose(ok, now, path.held)
         x, r = jnp.where(ok, trial.x, trial.x0), jnp.where(ok, trial.g, trial.g0) / trial.tau
         rows, bend = _remember(path, trial, goes)
         modes = _modes(*still(rows), still(trial.tau), trial.leak)
-        last, h = self.length(path, trial, modes, error, fell, ok)
+        last, h = _next_length(self.tol, path, trial, modes, error, fell, ok)
         ahead = _ahead(r, trial, modes, h, last, bend, path.count >= 2)
         xs = shortened(problem, _unflat(x - ahead.move, now.xs))
         path = _Path(
             held, jnp.minimum(path.lowest, held.energy), *rows, h, last,
             ahead.model, ahead.expected, bend, path.count + ok)
         return Move(held, xs, path, same_states(xs, held.xs))
-
-    def judge(self, problem, now, path, trial):
-        "The error of the trial, and whether the energy did not rise."
-        tau, h = trial.tau, path.time
-        unexpected = _travel(trial.leak / tau, h) / 2 * (trial.g / tau - path.expected)
-        error = self.error(problem, *jax.lax.stop_gradient((now, _unflat(unexpected, now.xs))))
-        fell = _fell(path.held, now, path.lowest, trial)
-        if all(layer.leak for layer in problem.ham.neurons.values()): return error, fell
-        calmer = _steepness(problem, now) <= 1.5 * _steepness(problem, path.held)
-        return error, fell & (_resolved(path.held, now) | calmer)
-
-    def length(self, path, trial, modes, error, fell, ok):
-        "The lengths of the step that was accepted last, and of the next."
-        still, h, tau, eps = (
-            jax.lax.stop_gradient,
-            path.time,
-            trial.tau,
-            jnp.finfo(path.time.dtype).eps,
-        )
-        begun = path.count > 0
-        factor = jnp.clip(0.9 * jnp.sqrt(self.tol / error), 0.2, 3)
-        # the flow's time to go as far
-        reach = jnp.linalg.norm(still(trial.dx)) / jnp.linalg.norm(still(trial.g0 / tau))
-        shorter = jnp.where(fell, jnp.minimum(factor, 0.5) * h, jnp.fmin(h, reach) / 4)
-        last = jnp.where(begun & ok, h, path.last)
-        h = jnp.where(begun & ok, factor * h, jnp.where(ok, h, shorter))
-        # without leak a state may grow for ever, and time with it
-        endless = float(jnp.finfo(h.dtype).max) ** 0.4
-        most = jnp.where(trial.leak.all(), 1e3 * tau.max(), endless)
-        growing = 2 / jnp.maximum(-modes[0][0], 1e-30)
-        return last, jnp.clip(jnp.minimum(h, growing), eps**2, most)
-
-    def error(self, problem, now, dxs):
-        "The relative error that `dxs` is, in the layer where it is largest; infinite for NaN."
-        size = lambda v: jnp.linalg.norm(v.astype(jnp.promote_types(v.dtype, jnp.float32)).ravel())
-        wrong = jax.jvp(problem.duals, (now.xs,), (dxs,))[1]
-        seen = [size(d) / (size(now.duals[n]) + 1e-6) for n, d in wrong.items()]
-        # a tenth of the error in states that no activation shows, as in a saturated layer
-        unseen = [0.1 * size(d) / (size(now.xs[n]) + 1e-6) for n, d in dxs.items()]
-        worst = jnp.stack(seen + unseen).max()
-        return jnp.maximum(jnp.where(jnp.isfinite(worst), worst, jnp.inf), 1e-12)
 
     def descends(self, step): return True
     def cost(self, problem): return 1.0

@@ -1,4 +1,4 @@
-"""A temperature: states with the law exp(−E/T), for sampling and for annealed recall.
+"""A temperature: states that fluctuate with the law exp(−E/T), for sampling and annealed recall.
 
 Docs: https://hamux.github.io/hamux/api/dynamics/langevin.html.md"""
 
@@ -38,7 +38,7 @@ def _drift(problem, now, n, temperature):
     )
     return jnp.where(problem.masks[n], 0, drift) if n in problem.masks else drift
 
-
+# %% ../../nbs/api/dynamics/langevin.ipynb #e10fe22a
 class Langevin(AbstractSolver):
     "Noisy steps whose activations have the law exp(−E/T) at small dt."
     dt: Any = 0.01 # step in units of time, > 0: a number, an array, or a function of the step
@@ -60,9 +60,8 @@ class Langevin(AbstractSolver):
         ahead = {}
         for k, (n, x) in zip(jr.split(key, len(now.xs)), now.xs.items(), strict=True):
             wide = jnp.promote_types(x.dtype, jnp.float32)
-            length, heat = jnp.asarray(dt, wide) / jnp.asarray(problem.taus[n], wide), jnp.asarray(
-                T, wide
-            )
+            length = jnp.asarray(dt, wide) / jnp.asarray(problem.taus[n], wide)
+            heat = jnp.asarray(T, wide)
             noise = jnp.sqrt(2 * heat * length) * jr.normal(k, x.shape, wide)
             if n in problem.masks: noise = jnp.where(problem.masks[n], 0, noise)
             ahead[n] = (x - length * _drift(problem, now, n, heat) + noise).astype(x.dtype)
