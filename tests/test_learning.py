@@ -1,4 +1,5 @@
-"""Gradients through recall: every adjoint on every kind of layer and synapse, equilibrium propagation, jit, vmap, two devices, rows that have no gradient."""
+"""Gradients through recall: every adjoint on every kind of layer and synapse, equilibrium
+propagation, a user's own method, jit, vmap, two devices, rows that have no gradient."""
 
 import functools
 import os
@@ -385,7 +386,8 @@ def test_a_batch_over_two_devices():
         xs, y = batch()
         shared = NamedSharding(Mesh(np.array(jax.devices()), ("rows",)), P("rows"))
         go = jax.jit(lambda ham, xs, y: gradient(ham, miss, xs, targets=y, **SETTINGS))
-        one, two = go(small().vectorize(), xs, y), go(small().vectorize(), *jax.device_put((xs, y), shared))
+        one = go(small().vectorize(), xs, y)
+        two = go(small().vectorize(), *jax.device_put((xs, y), shared))
         assert len(two.equilibria["free"].xs["h"].sharding.device_set) == 2
         np.testing.assert_allclose(flat(two.grads), flat(one.grads), rtol=1e-9, atol=1e-12)
     """

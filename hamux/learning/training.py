@@ -1,4 +1,4 @@
-"""One call on optax: progress, validation, early stopping, and a file from which it goes on exactly where it was.
+"""One call on optax, with validation, early stopping, and a file from which it goes on exactly.
 
 Docs: https://hamux.github.io/hamux/api/learning/training.html.md"""
 

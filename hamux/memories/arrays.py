@@ -1,4 +1,4 @@
-"""From arrays to an associative memory in one call: patterns to remember, queries to complete or to clean.
+"""An associative memory from arrays in one call: patterns to remember, queries to complete.
 
 Docs: https://hamux.github.io/hamux/api/memories/arrays.html.md"""
 
