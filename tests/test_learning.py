@@ -1,5 +1,5 @@
 """Gradients through recall: every adjoint on every kind of layer and synapse, equilibrium
-propagation, jit, vmap, two devices, rows that have no gradient."""
+propagation, a user's own method, jit, vmap, two devices, rows that have no gradient."""
 
 import functools
 import os

@@ -1,4 +1,4 @@
-"""What is taken from an example before a network is asked: noise, pixels, halves, rectangles.
+"""What is hidden or changed in an example: noise, single pixels, halves, rectangles.
 
 Docs: https://hamux.github.io/hamux/api/learning/corruption.html.md"""
 

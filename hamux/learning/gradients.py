@@ -1,4 +1,4 @@
-"""The gradient of a loss of what was recalled, by every method of the field, behind one call.
+"""How a loss of what is recalled changes with the parameters, by every method of the field.
 
 Docs: https://hamux.github.io/hamux/api/learning/gradients.html.md"""
 
@@ -263,13 +263,14 @@ class ContrastiveHebbian(AbstractMethod):
     def gradient(self, ham, loss, xs, targets, clamp, recall):
         rows, outputs = row_losses(loss, ham, targets), self.states(ham, targets)
         free = recall(ham, xs, clamp=clamp)
-        held = recall(ham, {**free.xs, **outputs}, clamp={**clamp, **dict.fromkeys(outputs, True)})
+        start, clamp = {**free.xs, **outputs}, {**clamp, **dict.fromkeys(outputs, True)}
+        clamped = recall(ham, start, clamp=clamp)
         def energy(ham, end):
             xs = jax.lax.stop_gradient(end.xs)
             return jnp.mean(ham.energy(ham.activations(xs), xs))
-        grads = jax.grad(lambda ham: energy(ham, held) - energy(ham, free))(ham)
-        value = finite_loss(jnp.mean(rows(free.xhats, targets)), free, held)
-        return Gradient(value, grads, {"free": free, "clamped": held})
+        grads = jax.grad(lambda ham: energy(ham, clamped) - energy(ham, free))(ham)
+        value = finite_loss(jnp.mean(rows(free.xhats, targets)), free, clamped)
+        return Gradient(value, grads, {"free": free, "clamped": clamped})
 
 
 def _check_outputs(states, ham):

@@ -1,4 +1,4 @@
-"""What a network should recall: an image from a noisy one or a part, the label of an image.
+"""What a network should recall: an image from a noisy one or from a part of it, its label.
 
 Docs: https://hamux.github.io/hamux/api/learning/losses.html.md"""
 

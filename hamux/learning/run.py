@@ -1,4 +1,4 @@
-"""Batches that are a function of the step, one step in one compiled function, the state of a run, and the file from which it goes on.
+"""Batches as a function of the step, one compiled step, the state of a run and its file.
 
 Docs: https://hamux.github.io/hamux/api/learning/run.html.md"""
 

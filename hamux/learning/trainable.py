@@ -1,4 +1,4 @@
-"""Parameters by the name of their part and their own; frozen parts; constraints that hold after every step.
+"""Parameters by name; frozen parts; constraints that hold after every step.
 
 Docs: https://hamux.github.io/hamux/api/learning/trainable.html.md"""
 

@@ -1,4 +1,4 @@
-"""One loop on optax: batches, constraints, early stopping, and a file from which it goes on.
+"""One call on optax, with validation, early stopping, and a file from which it goes on exactly.
 
 Docs: https://hamux.github.io/hamux/api/learning/training.html.md"""
 

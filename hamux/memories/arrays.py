@@ -1,4 +1,4 @@
-"""From arrays to an associative memory in one call: what to remember, and what is asked.
+"""An associative memory from arrays in one call: patterns to remember, queries to complete.
 
 Docs: https://hamux.github.io/hamux/api/memories/arrays.html.md"""
 
@@ -22,6 +22,17 @@ from ..network.hypergraph import HAM
 from ..network.neurons import IdentityLayer, SoftmaxLayer
 from ..synapses.linear import BiasSynapse, LinearSynapse
 
+# %% ../../nbs/api/memories/arrays.ipynb #c242a694
+def _without_mask(memories):
+    "The memories, if all of their entries are known."
+    if not np.ma.is_masked(memories): return memories
+    rows = np.flatnonzero(np.ma.getmaskarray(memories).reshape(len(memories), -1).any(1))
+    raise ValueError(
+        f"The memories must not have masked entries, got some in {len(rows)} rows, the first of"
+        f" them row {rows[0]}. Fill them, for instance with memories.filled(0.0), or leave those"
+        " rows out."
+    )
+
 # %% ../../nbs/api/memories/arrays.ipynb #d3f1ce18
 def memory_ham(
     memories: Float[Array, "K d"], # the patterns, one per row
@@ -29,28 +40,27 @@ def memory_ham(
     similarity="euclidean", # "euclidean" or "dot"
     trainable=True, # whether gradients reach the patterns
 ) -> HAM: # layers "pattern" (d,) and "memory" (K,)
-    "The network that remembers the rows of `memories`. Raises ValueError for what does not fit."
-    memories = jnp.asarray(memories)
+    "The network that remembers the rows of `memories`. Raises ValueError for bad input."
+    memories = jnp.asarray(_without_mask(memories))
     if memories.ndim != 2:
-        raise ValueError(f"The memories are one pattern per row, and have shape {memories.shape}.")
+        raise ValueError(f"The memories must be one pattern per row, got shape {memories.shape}.")
     if similarity not in ("euclidean", "dot"):
-        raise ValueError(f"similarity is 'euclidean' or 'dot', and was {similarity!r}.")
+        raise ValueError(f"similarity must be 'euclidean' or 'dot', got {similarity!r}.")
     K, d = memories.shape
     synapses = {"patterns": LinearSynapse(memories.T, trainable)}
     connections = [(("pattern", "memory"), "patterns")]
     if similarity == "euclidean":
         synapses["lengths"] = BiasSynapse(-0.5 * (synapses["patterns"].W**2).sum(0), trainable)
         connections.append((("memory",), "lengths"))
-    return HAM(
-        {"pattern": IdentityLayer(d), "memory": SoftmaxLayer(K, beta)}, synapses, connections
-    )
+    layers = {"pattern": IdentityLayer(d), "memory": SoftmaxLayer(K, beta)}
+    return HAM(layers, synapses, connections)
 
 # %% ../../nbs/api/memories/arrays.ipynb #7d2da34b
 def near_distance2(
     memories: Float[Array, "K d"], # the patterns, one per row
     seed=0, # for the sample of patterns
 ) -> float: # squared distance; 1 where there is only one pattern
-    "The squared distance to the nearest other pattern that 5 % of the patterns undercut."
+    "The squared distance to the nearest other pattern that 5 % undercut; copies do not count."
     memories, rng = np.asarray(memories, dtype=float), np.random.default_rng(seed)
     mine, rivals = (memories[np.sort(rng.permutation(len(memories))[:n])] for n in (1000, 10_000))
     gaps = []
@@ -62,7 +72,7 @@ def near_distance2(
     gaps = gaps[np.isfinite(gaps)]
     return float(np.quantile(gaps, 0.05)) if len(gaps) else 1.0
 
-
+# %% ../../nbs/api/memories/arrays.ipynb #cc3f8b87
 def choose_beta(
     memories: Float[Array, "K d"], # the patterns, one per row
     delta=1e-4, # the weight that all other patterns may have together
@@ -71,18 +81,16 @@ def choose_beta(
     "An inverse temperature at which most patterns are recalled by themselves."
     return 2 / near_distance2(memories, seed) * (math.log(len(memories)) + math.log(1 / delta))
 
-
+# %% ../../nbs/api/memories/arrays.ipynb #6be37e24
 def choose_similarity(
     memories: Float[Array, "K d"], # the patterns, one per row
     seed=0, # for the sample of patterns
 ) -> str: # "dot" or "euclidean"
-    "The dot product where all patterns have nearly one length, else the Euclidean similarity."
+    "The dot product where all patterns have one length, else the Euclidean similarity."
     squares = (np.asarray(memories, dtype=float)**2).sum(1)
-    return (
-        "dot"
-        if squares.max() - squares.min() <= 0.01 * near_distance2(memories, seed)
-        else "euclidean"
-    )
+    # the biases would differ by less than 1 % of a near squared distance
+    same = squares.max() - squares.min() <= 0.01 * near_distance2(memories, seed)
+    return "dot" if same else "euclidean"
 
 # %% ../../nbs/api/memories/arrays.ipynb #5e345b3e
 def _evidence(ham, x, known):
@@ -92,122 +100,117 @@ def _evidence(ham, x, known):
     return h if "lengths" in ham.hypersynapses else h + 0.5 * (Xi**2).sum(0)
 
 
+def _concatenate(first, second):
+    "The second of two descents, with the energies and steps of the first before its own."
+    moved = (first.steps > 0)[:, None] # else the second begins where the first did
+    longer = jnp.concatenate([first.energies[:, :1], second.energies], 1)
+    padded = jnp.pad(second.energies, [(0, 0), (0, 1)], constant_values=jnp.nan)
+    energies = jnp.where(moved, longer, padded)
+    counts = {n: getattr(first, n) + getattr(second, n) for n in ("steps", "rises", "evaluations")}
+    return dataclasses.replace(second, energies=energies, **counts)
+
+# %% ../../nbs/api/memories/arrays.ipynb #0c00ebab
+def _as_queries(queries, d):
+    "Queries of one row each, NaN where a masked array is masked."
+    if isinstance(queries, np.ma.MaskedArray):
+        floating = np.issubdtype(queries.dtype, np.inexact)
+        queries = (queries if floating else queries.astype(float)).filled(np.nan)
+    if not hasattr(queries, "shape"): queries = np.asarray(queries)
+    if queries.ndim != 2 or queries.shape[1] != d:
+        raise ValueError(
+            f"The queries must have {d} columns, one query per row, got shape {queries.shape}."
+        )
+    return queries
+
+# %% ../../nbs/api/memories/arrays.ipynb #5640f982
 def recall_states(
     ham: HAM, # a network of `memory_ham`
-    queries: Float[Array, "n d"], # what is asked, one query per row; NaN where unknown
+    # one query per row; NaN (or masked, in a masked array of NumPy) where unknown
+    queries: Float[Array, "n d"],
     noisy=False, # whether the known entries are free to move too
     *,
     solver: AbstractSolver = Euler(0.5), # how to step
     max_steps: int = 1000, # steps at most
 ) -> Descent: # of the layers "pattern" and "memory", one row per query
-    "Recall each query: fill in what is unknown, then slide down with what is known clamped or free."
-    queries = jnp.asarray(queries)
+    "Recall each query: fill in what is unknown, then descend with what is known clamped or free."
     d = ham.neurons["pattern"].shape[0]
-    if queries.ndim != 2 or queries.shape[1] != d:
-        raise ValueError(
-            f"The queries have shape {queries.shape}, and should have {d} columns, one row each."
-        )
+    queries = jnp.asarray(_as_queries(queries, d))
     many, known = ham.vectorize(), ~jnp.isnan(queries)
     mean = ham.hypersynapses["patterns"].W.mean(1)
     xs = {"pattern": jnp.where(known, queries, mean), "memory": _evidence(ham, queries, known)}
-    filled = descend(
-        many, xs, solver=Euler(1.0), clamp={"pattern": known, "memory": True}, max_steps=1
-    )
-    out = descend(
-        many,
-        filled.xs,
-        solver=solver,
-        clamp=None if noisy else {"pattern": known},
-        max_steps=max_steps,
-    )
-    return _joined(filled, out)
+    held = {"pattern": known, "memory": True}
+    filled = descend(many, xs, solver=Euler(1.0), clamp=held, max_steps=1)
+    clamp = None if noisy else {"pattern": known}
+    out = descend(many, filled.xs, solver=solver, clamp=clamp, max_steps=max_steps)
+    return _concatenate(filled, out)
+
+# %% ../../nbs/api/memories/arrays.ipynb #8400b922
+def _power_of_two(size): return 2.0 ** math.floor(math.log2(size)) if size > 0 else 1.0
 
 
-def _joined(first, second):
-    "The second of two descents, with the energies and steps of the first before its own."
-    moved = (first.steps > 0)[:, None] # else the second begins where the first did
-    energies = jnp.where(
-        moved,
-        jnp.concatenate([first.energies[:, :1], second.energies], 1),
-        jnp.pad(second.energies, [(0, 0), (0, 1)], constant_values=jnp.nan),
-    )
-    added = {n: getattr(first, n) + getattr(second, n) for n in ("steps", "rises", "evaluations")}
-    return dataclasses.replace(second, energies=energies, **added)
+def _as_patterns(memories):
+    "The memories as an array of finite numbers."
+    memories = np.asarray(_without_mask(memories))
+    if memories.ndim != 2 or 0 in memories.shape:
+        raise ValueError(f"The memories must be one pattern per row, got shape {memories.shape}.")
+    if not np.isfinite(memories).all():
+        raise ValueError(
+            "The memories must be finite, got NaN or inf. Leave out the rows that hold one."
+        )
+    return memories
 
 # %% ../../nbs/api/memories/arrays.ipynb #c3a753e6
 class Memory:
-    "A set of patterns made ready for recall: similarity and temperature chosen unless given."
+    "A set of patterns ready for recall: similarity and temperature chosen unless given."
     def __init__(self,
                  memories: Float[Array, "K d"], # the patterns, one per row: finite numbers
                  # inverse temperature, in units of 1/distance² of the data; None to choose
                  beta=None,
                  similarity=None, # "euclidean" or "dot"; None to choose
                  dtype=None): # floating dtype to compute in; None for JAX's default
-        memories = np.asarray(memories)
-        if memories.ndim != 2 or 0 in memories.shape:
-            raise ValueError(
-                f"The memories are one pattern per row, and have shape {memories.shape}."
-            )
-        if not np.isfinite(memories).all():
-            raise ValueError(
-                "The memories hold NaN or inf. A pattern to remember has only finite numbers."
-            )
+        memories = _as_patterns(memories)
         if beta is not None and not 0 < beta < math.inf:
-            raise ValueError(f"beta is a positive number, and is {beta}.")
+            raise ValueError(f"beta must be a positive finite number, got {beta}.")
         self.dtype = np.dtype(dtype or jnp.result_type(float))
         memories = memories.astype(np.promote_types(memories.dtype, self.dtype), copy=False)
-        self.similarity = similarity or choose_similarity(
-            memories / _power_of_two(np.abs(memories).max())
-        )
-        self.centre = (
-            memories.mean(0, dtype=float).astype(memories.dtype)
-            if self.similarity == "euclidean"
-            else np.zeros_like(memories[0])
-        )
+        sized = lambda: memories / _power_of_two(np.abs(memories).max())
+        self.similarity = similarity or choose_similarity(sized())
+        self.centre = np.zeros_like(memories[0])
+        if self.similarity == "euclidean":
+            self.centre = memories.mean(0, dtype=float).astype(memories.dtype)
         self.scale = _power_of_two(np.abs(memories - self.centre).max())
         patterns = (memories - self.centre) / self.scale
         self.beta = beta if beta is not None else choose_beta(patterns) / self.scale**2
-        self.ham = memory_ham(
-            patterns.astype(self.dtype),
-            jnp.asarray(self.beta * self.scale**2, self.dtype),
-            self.similarity,
-        )
+        scaled_beta = jnp.asarray(self.beta * self.scale**2, self.dtype)
+        self.ham = memory_ham(patterns.astype(self.dtype), scaled_beta, self.similarity)
 
     def recall(self,
-               queries: Float[Array, "n d"], # what is asked, one query per row; NaN where unknown
+               # one query per row; NaN (or masked, in a masked array of NumPy) where unknown
+               queries: Float[Array, "n d"],
                noisy=False, # whether the known entries are free to move too
                **settings, # solver and max_steps, passed on
                ): # the answers (n, d) and the `Descent`, in scaled units
-        "The patterns that the queries recall. Known entries stay unless they are noisy."
-        queries = np.asarray(queries)
-        if queries.ndim != 2 or queries.shape[1] != len(self.centre):
-            raise ValueError(
-                f"The queries have shape {queries.shape}, and should have {len(self.centre)}"
-                " columns, one row each."
-            )
+        "The patterns that the queries recall. Known entries come back unchanged unless noisy."
+        queries = np.asarray(_as_queries(queries, len(self.centre)))
         if np.isinf(queries).any():
-            raise ValueError("The queries hold inf. Write NaN for what is unknown.")
+            raise ValueError("The queries must not hold inf. Write NaN for what is unknown.")
         scaled = ((queries - self.centre) / self.scale).astype(self.dtype)
         out = recall_states(self.ham, scaled, noisy, **settings)
-        answers = np.asarray(out.xs["pattern"]) * self.dtype.type(self.scale) + self.centre.astype(
-            self.dtype
-        )
-        return (
-            answers if noisy else np.where(np.isnan(queries), answers, queries.astype(self.dtype))
-        ), out
+        answers = np.asarray(out.xs["pattern"]) * self.dtype.type(self.scale)
+        answers = answers + self.centre.astype(self.dtype)
+        if not noisy: answers = np.where(np.isnan(queries), answers, queries.astype(self.dtype))
+        return answers, out
 
 # %% ../../nbs/api/memories/arrays.ipynb #53ad06ba
-def _power_of_two(size): return 2.0 ** math.floor(math.log2(size)) if size > 0 else 1.0
-
-
 def recall(
     memories: Float[Array, "K d"], # the patterns, one per row
-    queries: Float[Array, "n d"], # what is asked, one query per row; NaN where unknown
+    # one query per row; NaN (or masked, in a masked array of NumPy) where unknown
+    queries: Float[Array, "n d"],
     *,
     noisy=False, # whether the known entries are free to move too
     beta=None, # inverse temperature, in units of 1/distance² of the data; None to choose
     similarity=None, # "euclidean" or "dot"; None to choose
     **settings, # solver and max_steps, passed on to the descent
 ): # the answers (n, d), and the `Descent` with steps, residuals and reasons
-    "Recall queries from memories, both plain arrays. Raises ValueError for what does not fit."
+    "Recall queries from memories, both plain arrays. Raises ValueError for bad input."
     return Memory(memories, beta, similarity).recall(queries, noisy, **settings)
