@@ -9,16 +9,16 @@ import warnings as _warnings
 
 from . import numerics as _numerics
 
-# What people write in a notebook, in the order in which the pages explain it. Everything else is in its wing.
+# What people write in a notebook, in the order in which the pages explain it.
+# Everything else is in its wing.
 from .lagrangians import (
     lagr_identity, lagr_repu, lagr_relu, lagr_exp, lagr_rexp, lagr_tanh, lagr_sigmoid,
     lagr_softmax, lagr_ghostmax, ghostmax, lagr_layernorm, lagr_spherical_norm, log_sum_relu,
     Facts, with_facts, check_lagrangian,
 )
 from .network import (
-    NeuronLayer, legendre_transform,
-    IdentityLayer, ReluLayer, RepuLayer, ExpLayer, RexpLayer, TanhLayer, SigmoidLayer,
-    SoftmaxLayer, GhostmaxLayer, LayerNormLayer, SphericalNormLayer,
+    NeuronLayer, legendre_transform, IdentityLayer, ReluLayer, RepuLayer, ExpLayer, RexpLayer,
+    TanhLayer, SigmoidLayer, SoftmaxLayer, GhostmaxLayer, LayerNormLayer, SphericalNormLayer,
     HAM, VectorizedHAM, Lazy, build,
 )
 from .synapses import (
@@ -26,19 +26,20 @@ from .synapses import (
     AttentionSynapse, MemorySynapse, RandomFeatureMemory,
 )
 from .dynamics import (
-    descend, Descent, Trace, with_beta, flow, Flow,
-    AbstractSolver, Move, Point, Problem, Euler, Backtracking, Adaptive, Relaxation, Langevin,
-    AbstractAdjoint, UnrolledAdjoint, CheckpointedAdjoint, ImplicitAdjoint, OneStepAdjoint,
+    descend, Descent, Trace, with_beta, flow, Flow, AbstractSolver, Move, Point, Problem, Euler,
+    Backtracking, Adaptive, Relaxation, Langevin, AbstractAdjoint, UnrolledAdjoint,
+    CheckpointedAdjoint, ImplicitAdjoint, OneStepAdjoint,
 )
 from .learning import (
-    gradient, Gradient, AbstractMethod, EquilibriumPropagation, ContrastiveHebbian,
-    RecallLoss, denoising_loss, completion_loss, classification_loss, squared_error, cross_entropy,
+    gradient, Gradient, AbstractMethod, EquilibriumPropagation, ContrastiveHebbian, RecallLoss,
+    denoising_loss, completion_loss, classification_loss, squared_error, cross_entropy,
     hide_pixels, hide_half, hide_rectangle, fit, Fit, batches, unit_norm,
 )
 from .memories import recall, Memory, memory_ham
 from .analysis import (
     which_memory, stability, Stability, basin_size, flip_signs, add_noise, erase, cover,
-    AbstractDiscreteMemory, DiscreteHopfield, DiscreteMemory, hebbian, pseudo_inverse, recall_bits, flip_together,
+    AbstractDiscreteMemory, DiscreteHopfield, DiscreteMemory, hebbian, pseudo_inverse,
+    recall_bits, flip_together,
 )
 from .display import plot_energy, plot_recall, plot_lagrangian, draw, describe
 from .storage import save, load, to_config, from_config, FileProblem
@@ -47,15 +48,17 @@ __all__ = [_n for _n, _v in globals().items() if not (_n.startswith("_") or isin
 
 # Modules of 0.3, and where what they held is now.
 _MOVED = {
-    "adaptive": "dynamics.adaptive", "adjoints": "dynamics.adjoints", "attention": "synapses.attention",
-    "attractors": "analysis.attractors", "build": "network.sizing network.recipe", "config": "storage.config",
-    "derivatives": "numerics.derivatives", "discrete": "analysis.discrete", "drawing": "display.drawing",
-    "files": "storage.files", "flow": "dynamics.continuous", "grids": "synapses.grids",
-    "hypergraph": "network.hypergraph", "langevin": "dynamics.langevin", "loop": "dynamics.loop dynamics.results",
-    "losses": "learning.losses learning.corruption",
-    "memory_synapse": "synapses.memory lagrangians.separation",
-    "neurons": "network.neurons", "parameters": "network.parameters", "plots": "display.plots",
-    "random_features": "synapses.random_features", "relaxation": "dynamics.relaxation", "saving": "storage.saving",
+    "adaptive": "dynamics.adaptive", "adjoints": "dynamics.adjoints",
+    "attention": "synapses.attention", "attractors": "analysis.attractors",
+    "build": "network.sizing network.recipe", "config": "storage.config",
+    "derivatives": "numerics.derivatives", "discrete": "analysis.discrete",
+    "drawing": "display.drawing", "files": "storage.files", "flow": "dynamics.continuous",
+    "grids": "synapses.grids", "hypergraph": "network.hypergraph", "langevin": "dynamics.langevin",
+    "loop": "dynamics.loop dynamics.results", "losses": "learning.losses learning.corruption",
+    "memory_synapse": "synapses.memory lagrangians.separation", "neurons": "network.neurons",
+    "parameters": "network.parameters", "plots": "display.plots",
+    "random_features": "synapses.random_features", "relaxation": "dynamics.relaxation",
+    "saving": "storage.saving",
     "solvers": "dynamics.solver dynamics.problem dynamics.euler dynamics.backtracking",
     "streaming": "numerics.streaming", "tables": "display.tables",
     "training": "learning.training learning.run learning.trainable",
@@ -77,10 +80,11 @@ for _old, _new in _MOVED.items():
 
 # Names that left this face. They go on working here for now.
 _LEFT = {
-    "square_norm": "network", "Site": "network", "Nudge": "learning", "nudged": "learning", "wilson": "analysis",
-    "Reached": "analysis", "BasinSize": "analysis", "BitRecall": "analysis", "near_distance2": "memories",
-    "choose_beta": "memories", "choose_similarity": "memories", "recall_states": "memories",
-    "LAGRANGIANS": "storage", "SYNAPSES": "storage", "ALIASES": "storage",
+    "square_norm": "network", "Site": "network", "Nudge": "learning", "nudged": "learning",
+    "wilson": "analysis", "Reached": "analysis", "BasinSize": "analysis", "BitRecall": "analysis",
+    "near_distance2": "memories", "choose_beta": "memories", "choose_similarity": "memories",
+    "recall_states": "memories", "LAGRANGIANS": "storage", "SYNAPSES": "storage",
+    "ALIASES": "storage",
 }
 
 

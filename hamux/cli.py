@@ -1,4 +1,4 @@
-"""`hamux-demo` recalls handwritten digits and draws what it did; `hamux-recall` recalls your files.
+"""`hamux-demo` recalls handwritten digits and draws it; `hamux-recall` does it for your files.
 
 Docs: https://hamux.github.io/hamux/api/cli.html.md"""
 

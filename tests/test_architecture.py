@@ -430,7 +430,7 @@ def test_a_solver_and_an_adjoint_of_yours():
     np.testing.assert_array_equal(slope(Frozen()), jnp.zeros(4))
 
 
-class Differences(getattr(hmx, "AbstractMethod", object)):
+class Differences(hmx.AbstractMethod):
     "Central differences in every parameter: slow, and independent of everything else."
     step: ClassVar[float] = 1e-3
 
@@ -467,7 +467,7 @@ def test_a_learning_method_and_a_loss_of_yours():
         for m in (Differences(), "implicit")
     )
     np.testing.assert_allclose(
-        ours.grads.hypersynapses[0].b, theirs.grads.hypersynapses[0].b, rtol=1e-2
+        ours.grads.hypersynapses[0].b, theirs.grads.hypersynapses[0].b, rtol=1e-2, atol=1e-3
     )
     optax = pytest.importorskip("optax")
     rows = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)

@@ -118,7 +118,7 @@ def test_which_memory_copies_signs_single_patterns_and_scale():
         (np.zeros((2, 2, 4)), np.zeros((2, 4)), {}, ValueError, "must have shape"),
         (np.zeros(4), np.zeros((0, 4)), {}, ValueError, "one per row"),
         (np.zeros(4) * 1j, np.zeros((2, 4)), {}, TypeError, "real numbers"),
-        ("abcd", np.zeros((2, 4)), {}, TypeError, "are an array"),
+        ("abcd", np.zeros((2, 4)), {}, TypeError, "must be an array"),
         (np.zeros(4), np.zeros((2, 4)), {"threshold": -1}, ValueError, "threshold"),
         (
             np.zeros(4),
@@ -416,7 +416,7 @@ def test_basin_bad_input(change, error, says):
 
 @pytest.mark.parametrize("change, error, says", [
     (dict(steps=0), ValueError, "steps must be a positive int"),
-    (dict(tol=0.0), ValueError, "tol is positive"),
+    (dict(tol=0.0), ValueError, "tol must be positive"),
     (dict(clamp=["a", "b"]), ValueError, "nothing moves"),
     (dict(clamp="c"), ValueError, "unknown layer"),
 ])

@@ -372,7 +372,7 @@ def test_under_jit_and_without_compiling_twice():
     (dict(t1=math.nan), ValueError, "t1 is NaN"),
     (dict(t1="late"), TypeError, "t1 must be one number"),
     (dict(t1=0.0), ValueError, "later than t0"),
-    (dict(t0=-math.inf), ValueError, "t0 is a finite time"),
+    (dict(t0=-math.inf), ValueError, "t0 must be a finite time"),
     (dict(dt0=[0.1]), TypeError, "dt0 must be one number"),
     (dict(saveat=[0.5, 0.1]), ValueError, "must increase"),
     (dict(saveat=[[0.5]]), TypeError, "sequence of times"),

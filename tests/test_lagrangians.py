@@ -1,4 +1,5 @@
-"""Every Lagrangian, in every dtype and over its whole range, against 200-bit arithmetic (tests/reference.py)."""
+"""Every Lagrangian, in every dtype and over its whole range, against 200-bit arithmetic
+(tests/reference.py)."""
 
 import functools
 import math
@@ -108,7 +109,8 @@ def numbers(dtype):
 
 
 def vectors(dtype):
-    """Mixed magnitudes; ties and equal entries; one magnitude; a large common part with differences of a few ulp or of order one."""
+    """Mixed magnitudes; ties and equal entries; one magnitude; a large common part with
+    differences of a few ulp or of order one."""
     eps, one = float(jnp.finfo(dtype).eps), numbers(dtype)
     unit = st.floats(-1, 1, allow_subnormal=False)
     four = lambda s: st.lists(s, min_size=DIM, max_size=DIM)
@@ -149,7 +151,8 @@ def hypers(name, dtype):
 
 @functools.cache
 def evaluator(name):
-    """Value, gradient, and the Hessian-vector product both ways, for a batch of vectors with hyperparameters of their own."""
+    """Value, gradient, and the Hessian-vector product both ways, for a batch of vectors with
+    hyperparameters of their own."""
     def one(x, t, hyper):
         f = lambda x: call(name, x, hyper)
         grad = jax.grad(f)
@@ -161,7 +164,8 @@ def evaluator(name):
 
 
 def ratio(got, true, cond, kink, scale, c, floor, dtype):
-    """The error over what is allowed: at most 1 passes. Infinity is right where the true value does not fit."""
+    """The error over what is allowed: at most 1 passes. Infinity is right where the true value
+    does not fit."""
     info = jnp.finfo(dtype)
     got, eps, tiny, top = float(got), float(info.eps), float(info.tiny), float(info.max)
     allowed = c * eps * cond + kink + TINY * tiny * floor
@@ -282,7 +286,8 @@ def test_hard_cases(name, dtype):
 
 @every(NAMES)
 def test_reference_is_its_own_derivative(name):
-    """The reference's gradient, product and invariances, against its own value and central differences."""
+    """The reference's gradient, product and invariances, against its own value and central
+    differences."""
     rng = np.random.default_rng(7)
     hyper = {
         "repu": (2.5,),
@@ -427,7 +432,8 @@ HYPER_AT = dict(beta=[1.0, 0.25, 4.0], n=[2.5, 3.0, 1.5], gamma=[2.0], delta=[0.
 
 
 def with_hyper(name, x, k, v):
-    """The hyperparameters of a Lagrangian with the k-th replaced, as `reference` takes them (delta for every entry)."""
+    """The hyperparameters of a Lagrangian with the k-th replaced, as `reference` takes them (delta
+    for every entry)."""
     hyper = {h: HYPER_AT[h][0] for h in HYPER[name]} | {HYPER[name][k]: v}
     return [[hyper[h]] * len(x) if h == "delta" else hyper[h] for h in HYPER[name]]
 
@@ -780,7 +786,8 @@ def test_the_sum_over_the_rest_does_not_overflow_before_it_must():
 
 
 def test_norms_of_a_constant_row_have_no_direction():
-    """Var = 0 and eps = 0: 0.1 + 0.1 + 0.1 + … is not what the mean times their number gives, and must not become a direction."""
+    """Var = 0 and eps = 0: 0.1 + 0.1 + 0.1 + … is not what the mean times their number gives, and
+    must not become a direction."""
     for dtype in DTYPES:
         _, g = VG["layernorm"](jnp.full(7, 0.1, dtype), eps=0.0)
         np.testing.assert_array_equal(np.float64(g), 0)
@@ -857,20 +864,40 @@ FAULTS = {  # the Lagrangian, the question that it fails, what the sentence name
     "stopped": (bind(stopped_inside, beta=jnp.array(2.0)), "hyperparameters", "autograd gives"),
     "stopped field": (Halting(jnp.array(2.0), True), "hyperparameters", "value in beta is wrong"),
     "branching": (bind(branching, beta=jnp.array(2.0)), "hyperparameters", "beta is an array"),
-    "no sum": (declared(form="sum")(lambda x: (x.sum() ** 2)), "facts", "a sum over entries.*but it"),
+    "no sum": (
+        declared(form="sum")(lambda x: (x.sum() ** 2)),
+        "facts",
+        "a sum over entries.*but it",
+    ),
     "no competition": (
-        declared(form="competition")(lambda x: (x**2).sum()), "facts", "a competition.*but it is"),
+        declared(form="competition")(lambda x: (x**2).sum()),
+        "facts",
+        "a competition.*but it is",
+    ),
     "a ghost": (
-        declared(form="competition", silent=1.0)(lambda x: own_softmax(x)), "facts", "a competition"),
+        declared(form="competition", silent=1.0)(lambda x: own_softmax(x)),
+        "facts",
+        "a competition",
+    ),
     "other terms": (
         declared(form="function of a sum", terms=lambda x: (x**2).sum(), outer=lambda s: 3 * s)(
-            lambda x: (x**2).sum()), "facts", "a function of a sum"),
+            lambda x: (x**2).sum()
+        ),
+        "facts",
+        "a function of a sum",
+    ),
     "no setting": (
         declared(form="function of a sum", terms=lambda x, b: b * x.sum(), outer=lambda s: s)(
-            lambda x: x.sum()), "facts", r"cannot be evaluated.*\['b'\]"),
+            lambda x: x.sum()
+        ),
+        "facts",
+        r"cannot be evaluated.*\['b'\]",
+    ),
     "log slope": (
-        declared(form="sum", log_slope=lambda xhat: xhat)(lambda x: lagr.lagr_tanh(x)), "facts",
-        "d log σ′/dx"),
+        declared(form="sum", log_slope=lambda xhat: xhat)(lambda x: lagr.lagr_tanh(x)),
+        "facts",
+        "d log σ′/dx",
+    ),
 }
 
 

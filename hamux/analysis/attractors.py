@@ -63,8 +63,8 @@ def which_memory(
         )
     if states.shape != shape and states.shape[1:] != shape:
         raise ValueError(
-            f"which_memory: a state should have shape {shape}, one pattern's, after a batch axis if"
-            f" there is one, and they have shape {states.shape}."
+            f"which_memory: a state must have shape {shape}, one pattern's, after a batch axis if"
+            f" there is one, got {states.shape}."
         )
     if measure not in _GOOD:
         raise ValueError(f"which_memory: measure must be 'overlap' or 'distance', got {measure!r}.")

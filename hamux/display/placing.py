@@ -1,4 +1,4 @@
-"""Boxes, wires and labels are given places where nothing covers anything: springs, routes, and what is left over.
+"""Boxes, wires and labels are placed where nothing covers anything: springs, routes, leftovers.
 
 Docs: https://hamux.github.io/hamux/api/display/placing.html.md"""
 

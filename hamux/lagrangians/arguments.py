@@ -1,4 +1,4 @@
-"""States are real floating arrays; hyperparameters have a sign and a shape. Both are checked first.
+"""States are real, hyperparameters have a sign and a shape: what every Lagrangian checks.
 
 Docs: https://hamux.github.io/hamux/api/lagrangians/arguments.html.md"""
 

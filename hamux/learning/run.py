@@ -1,4 +1,4 @@
-"""Batches as a function of the step, one compiled step, the state of a run and its file.
+"""Batches that are a function of the step, one compiled step, and the file of a run.
 
 Docs: https://hamux.github.io/hamux/api/learning/run.html.md"""
 

@@ -1,4 +1,4 @@
-"""Parameters by name; frozen parts; constraints that hold after every step.
+"""Parameters by the name of their part; frozen parts; constraints that hold after every step.
 
 Docs: https://hamux.github.io/hamux/api/learning/trainable.html.md"""
 

@@ -1,4 +1,4 @@
-"""Layers, hypersynapses, and who is joined to whom: one global energy, its parts, and its gradient.
+"""Layers, hypersynapses, and who is joined to whom: one energy, its parts, and its gradient.
 
 Docs: https://hamux.github.io/hamux/api/network/hypergraph.html.md"""
 

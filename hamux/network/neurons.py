@@ -38,8 +38,8 @@ def scalar_lagrangian(L, who="The Lagrangian"):
         shape, dtype = jnp.shape(value), jnp.result_type(value)
         if shape != ():
             raise ValueError(
-                f"{who} must return one number for the whole layer, got shape {shape} for a state of"
-                f" shape {jnp.shape(x)}. Sum it over the remaining axes. {_ADVICE}"
+                f"{who} must return one number for the whole layer, got shape {shape} for a state"
+                f" of shape {jnp.shape(x)}. Sum it over the remaining axes. {_ADVICE}"
             )
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(

@@ -33,7 +33,7 @@ class Site(NamedTuple):
               # how many products the energy sums, a function of the shapes; None for all to all
               terms=None,
               ) -> Float[Array, ""]: # standard deviation of the weights
-        "The scale at which the rms currents of the ends add up to one. Raises ValueError without one."
+        "The scale at which the rms currents of the ends add up to one. Raises ValueError if none."
         sizes = math.prod(map(math.prod, self.shapes))
         share = 1.0 if terms is None else terms(*self.shapes) / sizes
         q = self.squares

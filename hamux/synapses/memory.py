@@ -189,7 +189,7 @@ def _sum_of(lagrangian, similarity, x, Xi, masks, block):
 
 def _separation(lagrangian, similarity, x, Xi, masks, block):
     "L(similarity(Ξ, x̂)) as a streaming sum, or None where the Lagrangian declares none."
-    facts, (function, keywords) = facts_of(lagrangian), taken_apart(lagrangian)
+    facts, (function, _) = facts_of(lagrangian), taken_apart(lagrangian)
     who = readable_name(function)
     if facts.form == "sum": return _sum_of(lagrangian, similarity, x, Xi, masks, block)
     if facts.form == "competition":
