@@ -44,7 +44,11 @@ from .analysis import (
 from .display import plot_energy, plot_recall, plot_lagrangian, draw, describe
 from .storage import save, load, to_config, from_config, FileProblem
 
-__all__ = [_n for _n, _v in globals().items() if not (_n.startswith("_") or isinstance(_v, _types.ModuleType))]
+__all__ = [
+    _n
+    for _n, _v in globals().items()
+    if not (_n.startswith("_") or isinstance(_v, _types.ModuleType))
+]
 
 # Modules of 0.3, and where what they held is now.
 _MOVED = {
@@ -67,7 +71,8 @@ _MOVED = {
 
 def _joined(old, parts):
     "A module of several, under the name of the one that they were."
-    module = _types.ModuleType(f"hamux.{old}", f"Moved: {', '.join(part.__name__ for part in parts)}.")
+    now = ", ".join(part.__name__ for part in parts)
+    module = _types.ModuleType(f"hamux.{old}", f"Moved: {now}.")
     for part in reversed(parts):
         vars(module).update({n: v for n, v in vars(part).items() if not n.startswith("__")})
     module.__all__ = [n for part in parts for n in part.__all__]
@@ -91,7 +96,8 @@ _LEFT = {
 def __getattr__(name):
     if name in _LEFT:
         wing = f"hamux.{_LEFT[name]}"
-        _warnings.warn(f"hamux.{name} has moved: write {wing}.{name}.", DeprecationWarning, stacklevel=2)
+        said = f"hamux.{name} has moved: write {wing}.{name}."
+        _warnings.warn(said, DeprecationWarning, stacklevel=2)
         return getattr(_importlib.import_module(wing), name)
     if name in _MOVED:
         return _sys.modules[f"hamux.{name}"]

@@ -14,7 +14,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .problem import Point, Problem, shortened
+from .problem import Point, shortened
 from hamux.dynamics.solver import (
     AbstractSolver,
     Move,

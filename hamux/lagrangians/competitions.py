@@ -8,7 +8,6 @@ Docs: https://hamux.github.io/hamux/api/lagrangians/competitions.html.md"""
 __all__ = ['lagr_softmax', 'lagr_ghostmax', 'ghostmax']
 
 # %% ../../nbs/api/lagrangians/competitions.ipynb #c508a017
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..numerics.derivatives import logsumexp, total, winners

@@ -12,7 +12,6 @@ import numbers
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from ..numerics.derivatives import exp_dual, half_square, logcosh_dual, logcosh_value, repu
