@@ -10,9 +10,6 @@ __all__ = ['Euler']
 # %% ../../nbs/api/dynamics/euler.ipynb #641e5c3b
 from typing import Any, ClassVar
 
-import jax.numpy as jnp
-
-from .problem import Problem
 from .solver import AbstractSolver, Move, at_step, check_setting, plain_step
 
 # %% ../../nbs/api/dynamics/euler.ipynb #7c00d4a3
