@@ -1,6 +1,7 @@
 """Memory synapses against the same energy in one piece: every derivative that training through a
 recall takes, and the memory that it takes."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -125,3 +126,74 @@ def test_what_is_in_an_empty_slot_does_not_matter():
         synapse = MemorySynapse(Xi, L, "euclidean", mask=np.arange(6) != 2, block=4)
         grads = jax.jit(jax.grad(lambda s: (jax.grad(s)(jnp.ones(3)) ** 2).sum()))(synapse).Xi
         assert jnp.isfinite(grads).all() and (grads[2] == 0).all() and (grads[0] != 0).all()
+
+
+# --- Lagrangians of a user's own, tokens, traced masks --------------------------------------------
+
+
+@hmx.with_facts(form="competition", silent=2.0)
+class Shy(eqx.Module):
+    "A softmax with two silent competitors, its temperature a field."
+    beta: jax.Array
+
+    def __call__(self, s):
+        return jnp.log(2 + jnp.exp(self.beta * s).sum()) / self.beta
+
+
+@hmx.with_facts(form="sum")
+class Bumps(eqx.Module):
+    width: jax.Array
+
+    def __call__(self, s): return (jnp.sqrt(1 + (self.width * s) ** 2)).sum()
+
+
+@hmx.with_facts(
+    form="function of a sum",
+    terms=lambda s, gain: jnp.cosh(gain * s).sum(),
+    outer=lambda total, gain: jnp.log(total) / gain,
+)
+class LogCosh(eqx.Module):
+    gain: jax.Array
+
+    def __call__(self, s): return jnp.log(jnp.cosh(self.gain * s).sum()) / self.gain
+
+
+@pytest.mark.parametrize("kind", [Shy, Bumps, LogCosh])
+@pytest.mark.parametrize("masked", [False, True])
+def test_modules_of_a_user_stream_with_all_their_derivatives(kind, masked):
+    with jax.enable_x64(True):
+        Xi, x, number = jr.normal(jr.key(0), (13, 4)), jr.normal(jr.key(1), (4,)), jnp.array(0.7)
+        mask = np.arange(13) % 3 > 0 if masked else None
+        rows = slice(None) if mask is None else np.flatnonzero(mask)
+        ours = lambda x, Xi, n: hmx.MemorySynapse(Xi, kind(n), mask=mask, block=5)(x)
+        plain = lambda x, Xi, n: -kind(n)(Xi[rows] @ x)
+        np.testing.assert_allclose(ours(x, Xi, number), plain(x, Xi, number), rtol=1e-12)
+        for k in range(3):
+            got, wanted = (jax.grad(f, k)(x, Xi, number) for f in (ours, plain))
+            np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_over_the_last_axis_is_a_sum_over_tokens():
+    with jax.enable_x64(True):
+        Xi, tokens = jr.normal(jr.key(0), (9, 4)), jr.normal(jr.key(1), (2, 3, 4))
+        for lagrangian in (hmx.lagr_softmax, hmx.lagr_relu):
+            block = hmx.MemorySynapse(Xi, lagrangian, over="last", block=4)
+            by_hand = lambda t: sum(-lagrangian(Xi @ v) for v in t.reshape(-1, 4))
+            np.testing.assert_allclose(block(tokens), by_hand(tokens), rtol=1e-12)
+            slopes = (jax.grad(f)(tokens) for f in (block, by_hand))
+            np.testing.assert_allclose(*slopes, rtol=1e-9)
+    with pytest.raises(ValueError, match="must be 'all' or 'last'"):
+        hmx.MemorySynapse(Xi, over="rows")
+
+
+def test_masks_may_be_traced():
+    Xi, x = jr.normal(jr.key(0), (6, 4)), jr.normal(jr.key(1), (4,))
+    masks = np.array([[True] * 6, [True, False] * 3])
+    energy = lambda mask: hmx.MemorySynapse(Xi, mask=mask)(x)
+    for f in (jax.vmap(energy), jax.jit(jax.vmap(energy))):
+        np.testing.assert_allclose(f(masks), [energy(m) for m in masks], rtol=1e-6)
+    tokens = jr.normal(jr.key(2), (5, 4))
+    Wq, Wk = jr.normal(jr.key(3), (2, 2, 3, 4))
+    there = np.array([[True] * 5, [True, True, False, True, False]])
+    looks = lambda mask: hmx.AttentionSynapse(Wq, Wk, key_mask=mask)(tokens)
+    np.testing.assert_allclose(jax.vmap(looks)(there), [looks(m) for m in there], rtol=1e-5)

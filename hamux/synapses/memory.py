@@ -9,7 +9,6 @@ __all__ = ['MemorySynapse']
 
 # %% ../../nbs/api/synapses/memory.ipynb #918ee614
 import functools as ft
-import inspect
 import math
 import numbers
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ..lagrangians.arguments import hyperparameter, reduced_axes
 from ..lagrangians.competitions import lagr_softmax
-from ..lagrangians.facts import facts_of, setting_of, taken_apart
+from ..lagrangians.facts import facts_of, setting_of, settings_for, taken_apart
 from ..network.neurons import readable_name, scalar_lagrangian
 from hamux.network.parameters import (
     as_mask,
@@ -199,13 +198,13 @@ def _separation(lagrangian, similarity, x, Xi, masks, block):
         z, top, *_ = _compete((similarity, facts.silent, block), x, beta, Xi, *masks)
         return top + z / beta
     if facts.form == "function of a sum":
-        names = [n for n in inspect.signature(function).parameters][1:]
-        settings = {
-            n: hyperparameter(v, n, who, (), x.dtype)
-            for n, v in _settings(lagrangian, names).items()
-        }
-        total = _sum_of(eqx.Partial(facts.terms, **settings), similarity, x, Xi, masks, block)
-        return facts.outer(total, **settings)
+        number = lambda n, v: hyperparameter(v, n, who, (), x.dtype, at_least=-math.inf)
+        inner, outer = (
+            {n: number(n, v) for n, v in settings_for(lagrangian, f).items()}
+            for f in (facts.terms, facts.outer)
+        )
+        total = _sum_of(eqx.Partial(facts.terms, **inner), similarity, x, Xi, masks, block)
+        return facts.outer(total, **outer)
     return None
 
 # %% ../../nbs/api/synapses/memory.ipynb #f5adaa8e
