@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -343,3 +344,24 @@ def test_a_killed_writer_leaves_a_whole_file(tmp_path):
         assert W.shape == (600, 500) and W.min() == W.max() and W.max() in (1, 2)
         left += len(list(tmp_path.glob(".hamux-*.tmp")))
     assert left > 0
+
+
+# --- files of 0.3.0 -------------------------------------------------------------------------------
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in DATA.glob("*.hamux")))
+def test_files_of_an_older_version_load(name):
+    "Also those that 0.3.0 itself could not load: log_sum_relu and random features"
+    expected = np.load(DATA / "expected.npz")
+    ham = load(DATA / f"{name}.hamux")
+    leaves = jax.tree_util.tree_leaves(ham)
+    keys = [k for k in expected.files if k.startswith(f"{name}/leaf/")]
+    assert len(leaves) == len(keys) > 0
+    for key, leaf in zip(sorted(keys), leaves, strict=True):
+        bits = expected[key].dtype == np.uint16 # a bfloat16
+        got = np.asarray(leaf)
+        np.testing.assert_array_equal(got.view(np.uint16) if bits else got, expected[key])
+    xs = ham.init_states(key=jax.random.key(0))
+    assert jnp.isfinite(ham.energy(ham.activations(xs), xs))
