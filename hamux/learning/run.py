@@ -56,7 +56,7 @@ def is_count(value, least=1):
 def as_data(data, batch_size, what="data"):
     "The arrays on the host, and the number of rows."
     leaves = jtu.tree_leaves(data)
-    for v in leaves: refuse_masked(v, "Training", what.split()[0])
+    for v in leaves: refuse_masked(v, f"Training: {what.split()[0]}")
     is_array = lambda v: hasattr(v, "shape") and hasattr(v, "dtype") and np.ndim(v) > 0
     if not leaves or not all(map(is_array, leaves)):
         raise TypeError(
