@@ -37,7 +37,8 @@ class Descent(eqx.Module):
     energies: Float[Array, "*batch steps"] | None
     # steps taken; one that a solver rejects leaves the state where it was, and counts
     steps: Int[Array, "*batch"]
-    residual: Float[Array, "*batch"] # largest |∂E/∂x̂| over what is free; without leak, of what still moves activations
+    # largest |∂E/∂x̂| over what is free; without leak, of what still moves activations
+    residual: Float[Array, "*batch"]
     # why it stopped: 1 converged, 2 out of steps, 3 not finite, 4 not bounded below, 5 stuck, 6
     # sampled
     code: Int[Array, "*batch"]
