@@ -54,9 +54,11 @@ __all__ = [
 _MOVED = {
     "adaptive": "dynamics.adaptive", "adjoints": "dynamics.adjoints",
     "attention": "synapses.attention", "attractors": "analysis.attractors",
-    "build": "network.sizing network.recipe", "config": "storage.config",
+    "build": "network.sizing network.recipe",
+    "config": "storage.config storage.names storage.descriptions",
     "derivatives": "numerics.derivatives", "discrete": "analysis.discrete",
-    "drawing": "display.drawing", "files": "storage.files", "flow": "dynamics.continuous",
+    "drawing": "display.drawing", "files": "storage.files storage.formats storage.problems",
+    "flow": "dynamics.continuous",
     "grids": "synapses.grids", "hypergraph": "network.hypergraph", "langevin": "dynamics.langevin",
     "loop": "dynamics.loop dynamics.results", "losses": "learning.losses learning.corruption",
     "memory_synapse": "synapses.memory lagrangians.separation", "neurons": "network.neurons",

@@ -5,6 +5,7 @@ import argparse
 import filecmp
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -42,6 +43,17 @@ def differing(before: Path, after: Path, pattern: str) -> list[str]:
     )
 
 
+def unexported(package: Path, pages: Path) -> list[str]:
+    "Modules of the package that no page exports and nobody writes by hand: what a move leaves behind"
+    by_hand = {"__init__.py", "__main__.py", "_modidx.py"}
+    exported = set()
+    for page in pages.rglob("*.ipynb"):
+        found = re.search(r"#\|\s*default_exp\s+([\w.]+)", page.read_text(encoding="utf-8"))
+        if found: exported.add(found[1].replace(".", "/") + ".py")
+    names = (p.relative_to(package).as_posix() for p in package.rglob("*.py"))
+    return sorted(n for n in names if n not in exported and Path(n).name not in by_hand)
+
+
 def lint(options) -> Iterator[Outcome]:
     yield command("ruff", "-m", "ruff", "check", ".")
 
@@ -64,7 +76,9 @@ def export(options) -> Iterator[Outcome]:
                 f"hamux/{name} was not what the notebooks export; it is now. Look at the diff, then"
                 " commit it."
             )
-        yield "export in step", not changed
+        left = unexported(ROOT / "hamux", ROOT / "nbs" / "api")
+        for name in left: print(f"hamux/{name} is exported by no notebook; remove it.")
+        yield "export in step", not changed and not left
 
         clean = shutil.copytree(
             ROOT / "nbs", Path(tmp) / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints")

@@ -1,7 +1,7 @@
 """The package as it is installed: generated files, the wheel, what an import brings, its lines."""
 
 import ast
-import importlib
+import importlib.util
 import inspect
 import re
 import shutil
@@ -301,6 +301,22 @@ def test_lines_fit(path):
     names = re.search(r"^__all__ = \[['\"].*?\]$", text, re.M | re.S)
     lines = text.replace(names[0], "") if names else text
     assert [line for line in lines.splitlines() if len(line) > 100] == []
+
+
+def test_unexported_sees(tmp_path):
+    "A module that no page exports is found, in a wing as well; faces are written by hand"
+    spec = importlib.util.spec_from_file_location("run_tests", ROOT / "scripts/test.py")
+    spec.loader.exec_module(run_tests := importlib.util.module_from_spec(spec))
+    package, pages = tmp_path / "hamux", tmp_path / "api"
+    for path in ("__init__.py", "wing/__init__.py", "wing/page.py", "wing/old.py", "flat.py"):
+        (package / path).parent.mkdir(parents=True, exist_ok=True)
+        (package / path).touch()
+    (pages / "wing").mkdir(parents=True)
+    nbformat.write(
+        new_notebook(cells=[new_code_cell("#| default_exp wing.page")]), pages / "wing/page.ipynb"
+    )
+    assert run_tests.unexported(package, pages) == ["flat.py", "wing/old.py"]
+    assert run_tests.unexported(ROOT / "hamux", ROOT / "nbs/api") == []
 
 
 # --- the files ------------------------------------------------------------------------------------

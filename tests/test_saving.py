@@ -2,6 +2,7 @@
 import functools as ft
 import inspect
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,17 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import pytest
+from my_parts import (
+    Curved,
+    Gate,
+    PerToken,
+    Ring,
+    backwards,
+    cosine,
+    cubes,
+    quartic,
+    soft_abs,
+)
 
 import hamux as hmx
 from hamux import lagrangians, synapses
@@ -195,6 +207,9 @@ def test_parts_of_a_user(tmp_path):
     parts = [Spring([1.0, 2.0, 3.0], 0.5, kind="hard"), eqx.Partial(bilinear, jnp.ones((3, 4)))]
     ham = hmx.HAM(layers, parts, [([0], 0), ([0, 1], 1)])
     check_round_trip(ham, tmp_path / "n", known=[Spring, Norm, bilinear])
+    inner = hmx.MemorySynapse(XI, eqx.Partial(lagrangians.lagr_softmax, beta=jnp.array(2.0)))
+    tokens = hmx.HAM([hmx.TanhLayer((4, 3))], [PerToken(inner)], [([0], 0)])
+    check_round_trip(tokens, tmp_path / "tokens", known=[PerToken])
     with pytest.raises(FileProblem, match=r"unknown name '.*Norm'.*Give what it names as known="):
         load(tmp_path / "n")
 
@@ -365,3 +380,80 @@ def test_files_of_an_older_version_load(name):
         np.testing.assert_array_equal(got.view(np.uint16) if bits else got, expected[key])
     xs = ham.init_states(key=jax.random.key(0))
     assert jnp.isfinite(ham.energy(ham.activations(xs), xs))
+
+
+# what needs more than its name to be read
+GIVEN = DATA / "given"
+KNOWN = [quartic, soft_abs, Curved, backwards, cosine, Gate, Ring, PerToken, cubes]
+ENERGIES = {  # of 0.3.0, in the states below
+    "user": (104, -0.55720592),
+    "user_nested": (105, 2.4024715),
+    "opaque": (106, 1.0103052),
+    "float64": (110, 2.4764424),
+}
+
+
+def states(ham, seed):
+    "Normal states of all layers, which do not depend on hamux."
+    draw = lambda i, shape: np.random.RandomState(seed + 17 * i).standard_normal(shape) * 0.7
+    layers = enumerate(ham.neurons.items())
+    return {n: jnp.asarray(draw(i, v.shape), ham.dtype) for i, (n, v) in layers}
+
+
+def written(path):
+    "The arrays of a file as NumPy reads them, and their names, shapes and dtypes."
+    with zipfile.ZipFile(path) as archive:
+        table = json.loads(archive.read("hamux.json"))["parameters"]
+    stored = np.load(path)
+    return [(row, stored[str(i)]) for i, row in enumerate(table)]
+
+
+def opaque():
+    "With a function that has no name but this one's."
+    layers = {"x": hmx.IdentityLayer(4), "h": hmx.SoftmaxLayer(3)}
+    parts = {"W": hmx.LinearSynapse(jnp.zeros((4, 3))), "f": lambda x: (x**4).sum() / 8}
+    return hmx.HAM(layers, parts, [(("x", "h"), "W"), (("x",), "f")])
+
+
+def user_nested():
+    "With a hypersynapse in another one, whose weights 0.3.0 did not describe."
+    memory = PerToken(hmx.MemorySynapse(jnp.ones((3, 4)), hmx.lagr_relu))
+    parts = {"tokens": memory, "one": cosine}
+    return hmx.HAM({"d": hmx.TanhLayer((3, 4))}, parts, [(("d",), "tokens"), (("d",), "one")])
+
+
+@pytest.mark.parametrize("name", ENERGIES)
+def test_files_of_0_3_that_need_more(name):
+    "Parts of a user, a function without a name, a part of a part, 64 bits: numbers and energy"
+    seed, energy = ENERGIES[name]
+    how = {"like": globals()[name]()} if name in ("opaque", "user_nested") else {"known": KNOWN}
+    with jax.enable_x64(name == "float64"):
+        ham = load(GIVEN / f"{name}.hamux", **how)
+        stored = written(GIVEN / f"{name}.hamux")
+        for v, (row, array) in zip(jtu.tree_leaves(ham), stored, strict=True):
+            assert ([*v.shape], str(v.dtype)) == (row["shape"], row["dtype"])
+            assert np.asarray(v).tobytes() == array.tobytes()
+        xs = states(ham, seed)
+        np.testing.assert_allclose(ham.energy(ham.activations(xs), xs), energy, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["training", "training_validated"])
+def test_a_training_of_0_3_goes_on(name, tmp_path):
+    import optax
+    A = lambda seed, *shape: np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
+    layers = {"x": hmx.IdentityLayer(6), "h": hmx.SoftmaxLayer(4, beta=jnp.array(3.0))}
+    parts = {"W": hmx.LinearSynapse(A(32, 6, 4)), "b": hmx.BiasSynapse(A(33, 4))}
+    ham, data = hmx.HAM(layers, parts, [(("x", "h"), "W"), (("h",), "b")]), A(40, 8, 6)
+    tolerances = dict(max_steps=30, rtol=1e-3, atol=1e-3)
+    loss = hmx.denoising_loss("x", 0.2, **tolerances, solver=hmx.Euler(0.5))
+    how = dict(batch_size=4, key=jr.key(7), progress=False, checkpoint_every=2)
+    if name == "training_validated":
+        how |= dict(validation=data[:3] + 0.5, validate_every=2)
+        how |= dict(trainable=["W", "h"], project={"W": {"W": hmx.unit_norm}})
+    path = shutil.copy(GIVEN / f"{name}.hamux", tmp_path)
+    further = hmx.fit(ham, loss, data, optax.adam(1e-2), steps=8, checkpoint=path, **how)
+    straight = hmx.fit(ham, loss, data, optax.adam(1e-2), steps=8, **how)
+    np.testing.assert_allclose(further.losses, straight.losses, rtol=1e-4)
+    for a, b in zip(jtu.tree_leaves(further.last), jtu.tree_leaves(straight.last), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)

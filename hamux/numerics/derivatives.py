@@ -1,4 +1,4 @@
-"""The functions behind the Lagrangians, with derivatives that are accurate at any magnitude.
+"""The scalar functions behind the Lagrangians, accurate to the last digits at any magnitude.
 
 Docs: https://hamux.github.io/hamux/api/numerics/derivatives.html.md"""
 
@@ -7,7 +7,7 @@ Docs: https://hamux.github.io/hamux/api/numerics/derivatives.html.md"""
 # %% auto #0
 __all__ = ['along', 'dense', 'total', 'half_square', 'rpow', 'repu', 'rpow_learned', 'repu_learned', 'tempered', 'times_exp',
            'exp_dual', 'rexp_value', 'logcosh_value', 'sech2', 'logcosh_dual', 'softplus_dual', 'compete', 'winners',
-           'entropy', 'logsumexp', 'pool', 'scaled', 'radius', 'direction', 'normed']
+           'entropy', 'logsumexp', 'pool', 'scale_row', 'radius', 'direction', 'normed']
 
 # %% ../../nbs/api/numerics/derivatives.ipynb #c3549bb0
 import functools as ft
@@ -18,17 +18,23 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 # %% ../../nbs/api/numerics/derivatives.ipynb #7fd67b5f
-def along(*terms):
+def along(
+    *terms, # pairs: a function that gives the derivative in one input, and its tangent
+):
     "The sum of `rate() * tangent` over the tangents that are not known to be zero."
     return sum(rate() * tangent for rate, tangent in terms if not isinstance(tangent, SymbolicZero))
 
 
-def dense(tangent):
+def dense(
+    tangent, # an array, or a zero that JAX knows of
+):
     "The tangent as an array, also where it is known to be zero."
     return jnp.zeros(tangent.shape, tangent.dtype) if isinstance(tangent, SymbolicZero) else tangent
 
 
-def total(rows):
+def total(
+    rows, # an array
+):
     "The sum of all entries, finite whenever the true one is."
     if rows.size == 1: return rows.reshape(())
     plain = rows.sum()
@@ -36,7 +42,10 @@ def total(rows):
 
 # %% ../../nbs/api/numerics/derivatives.ipynb #399d88e4
 @jax.custom_jvp
-def half_square(x): return 0.5 * x * x
+def half_square(x):
+    "x²/2, whose derivative is x to the last digit."
+    return 0.5 * x * x
+
 half_square.defjvp(lambda primals, tangents: (half_square(*primals), primals[0] * tangents[0]))
 
 # %% ../../nbs/api/numerics/derivatives.ipynb #6bba40b6
@@ -56,9 +65,10 @@ def repu(x, n):
     "max(x, 0)**n / n for a constant `n`, without the overflow of x**n."
     return x / n * rpow(x, n - 1)
 
-repu.defjvp(
-    lambda n, primals, tangents: (repu(primals[0], n), rpow(primals[0], n - 1) * tangents[0])
-)
+@repu.defjvp
+def _repu_jvp(n, primals, tangents):
+    (x,), (dx,) = primals, tangents
+    return repu(x, n), rpow(x, n - 1) * dx
 
 # %% ../../nbs/api/numerics/derivatives.ipynb #0653b965
 @jax.custom_jvp
@@ -69,10 +79,8 @@ def rpow_learned(x, p):
 @ft.partial(rpow_learned.defjvp, symbolic_zeros=True)
 def _rpow_learned_jvp(primals, tangents):
     (x, p), (dx, dp) = primals, tangents
-    y = rpow_learned(x, p)
-    return y, along(
-        (lambda: p * rpow_learned(x, p - 1), dx), (lambda: y * jnp.log(jnp.where(x > 0, x, 1)), dp)
-    )
+    y, log = rpow_learned(x, p), jnp.log(jnp.where(x > 0, x, 1))
+    return y, along((lambda: p * rpow_learned(x, p - 1), dx), (lambda: y * log, dp))
 
 
 @jax.custom_jvp
@@ -83,49 +91,47 @@ def repu_learned(x, n):
 @ft.partial(repu_learned.defjvp, symbolic_zeros=True)
 def _repu_learned_jvp(primals, tangents):
     (x, n), (dx, dn) = primals, tangents
-    y = repu_learned(x, n)
-    return y, along(
-        (lambda: rpow_learned(x, n - 1), dx),
-        (lambda: y * (jnp.log(jnp.where(x > 0, x, 1)) - 1 / n), dn),
-    )
+    y, log = repu_learned(x, n), jnp.log(jnp.where(x > 0, x, 1))
+    return y, along((lambda: rpow_learned(x, n - 1), dx), (lambda: y * (log - 1 / n), dn))
 
 # %% ../../nbs/api/numerics/derivatives.ipynb #45720aa3
-def tempered(value, slope, curve, dual):
-    "The elementwise f(βx)/β with all derivatives in x and β, from its value and three others."
+def tempered(
+    value, # (x, β) → f(βx)/β
+    slope, # z → f'(z)
+    curve, # (z, w) → w f''(z)
+    dual, # (z, w) → w (z f'(z) − f(z))
+): # a function of x and β
+    "The elementwise f(βx)/β with all derivatives in x and β."
 
     @jax.custom_jvp
-    def L(x, beta):
-        return value(x, beta)
+    def L(x, beta): return value(x, beta)
 
     @jax.custom_jvp
-    def act(x, beta):
-        return slope(beta * x)
+    def act(x, beta): return slope(beta * x)
 
     @jax.custom_jvp
-    def warm(x, beta):
-        return dual(beta * x, 1 / beta**2)
+    def warm(x, beta): return dual(beta * x, 1 / beta**2)
 
-    @ft.partial(L.defjvp, symbolic_zeros=True)
     def L_jvp(primals, tangents):
-        return L(*primals), along(
-            (lambda: act(*primals), tangents[0]), (lambda: warm(*primals), tangents[1])
-        )
+        slopes = (lambda: act(*primals), tangents[0]), (lambda: warm(*primals), tangents[1])
+        return L(*primals), along(*slopes)
 
-    def moved(primals, tangents): # w f''(z) for w = dz
+    def curve_along(primals, tangents): # w f''(z) for w = dz
         (x, beta), (dx, dbeta) = primals, tangents
         z = beta * x
         # a small state is still on the right of a kink at 0
         z = jnp.where((z == 0) & (x > 0), jnp.finfo(z.dtype).tiny, z)
         return curve(z, along((lambda: beta, dx), (lambda: x, dbeta)))
 
-    act.defjvp(lambda p, t: (act(*p), moved(p, t)), symbolic_zeros=True)
-    warm.defjvp(
-        lambda p, t: (
-            warm(*p),
-            p[0] * moved(p, t) / p[1] - along((lambda: 2 * warm(*p) / p[1], t[1])),
-        ),
-        symbolic_zeros=True,
-    )
+    def act_jvp(primals, tangents): return act(*primals), curve_along(primals, tangents)
+
+    def warm_jvp(primals, tangents):
+        (x, beta), y = primals, warm(*primals)
+        rise = x * curve_along(primals, tangents) / beta
+        return y, rise - along((lambda: 2 * y / beta, tangents[1]))
+
+    for function, rule in ((L, L_jvp), (act, act_jvp), (warm, warm_jvp)):
+        function.defjvp(rule, symbolic_zeros=True)
     return L
 
 # %% ../../nbs/api/numerics/derivatives.ipynb #862a6708
@@ -135,42 +141,44 @@ def times_exp(z, w):
     return half * (half * w)
 
 def exp_dual(z, w):
+    "w (z − 1) eᶻ, the dual of the exponential."
     z = jnp.maximum(z, -1e4)
     return times_exp(z, (z - 1) * w)
 
-# %% ../../nbs/api/numerics/derivatives.ipynb #86ac8ba5
 def rexp_value(x, beta):
+    "(e^(βx) − βx)/β where x > 0, and 1/β elsewhere."
     up = jnp.maximum(x, 0)
     return times_exp(beta * up, 1 / beta) - up
 
 # %% ../../nbs/api/numerics/derivatives.ipynb #e9508590
 def logcosh_value(x, beta):
+    "log cosh(βx)/β."
     z = beta * x
     near = jnp.log1p(2 * jnp.sinh(jnp.clip(z, -1, 1) / 2)**2) / beta
-    return jnp.where(
-        abs(z) < 1, near, abs(x) + (jnp.log1p(jnp.exp(-2 * abs(z))) - math.log(2)) / beta
-    )
+    far = abs(x) + (jnp.log1p(jnp.exp(-2 * abs(z))) - math.log(2)) / beta
+    return jnp.where(abs(z) < 1, near, far)
 
 def sech2(z, w):
+    "w sech²z, the curvature of log cosh."
     tail = jnp.exp(-2 * abs(z))
     return 4 * tail / (1 + tail)**2 * w
 
 def logcosh_dual(z, w):
+    "w (z tanh z − log cosh z)."
     small, big = jnp.clip(z, -1, 1), jnp.minimum(abs(z), 1e3)
     tail = jnp.exp(-2 * big)
     near = small * jnp.tanh(small) - jnp.log1p(2 * jnp.sinh(small / 2)**2)
-    return (
-        jnp.where(abs(z) < 1, near, math.log(2) - jnp.log1p(tail) - 2 * big * tail / (1 + tail)) * w
-    )
+    far = math.log(2) - jnp.log1p(tail) - 2 * big * tail / (1 + tail)
+    return jnp.where(abs(z) < 1, near, far) * w
 
-# %% ../../nbs/api/numerics/derivatives.ipynb #c95ff711
 def softplus_dual(z, w):
+    "w (z s(z) − log(1 + eᶻ)), s the logistic function."
     big = jnp.minimum(abs(z), 1e4)
     return -(big * jax.nn.sigmoid(-big) + jnp.log1p(jnp.exp(-big))) * w
 
 # %% ../../nbs/api/numerics/derivatives.ipynb #2d2fdfb7
 def compete(x, beta, axes, ghost):
-    "The top entry, who reaches it, the weights relative to it, and that of all others (keepdims)."
+    "Of a row: top, who is there, weights relative to it, ties, the others' weight (keepdims)."
     top = x.max(axes, keepdims=True, initial=0.0 if ghost else None)
     at_top = x == top
     weights = jnp.exp(beta * (x - top))
@@ -181,14 +189,13 @@ def compete(x, beta, axes, ghost):
     small = jnp.where(at_top, 0, weights).sum(axes, keepdims=True) + jnp.where(top > 0, silent, 0)
     return top, at_top, weights, ties, jnp.where(total < 1.5, small, total - 1)
 
-
+# %% ../../nbs/api/numerics/derivatives.ipynb #7b4998e7
 @ft.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def winners(x, beta, axes, ghost):
     "softmax(βx) along `axes`, or the ghostmax."
     top, _, weights, *_ = compete(x, beta, axes, ghost)
     return weights / (weights.sum(axes, keepdims=True) + (jnp.exp(-beta * top) if ghost else 0))
 
-# %% ../../nbs/api/numerics/derivatives.ipynb #7b4998e7
 @ft.partial(winners.defjvp, symbolic_zeros=True)
 def _winners_jvp(axes, ghost, primals, tangents):
     (x, beta), (dx, dbeta) = primals, tangents
@@ -200,9 +207,8 @@ def _winners_jvp(axes, ghost, primals, tangents):
     mean = (p * dz).sum(axes, keepdims=True)
     if ghost:
         silent = jnp.exp(-beta * top) / (1 + rest)
-        mean = mean + silent * along(
-            (lambda: beta, -dx_top), (lambda: -jnp.where(silent > 0, top, 0), dbeta)
-        )
+        below = -jnp.where(silent > 0, top, 0)
+        mean = mean + silent * along((lambda: beta, -dx_top), (lambda: below, dbeta))
     return p, p * (dz - mean)
 
 # %% ../../nbs/api/numerics/derivatives.ipynb #6e1a61d2
@@ -223,7 +229,7 @@ def _entropy_jvp(axes, ghost, primals, tangents):
     if ghost: lost = lost - jnp.minimum(beta * top, 1e4) * dp
     return entropy(x, beta, axes, ghost), lost.sum(axes, keepdims=True)
 
-
+# %% ../../nbs/api/numerics/derivatives.ipynb #5b462ecd
 @ft.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def logsumexp(x, beta, axes, ghost):
     "(1/β) log Σ exp(βx) along `axes` (keepdims), with one more competitor at 0 if `ghost`."
@@ -245,7 +251,7 @@ def pool(v, axes, centre):
     return v.mean(axes, keepdims=True) if centre else v.sum(axes, keepdims=True)
 
 
-def scaled(x, eps, axes, centre):
+def scale_row(x, eps, axes, centre):
     "The row's scale A (a power of two), c/A and y/A (keepdims)."
     root = jnp.sqrt(eps)
     size = jnp.maximum(abs(x).max(axes, keepdims=True), root)
@@ -263,13 +269,13 @@ def scaled(x, eps, axes, centre):
 @ft.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def radius(x, eps, axes, centre):
     "y, row by row (keepdims)."
-    A, _, y = scaled(x, eps, axes, centre)
+    A, _, y = scale_row(x, eps, axes, centre)
     return A * y
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def direction(x, eps, axes, centre):
     "c/y, and 0 where y = 0."
-    _, c, y = scaled(x, eps, axes, centre)
+    _, c, y = scale_row(x, eps, axes, centre)
     return c / jnp.where(y > 0, y, 1)
 
 # %% ../../nbs/api/numerics/derivatives.ipynb #c8deab30
@@ -284,36 +290,28 @@ def _direction_jvp(axes, centre, primals, tangents):
     y, n = radius(*primals, axes, centre), direction(*primals, axes, centre)
     dx, deps = dense(tangents[0]), tangents[1]
     dc = dx - dx.mean(axes, keepdims=True) if centre else dx
-    dn = (
-        dc
-        - n * pool(n * dx, axes, centre)
-        - along((lambda: n * jnp.where(y > 0, 0.5 / y, 0), deps))
-    )
+    bent = along((lambda: n * jnp.where(y > 0, 0.5 / y, 0), deps))
+    dn = dc - n * pool(n * dx, axes, centre) - bent
     return n, jnp.where(y > 0, dn / jnp.where(y > 0, y, 1), 0)
 
-
+# %% ../../nbs/api/numerics/derivatives.ipynb #031d6597
 @ft.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
 def normed(x, gamma, delta, eps, axes, centre):
     "(γ/κ) y + Σ δx, row by row (keepdims), scaled so that only the result can leave the dtype."
-    A, _, y = scaled(x, eps, axes, centre)
+    A, _, y = scale_row(x, eps, axes, centre)
     count = math.prod(x.shape[a] for a in axes) if centre else 1
     return A * (count * gamma * y + (delta * (x / A)).sum(axes, keepdims=True))
 
 @ft.partial(normed.defjvp, symbolic_zeros=True)
 def _normed_jvp(axes, centre, primals, tangents):
-    x, gamma, delta, eps = primals
+    (x, gamma, delta, eps), (dx, dgamma, ddelta, deps) = primals, tangents
     count = math.prod(x.shape[a] for a in axes) if centre else 1
     y, n = radius(x, eps, axes, centre), direction(x, eps, axes, centre)
-    dot = lambda tangent, rate: (
-        0 if isinstance(tangent, SymbolicZero) else (rate() * tangent).sum(axes, keepdims=True)
-    )
-    out = normed(x, gamma, delta, eps, axes, centre)
-    return out, (
-        jnp.zeros_like(out)
-        + dot(tangents[0], lambda: gamma * n + delta)
-        + dot(tangents[2], lambda: x)
-        + along(
-            (lambda: count * y, tangents[1]),
-            (lambda: count * gamma * jnp.where(y > 0, 0.5 / y, 0), tangents[3]),
-        )
-    )
+
+    def dot(rate, tangent):
+        if isinstance(tangent, SymbolicZero): return 0
+        return (rate() * tangent).sum(axes, keepdims=True)
+
+    out, bend = normed(x, gamma, delta, eps, axes, centre), jnp.where(y > 0, 0.5 / y, 0)
+    rows = jnp.zeros_like(out) + dot(lambda: gamma * n + delta, dx) + dot(lambda: x, ddelta)
+    return out, rows + along((lambda: count * y, dgamma), (lambda: count * gamma * bend, deps))

@@ -1,4 +1,4 @@
-"""A sum over very many rows, a block at a time, whose derivatives are again such sums.
+"""A sum over very many rows, a block at a time, whose derivatives of every order are such sums.
 
 Docs: https://hamux.github.io/hamux/api/numerics/streaming.html.md"""
 
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-# %% ../../nbs/api/numerics/streaming.ipynb #98bcffc4
+# %% ../../nbs/api/numerics/streaming.ipynb #d1cb02cb
 def _merge(where, chosen, others):
     "One tuple from two: where it is true the next of `chosen`, else the next of `others`."
     chosen, others = iter(chosen), iter(others)
@@ -26,36 +26,33 @@ def _merge(where, chosen, others):
 
 def _split(where, values):
     "Two tuples from one: those where it is true, and the others."
-    return tuple(v for w, v in zip(where, values, strict=True) if w), tuple(
-        v for w, v in zip(where, values, strict=True) if not w
-    )
+    pairs = list(zip(where, values, strict=True))
+    return tuple(v for w, v in pairs if w), tuple(v for w, v in pairs if not w)
 
 
 @dataclass(frozen=True)
 class _Tangent:
-    "The directional derivative of a body: tangents come after arguments, and after blocks."
+    "The directional derivative of a body: its tangents follow the arguments, and the blocks."
     body: Callable
     args: tuple # whether each argument has a tangent
     blocks: tuple # whether each array of rows has one
 
     def __call__(self, size, args, blocks):
-        (args, dargs), (blocks, dblocks) = [
-            (v[: len(w)], v[len(w) :]) for v, w in ((args, self.args), (blocks, self.blocks))
-        ]
+        n, m = len(self.args), len(self.blocks)
+        args, dargs, blocks, dblocks = args[:n], args[n:], blocks[:m], blocks[m:]
+        (live_args, other_args) = _split(self.args, args)
+        (live_blocks, other_blocks) = _split(self.blocks, blocks)
+
         def f(some_args, some_blocks):
-            return self.body(
-                size,
-                _merge(self.args, some_args, _split(self.args, args)[1]),
-                _merge(self.blocks, some_blocks, _split(self.blocks, blocks)[1]),
-            )
-        return jax.jvp(
-            f, (_split(self.args, args)[0], _split(self.blocks, blocks)[0]), (dargs, dblocks)
-        )[1]
+            merged = _merge(self.args, some_args, other_args)
+            return self.body(size, merged, _merge(self.blocks, some_blocks, other_blocks))
+
+        return jax.jvp(f, (live_args, live_blocks), (dargs, dblocks))[1]
 
 # %% ../../nbs/api/numerics/streaming.ipynb #fb69dfee
 @dataclass(frozen=True)
 class _Transposed:
-    "The transpose of a body: cotangents come after the other arguments, and after the blocks."
+    "The transpose of a body in some inputs: cotangents follow the other arguments, and blocks."
     body: Callable
     args: tuple # shape and dtype of each argument in which it is linear, None for the others
     blocks: tuple # the same for each array of rows, without the leading axis
@@ -65,18 +62,15 @@ class _Transposed:
     def __call__(self, size, args, blocks):
         in_args, in_blocks = [[v is not None for v in which] for which in (self.args, self.blocks)]
         n, m = in_args.count(False), in_blocks.count(False)
+
         def f(some_args, some_blocks):
-            sums, rows = self.body(
-                size,
-                _merge(in_args, some_args, args[:n]),
-                _merge(in_blocks, some_blocks, blocks[:m]),
-            )
+            merged = _merge(in_args, some_args, args[:n])
+            sums, rows = self.body(size, merged, _merge(in_blocks, some_blocks, blocks[:m]))
             return _split(self.sums, sums)[0], _split(self.rows, rows)[0]
-        like = (
-            tuple(jax.ShapeDtypeStruct(*v) for v in self.args if v),
-            tuple(jax.ShapeDtypeStruct((size, *v[0]), v[1]) for v in self.blocks if v),
-        )
-        return jax.linear_transpose(f, *like)((args[n:], blocks[m:]))
+
+        like_args = tuple(jax.ShapeDtypeStruct(*v) for v in self.args if v)
+        like_blocks = tuple(jax.ShapeDtypeStruct((size, *v[0]), v[1]) for v in self.blocks if v)
+        return jax.linear_transpose(f, like_args, like_blocks)((args[n:], blocks[m:]))
 
 # %% ../../nbs/api/numerics/streaming.ipynb #f584b644
 @dataclass(frozen=True)
@@ -87,9 +81,8 @@ class _Mapped:
     blocks: tuple # 1 for each array of rows with a batch axis, None for the others
 
     def __call__(self, size, args, blocks):
-        return jax.vmap(lambda a, b: self.body(size, a, b), (self.args, self.blocks), (0, 1))(
-            tuple(args), tuple(blocks)
-        )
+        body = lambda args, blocks: self.body(size, args, blocks)
+        return jax.vmap(body, (self.args, self.blocks), (0, 1))(tuple(args), tuple(blocks))
 
 
 @dataclass(frozen=True)
@@ -104,56 +97,46 @@ class _MappedFold:
 # %% ../../nbs/api/numerics/streaming.ipynb #ef8c51e3
 def block_size(
     length, # number of rows
-    # numbers that one row takes in the loop: the size of the batch, or of the row if that is more
-    width,
+    width, # numbers that one row takes in the loop: of the batch, or of the row if that is more
 ) -> int: # rows in a block
     "How many rows to take at a time: a power of two between 64 and 16,384."
     return min(length, max(64, min(2**14, 2 ** ((2**19 // max(width, 1)).bit_length() - 1))))
 
 
+def _shapes(values, body, n_args, length):
+    "Shapes and dtypes of the sums and rows."
+    like = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in values]
+    run = lambda args, blocks: body(length, args, blocks)
+    return jax.eval_shape(run, tuple(like[:n_args]), tuple(like[n_args:]))
+
+
 def _run(*values, body, n_args, n_sums, length, fold, start, block, lanes):
+    "The loop over blocks: sums, then rows."
     args, blocks = values[:n_args], values[n_args:]
     width = max([lanes, *(b.size // length for b in blocks)])
     size = min(block or block_size(length, width), length)
+    add = lambda args, old, new: tuple(a + b for a, b in zip(old, new, strict=True))
+
     def step(at, size, carry):
-        sums, rows = body(
-            size, args, tuple(jax.lax.dynamic_slice_in_dim(b, at, size) for b in blocks)
-        )
-        sums = (
-            tuple(a + b for a, b in zip(carry[0], sums, strict=True))
-            if fold is None
-            else fold(args, carry[0], sums)
-        )
-        return sums, tuple(
-            jax.lax.dynamic_update_slice_in_dim(all_, new, at, 0)
-            for all_, new in zip(carry[1], rows, strict=True)
-        )
+        old, rows = carry
+        part = tuple(jax.lax.dynamic_slice_in_dim(b, at, size) for b in blocks)
+        new, some = body(size, args, part)
+        put = lambda rows, some: jax.lax.dynamic_update_slice_in_dim(rows, some, at, 0)
+        return (fold or add)(args, old, new), tuple(map(put, rows, some))
+
     sums, rows = _shapes(values, body, n_args, length)
     first = (0.0,) * n_sums if start is None else start
-    carry = tuple(jnp.full(s.shape, v, s.dtype) for s, v in zip(sums, first, strict=True)), tuple(
-        jnp.zeros(r.shape, r.dtype) for r in rows
-    )
+    sums = tuple(jnp.full(s.shape, v, s.dtype) for s, v in zip(sums, first, strict=True))
+    carry = sums, tuple(jnp.zeros(r.shape, r.dtype) for r in rows)
     carry = jax.lax.fori_loop(0, length // size, lambda i, c: step(i * size, size, c), carry)
     if length % size: carry = step(length - length % size, length % size, carry)
     return [*carry[0], *carry[1]]
 
-
-def _shapes(values, body, n_args, length):
-    "Shapes and dtypes of the sums and rows."
-    like = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in values]
-    return jax.eval_shape(
-        lambda a, b: body(length, a, b), tuple(like[:n_args]), tuple(like[n_args:])
-    )
-
-# %% ../../nbs/api/numerics/streaming.ipynb #59e40513
+# %% ../../nbs/api/numerics/streaming.ipynb #f9849cd0
 stream_p = Primitive("hamux_stream")
 stream_p.multiple_results = True
-stream_p.def_impl(
-    jax.jit(
-        _run,
-        static_argnames=("body", "n_args", "n_sums", "length", "fold", "start", "block", "lanes"),
-    )
-)
+_STATIC = ("body", "n_args", "n_sums", "length", "fold", "start", "block", "lanes")
+stream_p.def_impl(jax.jit(_run, static_argnames=_STATIC))
 mlir.register_lowering(stream_p, mlir.lower_fun(_run, multiple_results=True))
 
 
@@ -162,73 +145,55 @@ def _abstract(*values, body, n_args, length, **_):
     sums, rows = _shapes(values, body, n_args, length)
     return [jax.core.ShapedArray(v.shape, v.dtype) for v in (*sums, *rows)]
 
-
-def _push(values, tangents, *, body, n_args, fold, **rest):
+# %% ../../nbs/api/numerics/streaming.ipynb #f9b26a6a
+def _tangents(values, tangents, *, body, n_args, fold, **rest):
     "The directional derivative alone: None where an input has no tangent."
     if fold is not None:
         raise NotImplementedError(
-            "A streaming sum with a fold has no derivative: write a rule with jax.custom_jvp."
+            "A streaming sum with a fold has no derivative. Write a rule with jax.custom_jvp."
         )
     live = tuple(t is not None for t in tangents)
     body = _Tangent(body, live[:n_args], live[n_args:])
-    dargs, dblocks = [t for t in tangents[:n_args] if t is not None], [
-        t for t in tangents[n_args:] if t is not None
-    ]
+    dargs, _ = _split(live[:n_args], tangents[:n_args])
+    dblocks, _ = _split(live[n_args:], tangents[n_args:])
+    args, blocks = values[:n_args], values[n_args:]
+    n_args = n_args + len(dargs)
     return stream_p.bind(
-        *values[:n_args],
-        *dargs,
-        *values[n_args:],
-        *dblocks,
-        body=body,
-        n_args=n_args + len(dargs),
-        fold=None,
-        **rest,
+        *args, *dargs, *blocks, *dblocks, body=body, n_args=n_args, fold=None, **rest
     )
 
-# %% ../../nbs/api/numerics/streaming.ipynb #65e75817
+
 def _jvp(primals, tangents, **params):
-    out = stream_p.bind(*primals, **params)
-    return out, _push(primals, [None if type(t) is ad.Zero else t for t in tangents], **params)
+    known = [None if type(t) is ad.Zero else t for t in tangents]
+    return stream_p.bind(*primals, **params), _tangents(primals, known, **params)
 
 
-def _transpose(cts, *values, body, n_args, n_sums, **rest):
+def _transpose(cotangents, *values, body, n_args, n_sums, **rest):
     linear = [ad.is_undefined_primal(v) for v in values]
-    live = tuple(type(c) is not ad.Zero for c in cts)
-    avals = [
-        (v.aval.shape, v.aval.dtype) if lin else None for v, lin in zip(values, linear, strict=True)
-    ]
+    live = tuple(type(c) is not ad.Zero for c in cotangents)
+    avals = [(v.aval.shape, v.aval.dtype) if lin else None for v, lin in zip(values, linear)]
     rows = tuple(a and (a[0][1:], a[1]) for a in avals[n_args:])
     body = _Transposed(body, tuple(avals[:n_args]), rows, live[:n_sums], live[n_sums:])
-    args, blocks = (
-        [v for v, lin in zip(vs, ls, strict=True) if not lin]
-        for vs, ls in ((values[:n_args], linear[:n_args]), (values[n_args:], linear[n_args:]))
-    )
-    args += [c for c, on in zip(cts[:n_sums], live, strict=False) if on]
-    blocks += [c for c, on in zip(cts[n_sums:], live[n_sums:], strict=True) if on]
-    out = iter(
-        stream_p.bind(
-            *args, *blocks, body=body, n_args=len(args), n_sums=sum(linear[:n_args]), **rest
-        )
-    )
+    args = _split(linear[:n_args], values[:n_args])[1]
+    args += _split(live[:n_sums], cotangents[:n_sums])[0]
+    blocks = _split(linear[n_args:], values[n_args:])[1]
+    blocks += _split(live[n_sums:], cotangents[n_sums:])[0]
+    counts = dict(n_args=len(args), n_sums=sum(linear[:n_args]))
+    out = iter(stream_p.bind(*args, *blocks, body=body, **counts, **rest))
     return [next(out) if lin else None for lin in linear]
 
 
+ad.primitive_jvps[stream_p], ad.primitive_transposes[stream_p] = _jvp, _transpose
+
+# %% ../../nbs/api/numerics/streaming.ipynb #33a34220
 def _batch(values, dims, *, body, n_args, n_sums, fold, lanes, **rest):
+    "The sums of a batch, by a body over the batch."
     size = next(v.shape[d] for v, d in zip(values, dims, strict=True) if d is not None)
-    args = [
-        v if d is None else jnp.moveaxis(v, d, 0)
-        for v, d in zip(values[:n_args], dims, strict=False)
-    ]
-    blocks = [
-        v if d is None else jnp.moveaxis(v, d, 1)
-        for v, d in zip(values[n_args:], dims[n_args:], strict=True)
-    ]
-    arg_axes, block_axes = tuple(None if d is None else 0 for d in dims[:n_args]), tuple(
-        None if d is None else 1 for d in dims[n_args:]
-    )
+    axes = [None if d is None else int(i >= n_args) for i, d in enumerate(dims)]
+    moved = [v if d is None else jnp.moveaxis(v, d, a) for v, d, a in zip(values, dims, axes)]
+    arg_axes, block_axes = tuple(axes[:n_args]), tuple(axes[n_args:])
     out = stream_p.bind(
-        *args,
-        *blocks,
+        *moved,
         body=_Mapped(body, arg_axes, block_axes),
         n_args=n_args,
         n_sums=n_sums,
@@ -239,27 +204,16 @@ def _batch(values, dims, *, body, n_args, n_sums, fold, lanes, **rest):
     return out, [0] * n_sums + [1] * (len(out) - n_sums)
 
 
-(
-    ad.primitive_jvps[stream_p],
-    ad.primitive_transposes[stream_p],
-    batching.primitive_batchers[stream_p],
-) = (_jvp, _transpose, _batch)
+batching.primitive_batchers[stream_p] = _batch
 
 # %% ../../nbs/api/numerics/streaming.ipynb #47f7ff52
 def _params(body, args, blocks, fold, start, block):
-    n_sums = len(
-        jax.eval_shape(lambda a, b: body(blocks[0].shape[0], a, b), tuple(args), tuple(blocks))[0]
-    )
-    return dict(
-        body=body,
-        n_args=len(args),
-        n_sums=n_sums,
-        length=blocks[0].shape[0],
-        fold=fold,
-        start=start,
-        block=block,
-        lanes=1,
-    )
+    "The parameters of the primitive."
+    length = blocks[0].shape[0]
+    run = lambda args, blocks: body(length, args, blocks)
+    n_sums = len(jax.eval_shape(run, tuple(args), tuple(blocks))[0])
+    counts = dict(n_args=len(args), n_sums=n_sums, length=length, lanes=1)
+    return dict(body=body, fold=fold, start=start, block=block) | counts
 
 
 def stream(
@@ -274,10 +228,14 @@ def stream(
     return tuple(stream_p.bind(*args, *blocks, **_params(body, args, blocks, fold, start, block)))
 
 
-def stream_tangent(body, args, blocks, dargs, dblocks, *, block=None) -> tuple:
-    "The directional derivative of `stream` alone; None where an input has no tangent."
-    return tuple(
-        _push(
-            (*args, *blocks), (*dargs, *dblocks), **_params(body, args, blocks, None, None, block)
-        )
-    )
+def stream_tangent(
+    body: Callable, # as for `stream`
+    args,
+    blocks,
+    dargs, # a tangent of each argument, or None
+    dblocks, # a tangent of each array of rows, or None
+    *, block=None, # rows to take at a time; None to choose
+) -> tuple: # a tangent of each sum
+    "The directional derivative of `stream` alone."
+    params = _params(body, args, blocks, None, None, block)
+    return tuple(_tangents((*args, *blocks), (*dargs, *dblocks), **params))

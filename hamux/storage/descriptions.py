@@ -36,7 +36,7 @@ def describe_value(
         return {"learned": learned, "shape": list(v.shape), "dtype": str(v.dtype)}
     if isinstance(v, np.ndarray | jax.Array) and not jnp.issubdtype(v.dtype, jax.dtypes.prng_key):
         return {"constant": np.asarray(v).tolist(), "dtype": str(v.dtype)}
-    return describe_part(v, LAGRANGIANS | SYNAPSES, "type", where, strict)
+    return describe_part(v, LAGRANGIANS | SYNAPSES, "type", where, strict, whole=True)
 
 # %% ../../nbs/api/storage/descriptions.ipynb #bd7848ae
 def arguments_of(
@@ -57,6 +57,7 @@ def describe_part(
     word: str, # the entry of the name
     where: str, # what the part is, for messages
     strict: bool, # whether it must have a name; else `{"opaque": …}` for what has none
+    whole=False, # whether a hypersynapse is described with its weights, as a part of another one
 ) -> dict: # {word: name, …settings}
     "Describe a part of a network. Raises ValueError, with `strict`, for what has no name."
     kind, settings = part, {}
@@ -64,8 +65,9 @@ def describe_part(
         kind, settings = part.func, dict(part.keywords)
         if part.args: settings["args"] = part.args
     elif isinstance(part, eqx.Module):
-        kind = type(part)
-        settings = part.config() if hasattr(part, "config") else arguments_of(part)
+        kind, config = type(part), part.config if hasattr(part, "config") else None
+        weighty = config is None or whole and hasattr(kind, "lazy")
+        settings = arguments_of(part) if weighty else config()
     path = import_path(kind)
     if path and settings is not None:
         name = next((n for n, known in table.items() if import_path(known) == path), path)
