@@ -401,7 +401,7 @@ GOOD = hmx.DiscreteMemory(XI, 3)
         (lambda: hmx.recall_bits(GOOD, np.full(6, np.nan)), ValueError, "got nan"),
         (lambda: hmx.recall_bits(GOOD, XI[:, :5]), ValueError, "6 neurons each"),
         (lambda: hmx.recall_bits(GOOD, XI[None]), ValueError, "1 to 2 axes"),
-        (lambda: hmx.recall_bits(XI, XI), TypeError, "A discrete memory is needed"),
+        (lambda: hmx.recall_bits(XI, XI), TypeError, "memory must be a discrete one"),
         (
             lambda: hmx.recall_bits(GOOD, XI, max_sweeps=0),
             ValueError,
@@ -410,7 +410,7 @@ GOOD = hmx.DiscreteMemory(XI, 3)
         (lambda: hmx.recall_bits(GOOD, XI, order="both"), ValueError, "'cyclic' or 'random'"),
         (lambda: hmx.recall_bits(GOOD, XI, order="random"), ValueError, "needs a key"),
         (lambda: hmx.recall_bits(GOOD, XI, key=jr.key(0)), ValueError, "order='random'"),
-        (lambda: hmx.recall_bits(GOOD, XI, clamp=[0, 1]), TypeError, "zeros(6, bool).at[indices]"),
+        (lambda: hmx.recall_bits(GOOD, XI, clamp=[0, 1]), TypeError, "zeros(shape, bool).at[indices]"),
         (
             lambda: hmx.recall_bits(GOOD, XI, clamp=np.ones((2, 6), bool)),
             ValueError,

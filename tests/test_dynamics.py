@@ -835,7 +835,7 @@ BAD = {
     "sizes": (
         lambda h: descend(h.vectorize(), {"v": np.ones((2, 5)), "h": np.ones((3, 4))}),
         ValueError,
-        "different sizes.*'v': 2.*'h': 3",
+        "one batch size.*'v': 2.*'h': 3",
     ),
     "solver": (lambda h: descend(h, X, solver=0.1), TypeError, "solver must be.*Euler.*0.1"),
     "solver class": (lambda h: descend(h, X, solver=Euler), TypeError, "solver must be.*Euler"),
