@@ -410,7 +410,11 @@ GOOD = hmx.DiscreteMemory(XI, 3)
         (lambda: hmx.recall_bits(GOOD, XI, order="both"), ValueError, "'cyclic' or 'random'"),
         (lambda: hmx.recall_bits(GOOD, XI, order="random"), ValueError, "needs a key"),
         (lambda: hmx.recall_bits(GOOD, XI, key=jr.key(0)), ValueError, "order='random'"),
-        (lambda: hmx.recall_bits(GOOD, XI, clamp=[0, 1]), TypeError, "zeros(shape, bool).at[indices]"),
+        (
+            lambda: hmx.recall_bits(GOOD, XI, clamp=[0, 1]),
+            TypeError,
+            "zeros(shape, bool).at[indices]",
+        ),
         (
             lambda: hmx.recall_bits(GOOD, XI, clamp=np.ones((2, 6), bool)),
             ValueError,

@@ -758,11 +758,11 @@ def test_one_rule_of_rest_for_descend_flow_and_stability():
     ham = without_leak(
         LayerNormLayer((2, 4), leak=False), BiasSynapse(np.arange(8.0).reshape(2, 4) ** 2)
     )
-    out = descend(ham, ham.init_states(key=jr.key(0)))
+    out = hmx.descend(ham, ham.init_states(key=jr.key(0)))
     assert out.converged and abs(ham.dEdact(out.xhats, out.xs)["t"]).max() > 1
     assert hmx.flow(ham, out.xs, 10.0, steady=True).converged
     assert hmx.stability(ham, out.xs).at_rest
-    assert out.energy == pytest.approx(float(descend(ham, out.xs).energy), rel=1e-9)
+    assert out.energy == pytest.approx(float(hmx.descend(ham, out.xs).energy), rel=1e-9)
 
 
 FLAT = {
@@ -798,7 +798,7 @@ def test_the_energy_transformer_comes_to_rest(seed):
         ham = hmx.build(
             {"t": tokens}, parts, [(("t",), "attention"), (("t",), "memory")], key=keys[0]
         )
-        out = descend(ham, ham.init_states(key=keys[1]), max_steps=2000)
+        out = hmx.descend(ham, ham.init_states(key=keys[1]), max_steps=2000)
         assert out.converged and out.rises == 0 and abs(out.xs["t"]).max() < 1e4
         assert (
             hmx.stability(ham, out.xs).at_rest
