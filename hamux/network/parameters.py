@@ -42,11 +42,25 @@ def _token(leaf):
                 f"A parameter must be an array of real floating numbers, got dtype {leaf.dtype}."
             )
         return "array", str(leaf.dtype), leaf.shape, np.asarray(leaf).tobytes()
+    if isinstance(leaf, float | complex | np.generic): return type(leaf), repr(leaf) # also NaN
     try:
         hash(leaf)
     except TypeError:
-        return "object", id(leaf)
+        return type(leaf), _Unhashed(leaf)
     return type(leaf), leaf
+
+
+class _Unhashed:
+    "A constant without a hash: compared by `==`, or by identity where that is no yes or no."
+    def __init__(self, value): self.value = value
+    def __hash__(self): return 0
+
+    def __eq__(self, other):
+        if not isinstance(other, _Unhashed): return False
+        try:
+            return self.value is other.value or (self.value == other.value) is True
+        except Exception: # of some other library: no answer is no yes
+            return False
 
 
 class Frozen:
@@ -62,6 +76,9 @@ class Frozen:
         )
 
     def __hash__(self): return self._hash
+    def __copy__(self): return self
+    def __deepcopy__(self, memo): return self
+    def __reduce__(self): return Frozen, (self.tree,) # a hash holds in one process only
     def __repr__(self): return f"Frozen({self.tree})"
 
 # %% ../../nbs/api/network/parameters.ipynb #f91a9619
