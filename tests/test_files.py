@@ -812,8 +812,115 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path, suffix):
         writer.send_signal(signal.SIGKILL)
     assert writer.returncode == -signal.SIGKILL
     assert path.read_bytes() == old and len(leftovers(tmp_path)) == 1 # which is what the page says
-    write(path, np.zeros((2, 2))) # and it is in nobody's way
+    write(path, np.zeros((2, 2))) # it is in nobody's way, and the next writer removes it
     np.testing.assert_array_equal(open_rows(path).read(), np.zeros((2, 2)))
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_living_writer_keeps_its_file(tmp_path):
+    "Others in the same folder, and other processes, leave it alone."
+    with atomic_file(tmp_path / "slow") as slow:
+        slow.write(b"first")
+        write(tmp_path / "quick.npy", np.eye(2))
+        python("files.write_rows(sys.argv[1], 1, 1, 'f4').__enter__()", tmp_path / "other.npy")
+        slow.write(b", and last")
+    assert (tmp_path / "slow").read_bytes() == b"first, and last"
+
+
+@pytest.mark.parametrize("call", [open_rows, lambda p: write_rows(p, 1, 1, "f4").__enter__()])
+@pytest.mark.parametrize("name", ["a\0.npy", b"a\0.npy", "\ud800.npy", ""])
+def test_names_that_no_file_can_have(call, name):
+    assert "no file can have the name" in refusal(call, name)
+
+
+@pytest.mark.parametrize("path", [3, None, 1.5, ["x.npy"]])
+def test_what_is_no_name(path):
+    with pytest.raises(TypeError, match="path must be the name of a file"): open_rows(path)
+
+
+def test_names_in_bytes(tmp_path):
+    path = write(tmp_path / "x.npy", np.eye(2))
+    np.testing.assert_array_equal(open_rows(os.fsencode(path)).read(), np.eye(2))
+    assert "no such file" in refusal(open_rows, b"none.npy")
+
+
+def peak(call, *args):
+    "What a call allocates at most, as Python and NumPy count it, in bytes, and how it ends"
+    tracemalloc.start()
+    try:
+        return refusal(call, *args), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def bomb(size, promised):
+    "An archive of zeros, whose directory and header promise more"
+    header = io.BytesIO()
+    shape = (promised // 1000, 1000)
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": shape}
+    )
+    data = bytearray(zip_of(header.getvalue() + bytes(size), compression=zipfile.ZIP_DEFLATED))
+    at = data.index(b"PK\x01\x02") + 24 # the size of the member in the directory
+    data[at:at + 4] = (len(header.getvalue()) + promised).to_bytes(4, "little")
+    return bytes(data)
+
+
+@pytest.mark.parametrize("size, promised, words", [
+    (10**3, 4 * 10**9, "more than it can"),
+    (10**6, 4 * 10**9, "more than it can"),
+    (10**5, 2 * 10**5, "is damaged or cut short"),
+])
+def test_what_an_archive_promises_is_not_allocated(tmp_path, size, promised, words):
+    (tmp_path / "x.npz").write_bytes(bomb(size, promised))
+    message, most = peak(lambda path: open_rows(path).read(), tmp_path / "x.npz")
+    assert words in message and most < 10 * size + 10**6
+
+
+@pytest.mark.parametrize("last", ["1", "x"])
+def test_a_million_columns(tmp_path, last):
+    "Eight bytes a number and a few copies of the line, not a word object for each"
+    path = tmp_path / "x.csv"
+    path.write_text("1," * 999_999 + last + "\n")
+    tracemalloc.start()
+    try:
+        rows = open_rows(path).read()
+        assert last == "1" and rows.shape == (1, 10**6) and rows.sum() == 10**6
+    except FileProblem as e:
+        assert last == "x" and "'x' on line 1, column 1000000" in str(e)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 10 * path.stat().st_size
+
+
+@pytest.mark.parametrize("header", [
+    "{" * 5000, "(" * 9000, "[" * 9000, "{'descr': '<f8', 'fortran_order': False}", "1" * 9999,
+    "{'descr': '<f8', 'fortran_order': False, 'shape': (2, 2), 'more': 1}", "-" * 5000, "'",
+    "{'descr': 'f8,f8', 'fortran_order': False, 'shape': (2, 2)}", "__import__('os')", "\x00",
+    "{'descr': 8, 'fortran_order': False, 'shape': (2, 2)}", "{'descr': '<f3', 'shape': (2, 2)}",
+    "{'descr': '<f8', 'fortran_order': 1, 'shape': (2, 2)}", "\\", "1if 1else 1", "{1: {2: 3}}",
+    "{'descr': '<f8', 'fortran_order': False, 'shape': [2, 2]}", "{'a': 'b', 'a': 'b', 'a': 'b'}",
+    "{'descr': '<f8', 'fortran_order': False, 'shape': (" + "1," * 70 + ")}", "", " ",
+    "{'descr': '<f8', 'fortran_order': False, 'shape': (2.0, 2)}", "{'descr': '<U99999999999'}",
+])
+def test_headers_that_are_none(tmp_path, header):
+    "Whatever it would make of a parser of Python, it is one sentence"
+    text = header.encode("latin1") + b"\n"
+    magic = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little")
+    (tmp_path / "x.npy").write_bytes(magic + text + bytes(32))
+    assert "its .npy header cannot be read" in refusal(open_rows, tmp_path / "x.npy")
+
+
+@pytest.mark.parametrize("header", [
+    '{"shape":(3,2),"descr":"<f4","fortran_order":False}',
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (3L, 2L), }",
+    "  {'fortran_order':False , 'shape':( 3, 2 ,) ,'descr':'<f4'}  ",
+])
+def test_headers_of_other_programs(tmp_path, header):
+    text = header.encode() + b"\n"
+    magic = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little")
+    (tmp_path / "x.npy").write_bytes(magic + text + np.arange(6, dtype="<f4").tobytes())
+    np.testing.assert_array_equal(open_rows(tmp_path / "x.npy").read().ravel(), np.arange(6))
 
 
 def test_a_terminated_writer_cleans_up(tmp_path):

@@ -19,10 +19,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+try:
+    import fcntl
+except ImportError: # on Windows
+    fcntl = None
+
 import numpy as np
 
 from .formats import Csv, Layout, Npy, Npz, check_layout
-from .problems import FileProblem, file_problems
+from .problems import FileProblem, as_path, file_problems
 
 # %% ../../nbs/api/storage/files.ipynb #b0239cce
 def computing_dtype(
@@ -132,7 +137,7 @@ def open_rows(
     name: str | None = None,
 ) -> RowSource: # raises `FileProblem` for all that can be known without reading the values
     "Look at a file of rows, without loading it."
-    path = Path(path)
+    path = as_path(path, "open_rows")
     suffix = _suffix(path)
     if name and suffix != ".npz":
         advice = "only the arrays of a .npz file have names"
@@ -162,24 +167,53 @@ def _mode_of_place(target, path):
     return mode
 
 # %% ../../nbs/api/storage/files.ipynb #6b0c4962
+def _lock(file):
+    "Whether nobody else has this file locked; it is locked from now on, where the system can."
+    with suppress(OSError):
+        if fcntl is not None: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
+def _remove_left(folder):
+    "Remove the temporary files whose writers are dead: those that nobody has locked."
+    if fcntl is None: return
+    for left in folder.glob(".hamux-*.tmp"):
+        with suppress(OSError), open(left, "rb") as file:
+            if _lock(file): os.unlink(left)
+
+
+def _new_temporary(folder):
+    "A new file in a folder, open and locked."
+    while True:
+        file = open(folder / f".hamux-{secrets.token_hex(8)}.tmp", "xb") # noqa: SIM115
+        _lock(file)
+        if os.fstat(file.fileno()).st_nlink: return file
+        file.close() # somebody took it for a dead one's, before it was locked
+
+# %% ../../nbs/api/storage/files.ipynb #8f8ea672
 @contextmanager
 def atomic_file(
     path: str | os.PathLike, # the file to make or to replace
 ) -> Iterator[BinaryIO]: # a seekable binary file to fill
     "A new file that replaces `path` when the block ends well. Raises `FileProblem` if none can."
-    target = Path(os.path.realpath(path))
+    with file_problems(path): target = Path(os.path.realpath(as_path(path, "atomic_file")))
     mode = _mode_of_place(target, path)
-    temporary = target.with_name(f".hamux-{secrets.token_hex(8)}.tmp")
-    with file_problems(path): file = open(temporary, "xb") # noqa: SIM115 (closed below)
+    with file_problems(path):
+        _remove_left(target.parent)
+        file = _new_temporary(target.parent)
     try:
         with file_problems(path):
-            if mode: os.chmod(temporary, stat.S_IMODE(mode))
+            if mode: os.chmod(file.name, stat.S_IMODE(mode))
         yield file
         with file_problems(path):
-            file.flush(), os.fsync(file.fileno()), file.close(), os.replace(temporary, target)
+            file.flush(), os.fsync(file.fileno())
+            if fcntl is None: file.close() # Windows renames no open file
+            os.replace(file.name, target)
+            file.close()
     except BaseException:
         with suppress(OSError): file.close()
-        with suppress(OSError): os.unlink(temporary)
+        with suppress(OSError): os.unlink(file.name)
         raise
 
 # %% ../../nbs/api/storage/files.ipynb #28d3751f
@@ -217,7 +251,7 @@ def write_rows(
     dtype: np.dtype | str, # of the values in the file; a real one of at most 64 bits
 ) -> Iterator[RowWriter]: # raises `FileProblem` if there is no place for the file
     "Write a file of rows in batches. Raises ValueError if fewer rows came than were announced."
-    path = Path(path)
+    path = as_path(path, "write_rows")
     form = _FORMATS[_suffix(path)]
     shape = tuple(int(n) for n in (n_rows, *np.atleast_1d(row_shape)))
     layout = check_layout(Layout(shape, np.dtype(dtype).newbyteorder("=")), path)
