@@ -38,14 +38,15 @@ def by_name(given, what):
             f"HAM: the names of {what} must be all strings or all positions 0, 1, …, got"
             f" {list(items)}."
         )
-    return items
+    return {k if isinstance(k, str) else int(k): v for k, v in items.items()}
 
 
 def _known(name, table, what):
-    "Raise unless `name` is in `table`."
+    "A name as `table` has it. Raises ValueError unless it is there."
     if not isinstance(name, str | numbers.Integral) or name not in table:
         known = ", ".join(map(repr, table))
         raise ValueError(f"HAM: the connections name an unknown {what} {name!r}. Known: {known}.")
+    return name if isinstance(name, str) else int(name) # also where NumPy counted
 
 
 def check_connections(connections, neurons, hypersynapses):
@@ -67,9 +68,8 @@ def check_connections(connections, neurons, hypersynapses):
                 f" (({names!r},), {s!r})."
             )
         if not names: raise ValueError(f"HAM: a connection must join a layer, got {c!r}.")
-        for n in names: _known(n, neurons, "neuron layer")
-        _known(s, hypersynapses, "hypersynapse")
-        out.append((tuple(names), s))
+        layers = tuple(_known(n, neurons, "neuron layer") for n in names)
+        out.append((layers, _known(s, hypersynapses, "hypersynapse")))
     return tuple(out)
 
 # %% ../../nbs/api/network/hypergraph.ipynb #8b2743c2

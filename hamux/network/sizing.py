@@ -26,10 +26,12 @@ def square_norm(
     layer: NeuronLayer, # any layer
 ) -> Float[Array, ""]: # mean of ‖σ(x)‖² over standard normal states x
     "The squared length of a typical activation: the fan-in that the layer is to others."
-    draws = math.ceil(4096 / math.prod(layer.shape))
-    # drawn without compiling anything
-    xs = np.random.default_rng(0).standard_normal((draws, *layer.shape), np.float32)
-    return _mean_square_norm(layer, xs)
+    shape = math.ceil(4096 / math.prod(layer.shape)), *layer.shape
+    # drawn without compiling anything, and under a transformation not before it runs
+    draw = lambda: np.random.default_rng(0).standard_normal(shape, np.float32)
+    if isinstance(jnp.zeros(()), jax.core.Tracer):
+        return _mean_square_norm(layer, jax.pure_callback(draw, jax.ShapeDtypeStruct(shape, "f4")))
+    return _mean_square_norm(layer, draw())
 
 
 @jax.jit

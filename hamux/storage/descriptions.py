@@ -28,7 +28,9 @@ def describe_value(
     strict: bool, # whether everything must have a name, and learned arrays have their values
 ): # of dictionaries, lists, strings and numbers
     "A plain value for a constant, an array, or something that has a name."
-    if isinstance(v, np.generic): v = v.item()
+    if isinstance(v, np.generic):
+        if not _is_number(v.dtype): v = v.item()
+        else: return {"scalar": v.item(), "dtype": str(v.dtype)}
     if v is None or isinstance(v, bool | int | float | str): return v
     if isinstance(v, list | tuple): return [describe_value(e, where, strict) for e in v]
     if is_parameter(v):
@@ -37,6 +39,11 @@ def describe_value(
     if isinstance(v, np.ndarray | jax.Array) and not jnp.issubdtype(v.dtype, jax.dtypes.prng_key):
         return {"constant": np.asarray(v).tolist(), "dtype": str(v.dtype)}
     return describe_part(v, LAGRANGIANS | SYNAPSES, "type", where, strict, whole=True)
+
+
+def _is_number(dtype):
+    "Whether a dtype is one of real numbers or booleans."
+    return dtype.kind == "b" or any(jnp.issubdtype(dtype, k) for k in (jnp.integer, jnp.floating))
 
 # %% ../../nbs/api/storage/descriptions.ipynb #bd7848ae
 def arguments_of(
@@ -83,15 +90,23 @@ def describe_part(
     )
 
 # %% ../../nbs/api/storage/descriptions.ipynb #232fc3a9
+def _dtype_named(name, where):
+    "The dtype of numbers with a name."
+    try:
+        dtype = jnp.dtype(name)
+    except (TypeError, ValueError, OverflowError):
+        dtype = None
+    if not isinstance(name, str) or dtype is None or not _is_number(dtype):
+        raise ValueError(f"{where}: dtype must be a name such as 'float32', got {name!r}.")
+    return dtype
+
+
 def available_dtype(
     name: str, # what `str(array.dtype)` gives
     where: str, # what has this dtype, for messages
 ): # a dtype
     "The dtype of a name. Raises ValueError where there is none, or JAX is set not to have it."
-    try:
-        dtype = jnp.dtype(name)
-    except TypeError as e:
-        raise ValueError(f"{where}: dtype must be a name such as 'float32', got {name!r}.") from e
+    dtype = _dtype_named(name, where)
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError(
             f"{where} is {dtype}, and JAX is set to 32 bits, which would round it. Call"
@@ -116,16 +131,25 @@ def read_value(
     if isinstance(v, list | tuple):
         return tuple(read_value(e, where, find, number, draw) for e in v)
     if not isinstance(v, Mapping): return v
-    if "constant" in v: return np.asarray(v["constant"], available_dtype(v.get("dtype"), where))
+    if "constant" in v: return np.asarray(v["constant"], _dtype_named(v.get("dtype"), where))
+    if "scalar" in v: return _read_scalar(v, where)
     if "learned" in v:
         dtype = available_dtype(v.get("dtype", str(jnp.result_type(float))), where)
         if v["learned"] is None: return draw(tuple(v.get("shape", ())), dtype)
         return jnp.asarray(np.asarray(v["learned"], float), dtype)
     if "type" in v: return read_part(v, LAGRANGIANS | SYNAPSES, "type", where, find)
     raise ValueError(
-        f"{where} must be a plain value or a table {{learned: …}}, {{constant: …, dtype: …}} or"
-        f" {{type: …}}, got {dict(v)!r}."
+        f"{where} must be a plain value or a table {{learned: …}}, {{constant: …, dtype: …}},"
+        f" {{scalar: …, dtype: …}} or {{type: …}}, got {dict(v)!r}."
     )
+
+
+def _read_scalar(v, where):
+    "A number of NumPy."
+    dtype, number = _dtype_named(v.get("dtype"), where), v["scalar"]
+    if not isinstance(number, bool | int | float):
+        raise ValueError(f"{where}: scalar must be a number, got {number!r}.")
+    return np.asarray(number, dtype)[()]
 
 # %% ../../nbs/api/storage/descriptions.ipynb #263f7f64
 def _holds_weights(kind, settings):

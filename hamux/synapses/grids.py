@@ -17,7 +17,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 from fastcore.basics import patch
 from jaxtyping import Array, Float
 
@@ -77,7 +76,7 @@ def _windows(x, window, strides, pads, places, fill):
     "Every window of a grid (*spatial, C), as axes (places, window) for each spatial axis, then C."
     x = jnp.pad(x, [*pads, (0, 0)], constant_values=fill)
     for axis, (w, s, n) in enumerate(zip(window, strides, places, strict=True)):
-        x = jnp.take(x, s * np.arange(n)[:, None] + np.arange(w), axis=2 * axis)
+        x = jnp.take(x, s * jnp.arange(n)[:, None] + jnp.arange(w), axis=2 * axis)
     return x
 
 # %% ../../nbs/api/synapses/grids.ipynb #6c163ada
