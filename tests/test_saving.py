@@ -1,15 +1,21 @@
 """Files of networks: every part, dtype and byte, old files, and writers that are killed."""
+import copy
 import functools as ft
 import inspect
 import json
+import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
+import warnings
 import zipfile
 from pathlib import Path
 
+import cloudpickle
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -35,6 +41,11 @@ from hamux.lagrangians.facts import facts_of
 from hamux.storage.config import from_config, to_config
 from hamux.storage.files import FileProblem
 from hamux.storage.saving import load, save
+
+COPY = {
+    "pickle": lambda v: pickle.loads(pickle.dumps(v)),
+    "cloudpickle": lambda v: pickle.loads(cloudpickle.dumps(v)),
+}
 
 
 def same(a, b):
@@ -75,6 +86,7 @@ def test_round_trip(dtype, tmp_path):
 
 def check_round_trip(ham, path, **known):
     "The network comes back from a file, and one like it from its configuration through JSON."
+    for again in copy.deepcopy, COPY["pickle"], COPY["cloudpickle"]: assert same(again(ham), ham)
     save(path, ham)
     assert same(load(path, **known), ham) and same(load(path, like=ham), ham)
     config = json.loads(json.dumps(to_config(ham)))
@@ -235,6 +247,67 @@ def test_a_synapse_that_stands_in_no_connection(tmp_path):
         assert from_config(to_config(ham), key=jr.key(0)).hypersynapses["idle"].W.shape == (3, 5)
 
 
+@pytest.mark.parametrize("name", named(synapses, lambda c: getattr(c, "config_name", None)))
+def test_every_synapse_without_a_connection(name, tmp_path):
+    (part,) = example(name).hypersynapses.values()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        ham = hmx.HAM([hmx.TanhLayer(2)], [hmx.BiasSynapse(jnp.ones(2)), part], [([0], 0)])
+        check_round_trip(ham, tmp_path / "n")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int8", "int64", "bfloat16"])
+def test_numbers_of_numpy_keep_their_dtype(dtype, tmp_path):
+    "As a time constant, as a hyperparameter, bound or not: value and dtype"
+    number = np.asarray(3, jnp.dtype(dtype))[()]
+    layers = [
+        hmx.SoftmaxLayer(3, beta=number, tau=number),
+        hmx.NeuronLayer(ft.partial(lagrangians.lagr_softmax, beta=number), 3),
+    ]
+    memory = hmx.MemorySynapse(XI, ft.partial(lagrangians.lagr_softmax, beta=number))
+    ham = hmx.HAM(layers, [memory, memory], [([0], 0), ([1], 1)])
+    check_round_trip(ham, tmp_path / "n")
+    for bound in load(tmp_path / "n").neurons[1].lagrangian.keywords, vars(hmx):
+        got = bound.get("beta", number)
+        assert type(got) is type(number) and got == number
+    assert type(load(tmp_path / "n").neurons[0].tau) is type(number)
+    # what 0.3.0 wrote, a plain number, is the same network
+    rewritten(tmp_path / "n", lambda h: plain_numbers(h["network"]))
+    assert same(load(tmp_path / "n", like=ham), ham)
+
+
+def plain_numbers(table):
+    "Put plain numbers for NumPy's in a description."
+    entries = table.items() if isinstance(table, dict) else enumerate(table)
+    for k, v in list(entries):
+        if isinstance(v, dict) and "scalar" in v: table[k] = v["scalar"]
+        elif isinstance(v, dict | list): plain_numbers(v)
+
+
+def test_numpy_counts(tmp_path):
+    "Connections by integers of NumPy, and constant integers that JAX does not have"
+    connections = [((np.int64(0), np.uint8(1)), np.int32(0))]
+    synapse = hmx.LinearSynapse(jnp.ones((3, 2)))
+    ham = hmx.HAM([hmx.TanhLayer(3), hmx.TanhLayer(2)], [synapse], connections)
+    assert same(ham, hmx.HAM([hmx.TanhLayer(3), hmx.TanhLayer(2)], [synapse], [((0, 1), 0)]))
+    check_round_trip(ham, tmp_path / "n")
+    picks = hmx.HAM([hmx.TanhLayer(3)], [Pick(np.arange(2))], [([0], 0)])
+    check_round_trip(picks, tmp_path / "n", known=[Pick])
+    assert load(tmp_path / "n", known=[Pick]).hypersynapses[0].index.dtype == np.int64
+
+
+class Pick(eqx.Module):
+    "A hypersynapse with constant integers."
+    index: np.ndarray
+    def __call__(self, xhat): return -xhat[self.index].sum()
+
+
+def test_a_partial_of_nothing_is_its_function(tmp_path):
+    bare = eqx.Partial(lagrangians.lagr_softmax)
+    ham = hmx.HAM([hmx.NeuronLayer(bare, 3)], [hmx.MemorySynapse(XI, bare)], [([0], 0)])
+    check_round_trip(ham, tmp_path / "n")
+
+
 def small(key=0, n=3):
     return hmx.HAM(
         {"a": hmx.TanhLayer(n), "b": hmx.SoftmaxLayer(2)},
@@ -309,6 +382,139 @@ def test_a_changed_header(change, message, tmp_path):
     with pytest.raises(FileProblem, match=message): load(tmp_path / "n")
 
 
+def nested(depth):
+    "A table in a table, and so on."
+    return ft.reduce(lambda v, _: [v], range(depth), 1)
+
+
+BAD_NUMBERS = {
+    "tau": (10**400, -1, 1e400, [], {"scalar": 1, "dtype": "O"}, {"learned": None, "shape": [-1]}),
+    "shape": ([10**30], [], [0], [1.5], "3", [True], 10**400, [[3]]),
+    "leak": (0, [], {}),
+    "lagrangian": (3, {"name": 7}, {"name": "softmax", "beta": 10**400}, {"opaque": 1}, nested(60)),
+}
+
+
+@pytest.mark.parametrize("entry", BAD_NUMBERS)
+def test_numbers_that_mean_nothing(entry, tmp_path):
+    for value in BAD_NUMBERS[entry]:
+        save(tmp_path / "n", small())
+        rewritten(tmp_path / "n", lambda h: h["network"]["neurons"]["a"].update({entry: value}))
+        try:
+            load(tmp_path / "n")
+            assert entry == "leak"
+        except FileProblem as e:
+            assert str(e).isprintable() and len(str(e)) < 1000
+
+
+@pytest.mark.parametrize("change", [
+    lambda h: h["network"].update(connections=nested(70)),
+    lambda h: h["network"].update(connections=nested(40)),
+    lambda h: h["network"].update(neurons=[]),
+    lambda h: h["network"].update(neurons=3),
+    lambda h: h["network"].update(connections=[[["a", "b"], ["s"]]]),
+    lambda h: h["network"].update(connections=[[[{}], {}]]),
+    lambda h: h.update(version=True),
+    lambda h: h.update(checksums=[]),
+    lambda h: h.update(checksums="x"),
+    lambda h: h.update(parameters=[3]),
+    lambda h: h["parameters"][0].update(shape=[10**400]),
+    lambda h: h["parameters"][0].update(dtype="O"),
+    lambda h: h["parameters"].append(h["parameters"][0]),
+])
+def test_descriptions_that_are_none(change, tmp_path):
+    save(tmp_path / "n", small())
+    rewritten(tmp_path / "n", change)
+    with pytest.raises(FileProblem): load(tmp_path / "n")
+
+
+@pytest.mark.parametrize("text", ["[" * 10**6, "[" * 900 + "]" * 900, "1" * 10**5, "", "\ud800"])
+def test_text_that_is_no_description(text, tmp_path):
+    with zipfile.ZipFile(tmp_path / "n", "w") as archive:
+        archive.writestr("hamux.json", text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(FileProblem, match="is not a network saved by hamux"): load(tmp_path / "n")
+
+
+def test_a_flipped_bit_in_a_weight_is_refused(tmp_path):
+    "Also where the archive's own checksum was made to agree with it"
+    ham, path = small(), tmp_path / "n"
+    save(path, ham)
+    with zipfile.ZipFile(path) as archive:
+        members = {n: archive.read(n) for n in archive.namelist()}
+    for bit in range(0, 24 * 8, 5): # of 6 numbers of 4 bytes, at the end of their member
+        changed = bytearray(members["0.npy"])
+        changed[-24 + bit // 8] ^= 1 << bit % 8
+        with zipfile.ZipFile(path, "w") as archive:
+            for n, data in (members | {"0.npy": changed}).items(): archive.writestr(n, bytes(data))
+        with pytest.raises(FileProblem, match="does not have its checksum"): load(path)
+
+
+def test_files_without_checksums(tmp_path):
+    "As 0.3.0 wrote them"
+    save(tmp_path / "n", small())
+    rewritten(tmp_path / "n", lambda h: h.pop("checksums"))
+    assert same(load(tmp_path / "n"), small())
+
+
+HUGE = [
+    (["linear"], [[400_000_000], [2]], [[[0, 1], 0]]),
+    (["dense"], [[20_000, 20_000], [2]], [[[0, 1], 0]]),
+    ([{"type": "attention", "causal": True}], [[20_000, 2]], [[[0], 0]]),
+    ([{"type": "memory", "memories": 400_000_000}], [[3]], [[[0], 0]]),
+    ([{"type": "pool", "window": 10**5, "strides": 1}], [[10**6, 1], [10**6 - 99_999, 1]],
+     [[[0, 1], 0]]),
+    ([{"type": "conv", "filter_shape": [99, 99]}], [[9000, 9000, 1], [9000, 9000, 1]],
+     [[[0, 1], 0]]),
+    ([{"type": "bias", "b": {"learned": None, "shape": [10**9]}}], [[10**9]], [[[0], 0]]),
+]
+
+
+@pytest.mark.parametrize("synapses, shapes, connections", HUGE)
+def test_a_small_file_takes_little_memory(synapses, shapes, connections, tmp_path):
+    "Whatever sizes it names: no state is drawn and no weight is made before the file is measured"
+    layers = [{"lagrangian": "identity", "shape": shape} for shape in shapes]
+    network = {"neurons": layers, "hypersynapses": synapses, "connections": connections}
+    header = {"format": "hamux network", "version": 1, "network": network, "parameters": []}
+    with zipfile.ZipFile(tmp_path / "n", "w") as archive:
+        archive.writestr("hamux.json", json.dumps(header))
+    tracemalloc.start()
+    before = resident()
+    try:
+        load(tmp_path / "n")
+    except FileProblem:
+        pass
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 2e7 and resident() - before < 1e8 # mostly what JAX keeps of tracing
+
+
+def resident():
+    "The memory of this process, in bytes."
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("name", [b"none", "a\0b", "\ud800", ""])
+def test_names_that_are_none(name):
+    with pytest.raises(FileProblem): load(name)
+    if name != b"none":
+        with pytest.raises(FileProblem, match="no file can have the name"): save(name, small())
+
+
+@pytest.mark.parametrize("name", [3, None, 2.5, ["x"]])
+def test_what_is_no_name(name):
+    for call in load, lambda path: save(path, small()):
+        with pytest.raises(TypeError, match="path must be the name of a file"): call(name)
+
+
+def test_an_encrypted_member(tmp_path):
+    save(tmp_path / "n", small())
+    whole = (tmp_path / "n").read_bytes()
+    for at in range(len(whole)):
+        if whole[at:at + 4] != b"PK\1\2": continue
+        (tmp_path / "n").write_bytes(whole[:at + 8] + b"\1" + whole[at + 9:])
+        with pytest.raises(FileProblem, match="encrypted, or packed"): load(tmp_path / "n")
+
+
 def test_a_pickle_is_not_executed(tmp_path):
     class Bomb:
         def __reduce__(self): return (pytest.fail, ("executed",))
@@ -359,6 +565,8 @@ def test_a_killed_writer_leaves_a_whole_file(tmp_path):
         assert W.shape == (600, 500) and W.min() == W.max() and W.max() in (1, 2)
         left += len(list(tmp_path.glob(".hamux-*.tmp")))
     assert left > 0
+    save(path, small())
+    assert [p.name for p in tmp_path.iterdir()] == ["n"] # and the next one cleans up
 
 
 # --- files of 0.3.0 -------------------------------------------------------------------------------
@@ -380,6 +588,22 @@ def test_files_of_an_older_version_load(name):
         np.testing.assert_array_equal(got.view(np.uint16) if bits else got, expected[key])
     xs = ham.init_states(key=jax.random.key(0))
     assert jnp.isfinite(ham.energy(ham.activations(xs), xs))
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in DATA.glob("*.hamux")))
+def test_a_changed_byte_of_an_older_file(name, tmp_path):
+    "Refused, or harmless: what a zip's own checksum shows"
+    whole, ham = (DATA / f"{name}.hamux").read_bytes(), load(DATA / f"{name}.hamux")
+    rng, refused = np.random.default_rng(0), 0
+    for at, bit in zip(rng.integers(0, len(whole), 40), rng.integers(0, 8, 40)):
+        changed = bytearray(whole)
+        changed[at] ^= 1 << int(bit)
+        (tmp_path / "n").write_bytes(changed)
+        try:
+            assert same(load(tmp_path / "n"), ham), (at, bit)
+        except FileProblem:
+            refused += 1
+    assert refused > 10
 
 
 # what needs more than its name to be read

@@ -162,3 +162,43 @@ def test_constants_without_a_hash(how):
     vague = Odd(np.ones(2))
     assert Frozen(vague) == Frozen(vague) != Frozen(Odd(np.ones(2)))
     assert Frozen(Odd(np.ones(2))) != Frozen(Odd(np.ones(3))) # whose == raises, or says no
+
+
+BETAS = float("inf"), np.float32(np.inf), jnp.array(jnp.inf), 1j, np.complex64(2)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_an_inverse_temperature_is_real_and_finite(beta):
+    "Wherever it stands"
+    hot = eqx.Partial(hmx.lagr_softmax, beta=beta)
+    W, bias = jnp.ones((1, 2, 3)), hmx.BiasSynapse(jnp.ones(3))
+    for make in (
+        lambda: hmx.HAM([hmx.SoftmaxLayer(3, beta=beta)], [bias], [([0], 0)]),
+        lambda: hmx.TanhLayer(3, beta=beta).sigma(jnp.ones(3)),
+        lambda: hmx.MemorySynapse(jnp.eye(3), hot),
+        lambda: hmx.AttentionSynapse(W, W, beta),
+        lambda: hmx.memory_ham(jnp.eye(3), beta),
+        lambda: hmx.Memory(np.eye(3), beta),
+    ):
+        with pytest.raises(ValueError, match="beta must be .*finite"): make()
+
+
+@pytest.mark.parametrize("tau", [10**400, np.complex64(1), "1", np.nan, -np.inf])
+def test_a_time_constant_is_a_positive_number(tau):
+    with pytest.raises(ValueError, match="tau must be a positive finite number"):
+        hmx.TanhLayer(3, tau=tau)
+
+
+@pytest.mark.parametrize("max_steps", [2**31, 2**40, 10**400])
+def test_steps_that_no_counter_holds(max_steps):
+    ham = THINGS["network"]
+    for recall in hmx.descend, lambda *given, **how: hmx.flow(*given, 1.0, **how):
+        with pytest.raises(ValueError, match="max_steps must be a positive int"):
+            recall(ham, ham.init_states(), max_steps=max_steps)
+
+
+@pytest.mark.parametrize("key", [{}, 3, "x", []])
+def test_a_key_that_is_none(key):
+    ham = THINGS["network"]
+    with pytest.raises(TypeError, match="key must be a PRNG key"):
+        hmx.descend(ham, ham.init_states(), solver=hmx.Langevin(0.1, 0.1), max_steps=3, key=key)

@@ -169,8 +169,9 @@ def flow(
     "Integrate τ dx/dt = −∂E/∂x̂ from `xs`. Raises ValueError or TypeError for bad input."
     diffrax = _diffrax()
     start = read_start("flow", ham, xs, clamp)
-    if not isinstance(max_steps, numbers.Integral) or max_steps < 1:
-        raise ValueError(f"flow: max_steps must be a positive int, got {max_steps!r}.")
+    if not isinstance(max_steps, numbers.Integral) or not 1 <= max_steps < 2**31:
+        most = "(2³¹ − 1 at most)"
+        raise ValueError(f"flow: max_steps must be a positive int, got {max_steps!r} {most}.")
     if not start.free: raise ValueError("flow: every layer is clamped, so nothing moves.")
     dtype, eps = jnp.result_type(jnp.float32, *start.xs.values()), start.epsilon ** (2 / 3)
     rtol, atol = (eps if t is None else t for t in (rtol, atol))

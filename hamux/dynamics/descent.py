@@ -17,6 +17,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from .adaptive import Adaptive
@@ -94,11 +95,14 @@ def _number(value, dtype):
     with jax.ensure_compile_time_eval(): return jnp.asarray(value, dtype)
 
 
-def _check_settings(solver, max_steps, trace, anneal, rtol, atol):
+def _check_settings(solver, max_steps, trace, anneal, rtol, atol, key):
+    if not (key is None or isinstance(key, jax.Array | np.ndarray)):
+        raise TypeError(f"key must be a PRNG key such as jax.random.key(0), got {key!r}.")
     if not isinstance(solver, AbstractSolver):
         raise TypeError(f"solver must be one such as Euler(dt=0.1), got {solver!r}.")
-    if not isinstance(max_steps, numbers.Integral) or max_steps < 1:
-        raise ValueError(f"max_steps must be a positive int, got {max_steps!r}.")
+    if not isinstance(max_steps, numbers.Integral) or not 1 <= max_steps < 2**31 - 1:
+        most = "(2³¹ − 2 at most)"
+        raise ValueError(f"max_steps must be a positive int, got {max_steps!r} {most}.")
     if not isinstance(trace, bool | Trace):
         raise TypeError(f"trace must be True, False or a Trace(…), got {trace!r}.")
     if not (rtol >= 0 and atol >= 0):
@@ -134,7 +138,7 @@ def descend(
     "Recall: slide down the energy until it is flat. Raises ValueError or TypeError for bad input."
     start, anneal = read_start("descend", ham, xs, clamp), anneal or {}
     rtol, atol = (start.epsilon ** (2 / 3) if t is None else t for t in (rtol, atol))
-    _check_settings(solver, max_steps, trace, anneal, rtol, atol)
+    _check_settings(solver, max_steps, trace, anneal, rtol, atol, key)
     for name in anneal: with_beta(start.ham, name, 1.0)
     if progress and importlib.util.find_spec("tqdm") is None:
         raise ImportError("progress=True shows a bar of tqdm: pip install 'hamux[train]'.")

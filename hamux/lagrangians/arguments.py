@@ -29,6 +29,8 @@ def real_state(x, who):
 def hyperparameter(value, name, who, shape, dtype, at_least=0.0, strictly=True):
     "The hyperparameter `value` in `dtype`. Raises ValueError for a wrong sign or shape."
     if not isinstance(value, jax.core.Tracer):
+        if np.iscomplexobj(value) or np.any(np.asarray(value, dtype=float) == np.inf):
+            raise ValueError(f"{who}: {name} must be real and finite, got {value}.")
         known = np.asarray(value, dtype=float)
         if not np.all(known > at_least if strictly else known >= at_least):
             bound = "greater than" if strictly else "at least"

@@ -78,9 +78,14 @@ def _as_shape(shape):
 
 def _as_tau(tau):
     "A time constant: one positive number, as far as it is known."
-    number = isinstance(tau, (numbers.Real, np.ndarray, jax.Array)) and not isinstance(tau, bool)
+    kinds = numbers.Real, np.generic, np.ndarray, jax.Array
+    number = isinstance(tau, kinds) and not isinstance(tau, bool) and not np.iscomplexobj(tau)
     number = number and jnp.shape(tau) == ()
-    if not number or not (isinstance(tau, jax.core.Tracer) or 0 < float(tau) < math.inf):
+    try:
+        good = number and (isinstance(tau, jax.core.Tracer) or 0 < float(tau) < math.inf)
+    except (OverflowError, ValueError, TypeError): # an int that no float holds; no number
+        good = False
+    if not good:
         raise ValueError(f"NeuronLayer: tau must be a positive finite number, got {tau!r}.")
     return tau
 

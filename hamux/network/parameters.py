@@ -90,8 +90,9 @@ class Sealed(eqx.Module):
 
 def _open(node):
     "A pytree in which partials show what they hold and floating arrays are JAX's."
-    is_partial = lambda n: isinstance(n, ft.partial)
+    is_partial = lambda n: isinstance(n, ft.partial | eqx.Partial)
     def visit(n):
+        if is_partial(n) and not (n.args or n.keywords): return _open(n.func)
         if is_partial(n): return eqx.Partial(_open(n.func), *_open(n.args), **_open(n.keywords))
         if not is_parameter(n): return n
         n = jnp.asarray(n)

@@ -137,7 +137,8 @@ def read_value(
         dtype = available_dtype(v.get("dtype", str(jnp.result_type(float))), where)
         if v["learned"] is None: return draw(tuple(v.get("shape", ())), dtype)
         return jnp.asarray(np.asarray(v["learned"], float), dtype)
-    if "type" in v: return read_part(v, LAGRANGIANS | SYNAPSES, "type", where, find)
+    if "type" in v or "opaque" in v:
+        return read_part(v, LAGRANGIANS | SYNAPSES, "type", where, find)
     raise ValueError(
         f"{where} must be a plain value or a table {{learned: …}}, {{constant: …, dtype: …}},"
         f" {{scalar: …, dtype: …}} or {{type: …}}, got {dict(v)!r}."

@@ -39,7 +39,7 @@ def _as_beta(beta, heads):
             f"AttentionSynapse: beta must be a positive number, or an array of one per head"
             f" ({heads}), got {beta!r}."
         )
-    if not isinstance(beta, jax.core.Tracer) and not np.all(
+    if np.iscomplexobj(beta) or not isinstance(beta, jax.core.Tracer) and not np.all(
         (np.asarray(beta) > 0) & (np.asarray(beta) < np.inf)
     ):
         raise ValueError(f"AttentionSynapse: beta must be positive and finite, got {beta!r}.")
