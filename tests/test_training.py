@@ -1,11 +1,15 @@
 """Losses and training beyond the notebooks: closed forms in float64, what is exact to the bit,
 kills, interrupts, damaged files."""
 
+import io
 import itertools
+import json
 import os
 import signal
 import subprocess
 import sys
+import tracemalloc
+import zipfile
 
 import equinox as eqx
 import jax
@@ -33,6 +37,7 @@ from hamux.learning.gradients import Gradient
 from hamux.learning.run import Run, read_run, run_arrays, run_identity
 from hamux.learning.trainable import parameter_places, trainable_mask
 from hamux.storage.files import FileProblem
+from hamux.storage.saving import digest
 
 
 def leaves(*trees): return [np.asarray(v) for v in jtu.tree_leaves(trees)]
@@ -699,6 +704,134 @@ def test_files_of_something_else(tmp_path):
     with pytest.raises(FileProblem, match="is not a training run saved by hamux"): go()
     with pytest.raises(FileProblem, match="its folder does not exist"):
         go(checkpoint=tmp_path / "none" / "run.hamux")
+
+
+def test_other_numbers_of_the_same_shapes(tmp_path):
+    "Data, start, state of the optimizer and validation data are compared, not only their shapes"
+    path, data = tmp_path / "run.hamux", np.array(DATA)
+    adam = optax.adam(0.05)
+    go = lambda ham=None, data=data, **more: fit(
+        ham or two_matrices(), pull, data, adam, steps=2, checkpoint=path, **QUICK | more
+    )
+    done = go(validation=data)
+    assert same_bits(go(validation=data.copy()).last, done.last)
+    assert same_bits(go().last, done.last) # without validation it is the same run
+    data[7] += 1e-3
+    moved = jtu.tree_map(lambda v: v + 1e-6, two_matrices())
+    state = jtu.tree_map(lambda v: v + 1, adam.init(two_matrices()))
+    for said, more in {
+        "on other data of the same shapes": dict(data=data, validation=DATA),
+        "that began with other parameters": dict(ham=moved, data=DATA),
+        "another state of the optimizer": dict(data=DATA, opt_state=state),
+        "validated on other data": dict(data=DATA, validation=data),
+    }.items():
+        with pytest.raises(FileProblem, match=f"{said}.*checksum .* in the file.*another file"):
+            go(**more)
+    assert same_bits(go(data=DATA, validation=DATA).last, done.last)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_large_data_are_read_in_parts(tmp_path, order):
+    "A checksum of a memory map takes no memory of its size, in whatever order it lies"
+    shape = (3, 2_000_000)
+    rows = np.memmap(tmp_path / "rows", np.float32, "w+", shape=shape, order=order)
+    rows[:] = np.arange(6e6).reshape(shape)
+    tracemalloc.start()
+    there = digest(rows)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert there == digest(np.array(rows)) and most < 1.7e7
+    assert digest(np.zeros((0, 3)), np.float32(1)) == digest(np.ones(1, np.float32))
+
+
+def test_validation_may_be_added(tmp_path):
+    "At whatever step, also when all are done, and again at each retry"
+    more = dict(validation=DATA, validate_every=3, patience=4)
+    go = lambda steps, path=None, **more: fit(
+        two_matrices(), pull, DATA, optax.adam(0.05), steps=steps, checkpoint=path, **QUICK | more
+    )
+    whole = go(9, **more)
+    for first in (0, 1, 3, 5, 9):
+        path = tmp_path / f"{first}.hamux"
+        go(first, path)
+        for _ in range(2):
+            out = go(9, path, **more)
+            assert same_bits(out.last, whole.last) and same_bits(out.losses, whole.losses)
+            steps = [step for step in (0, 3, 6, 9) if step >= first]
+            np.testing.assert_array_equal(out.validation[0], steps)
+            np.testing.assert_array_equal(out.validation[1], whole.validation[1][-len(steps):])
+        assert same_bits(go(9, path).last, whole.last) # and it may be left out
+
+
+def rewritten(path, change):
+    "The file at `path` with its header changed, and its arrays, by name"
+    with zipfile.ZipFile(path) as archive:
+        members = {n: archive.read(n) for n in archive.namelist()}
+    header = json.loads(members["hamux.json"])
+    change(header, members)
+    members["hamux.json"] = json.dumps(header).encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        for n, data in members.items(): archive.writestr(n, data)
+
+
+def narrow(header, members, name="network"):
+    "Put float16 for the first array of some name."
+    i, row = next((i, r) for i, r in enumerate(header["parameters"]) if r["name"].startswith(name))
+    array = np.load(io.BytesIO(members[f"{i}.npy"])).astype(np.float16)
+    np.save(file := io.BytesIO(), array)
+    members[f"{i}.npy"], row["dtype"] = file.getvalue(), "float16"
+    header["checksums"][i] = digest(array)
+
+
+@pytest.mark.parametrize("said, change", [
+    ("/0/dtype is 'float16' in the file, and 'float32' here", narrow),
+    ("/dtype is 'float16'", lambda h, m: narrow(h, m, "optimizer")),
+    ("/dtype is 'float16'", lambda h, m: narrow(h, m, "best")),
+    ("arrays/14", lambda h, m: narrow(h, m, "failed")),
+    ("arrays", lambda h, m: h["parameters"][0].update(name="network.other")),
+    ("arrays", lambda h, m: (h["parameters"].pop(), h["checksums"].pop())),
+    ("damaged", lambda h, m: h.update(seconds="x")),
+    ("damaged", lambda h, m: h.pop("seconds")),
+    ("damaged", lambda h, m: h.update(seconds=10**400)),
+    ("damaged", lambda h, m: h.update(parameters=3)),
+    ("its checksum", lambda h, m: h["checksums"].reverse()),
+    ("something else", lambda h, m: h.update(run=3)),
+    ("something else", lambda h, m: h.update(run={})),
+    ("other data", lambda h, m: h.update(digests={"data": []})),
+])
+def test_files_that_say_something_else(said, change, tmp_path):
+    path = tmp_path / "run.hamux"
+    go = lambda: fit(two_matrices(), pull, DATA, optax.adam(0.05), steps=3, checkpoint=path,
+                     validation=DATA, **QUICK)
+    go()
+    rewritten(path, change)
+    with pytest.raises(FileProblem, match=said): go()
+
+
+def test_files_without_checksums_go_on(tmp_path):
+    "As 0.3.0 wrote them: nothing is compared that is not there"
+    path = tmp_path / "run.hamux"
+    go = lambda steps: fit(
+        two_matrices(), pull, DATA, optax.adam(0.05), steps=steps, checkpoint=path, **QUICK
+    )
+    go(3)
+    rewritten(path, lambda h, m: (h.pop("checksums"), h.pop("digests")))
+    assert go(5).steps == 5
+    with zipfile.ZipFile(path) as archive: header = json.loads(archive.read("hamux.json"))
+    assert set(header["digests"]) == {"data", "start"} # from now on they are
+
+
+def test_losses_keep_their_dtype(tmp_path):
+    "A run in float64 goes on with the losses that it had"
+    with jax.enable_x64(True):
+        ham = jtu.tree_map(lambda v: v.astype(jnp.float64), two_matrices())
+        more = dict(validation=DATA, **QUICK)
+        go = lambda steps, path=None: fit(
+            ham, pull, DATA, optax.adam(0.05), steps=steps, checkpoint=path, **more
+        )
+        go(3, tmp_path / "run.hamux")
+        rest, whole = go(7, tmp_path / "run.hamux"), go(7)
+        assert same_bits(rest.losses, whole.losses) and same_bits(rest.last, whole.last)
 
 
 def test_damaged_files(tmp_path):

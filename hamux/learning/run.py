@@ -30,9 +30,11 @@ from ..network.parameters import refuse_masked
 from ..storage.files import FileProblem
 from hamux.storage.saving import (
     array_table,
+    digest,
     first_difference,
     json_architecture,
     named_parameters,
+    network_difference,
     open_saved,
     read_arrays,
     write_saved,
@@ -181,6 +183,7 @@ class Run:
     best: Any = None # the network of the lowest one
     seconds: float = 0.0
     saved: int = -1 # the step that its file holds
+    digests: dict = dataclasses.field(default_factory=dict) # checksums of what it is made from
 
     @property
     def validated(self):
@@ -212,11 +215,12 @@ def run_arrays(run):
         for name, tree in trees.items()
         for where, v in named_parameters(tree).items()
     }
+    losses, checks = run.losses[:step], [v for _, v in run.validations]
     return out | {
-        "losses": np.asarray(run.losses[:step], np.float32),
+        "losses": np.asarray(losses, np.result_type(np.float32, *losses[:1])),
         "failed": np.asarray(run.failed[:step], np.int32),
         "check steps": np.asarray([s for s, _ in run.validations], np.int32),
-        "check losses": np.asarray([v for _, v in run.validations], np.float32),
+        "check losses": np.asarray(checks, np.result_type(np.float32, *checks[:1])),
     }
 
 
@@ -235,6 +239,13 @@ def run_identity(run, mask, data, batch_size, key):
     }
 
 
+def run_digests(run, data, validation):
+    "Checksums of the data, of the start, and of what it is validated on, if there is anything."
+    leaves = lambda *trees: map(_as_numbers, jtu.tree_leaves(trees))
+    out = {"data": digest(*leaves(data)), "start": digest(*leaves(*run.now[1:]))}
+    return out if validation is None else out | {"validation": digest(*leaves(validation))}
+
+
 def _as_numbers(v):
     "An array that a file can hold: a PRNG key as its numbers."
     return jr.key_data(v) if jnp.issubdtype(v.dtype, jax.dtypes.prng_key) else v
@@ -245,6 +256,7 @@ def _run_of(arrays, like, seconds):
     names = "losses", "failed", "check steps", "check losses"
     losses, failed, when, values = (list(np.asarray(arrays[n])) for n in names)
     _, ham, opt_state = like
+    if len(losses) != len(failed): raise ValueError("its numbers of losses and of rows differ")
     now = len(losses), _fill(ham, "network", arrays), _fill(opt_state, "optimizer", arrays)
     validations = list(zip(map(int, when), values, strict=True))
     best = _fill(ham, "best", arrays) if validations else None
@@ -263,7 +275,7 @@ def _fill(tree, name, arrays):
 def write_run(path, run, identity):
     "Write a run, whole or not at all."
     network, arrays = json_architecture(run.now[1]), run_arrays(run)
-    more = dict(run=identity, seconds=run.seconds)
+    more = dict(run=identity, seconds=run.seconds, digests=run.digests)
     write_saved(path, "hamux training", network, arrays, **more)
 
 
@@ -271,9 +283,7 @@ def read_run(path, run, identity):
     "The run of a file, or this one if there is no file. Raises `FileProblem` for another file."
     if not os.path.exists(path): return run
     with open_saved(path, "hamux training") as (archive, header):
-        network = json_architecture(run.now[1])
-        difference = first_difference(network, header["network"])
-        if difference is None: difference = first_difference(identity, header.get("run"))
+        difference = _difference(run, identity, header)
         if difference is not None:
             raise FileProblem.at(
                 path,
@@ -283,6 +293,51 @@ def read_run(path, run, identity):
         names = [row["name"] for row in header["parameters"]]
         arrays = dict(zip(names, read_arrays(archive, path, header), strict=True))
         try:
-            return _run_of(arrays, run.now, float(header["seconds"]))
-        except (KeyError, TypeError, ValueError) as e:
+            back = _run_of(arrays, run.now, float(header["seconds"]))
+        except (KeyError, TypeError, ValueError, OverflowError) as e:
             raise FileProblem.at(path, f"is damaged: {e}; make it again") from e
+    back.digests = _digests_of(header) | run.digests
+    return back
+
+
+_OTHER = {
+    "data": "on other data of the same shapes",
+    "start": "that began with other parameters or another state of the optimizer",
+    "validation": "validated on other data of the same shapes",
+}
+
+
+def _difference(run, identity, header):
+    "The first thing in which a run is not that of a file, in words."
+    found = network_difference(run.now[1], header["network"])
+    if found is None: found = first_difference(identity, header.get("run"))
+    if found is None: found = first_difference(*_tables(run, header), "arrays")
+    if found is not None: return found
+    there = _digests_of(header)
+    other = (k for k in _OTHER if {k} <= there.keys() & run.digests.keys())
+    for k in other:
+        if there[k] != run.digests[k]:
+            digests = f"checksum {str(there[k])[:8]}… in the file, {run.digests[k][:8]}… here"
+            advice = "to train its network on, give fit its `last`, its `opt_state` and a new file"
+            return f"a run {_OTHER[k]} ({digests}; {advice})"
+
+
+def _digests_of(header):
+    "The checksums in a file; none in one of 0.3.0."
+    found = header.get("digests")
+    return found if isinstance(found, dict) else {}
+
+
+def _tables(run, header):
+    "The arrays that a file of this run would have, and those that it has."
+    there = header["parameters"]
+    shapes = {row["name"]: row["shape"] for row in there}
+    checked = [(0, 0.0)] * (shapes.get("check steps") != [0])
+    here = array_table(run_arrays(dataclasses.replace(run, validations=checked, best=run.now[1])))
+    lists = {"losses": "float", "failed": "int32", "check steps": "int32", "check losses": "float"}
+    grown = {
+        row["name"]: row
+        for row in there
+        if len(row["shape"]) == 1 and row["dtype"].startswith(lists.get(row["name"], "no such"))
+    }
+    return [grown.get(row["name"], row) for row in here], there

@@ -31,6 +31,7 @@ from hamux.learning.run import (
     check_like,
     is_count,
     read_run,
+    run_digests,
     run_identity,
     take_rows,
     train_step,
@@ -330,6 +331,7 @@ def fit(
     run = Run((0, ham, _start_state(optimizer, eqx.filter(ham, mask), opt_state)))
     identity, write = run_identity(run, mask, host, batch_size, key), None
     if checkpoint is not None:
+        run.digests = run_digests(run, host, validation)
         run = read_run(checkpoint, run, identity)
         write = functools.partial(write_run, checkpoint, identity=identity)
 

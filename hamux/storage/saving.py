@@ -66,7 +66,9 @@ def digest(
 ) -> str: # their SHA-256, in hexadecimal
     "A checksum of what is in some arrays."
     sha = hashlib.sha256()
-    for v in arrays: sha.update(_stored(v).reshape(-1).view(np.uint8))
+    for v in map(np.atleast_1d, map(np.asarray, arrays)):
+        rows = max(1, 2**24 // max(1, v[:1].nbytes)) # some megabytes of it, as it may be a map
+        for i in range(0, len(v), rows): sha.update(v[i : i + rows].tobytes())
     return sha.hexdigest()
 
 # %% ../../nbs/api/storage/saving.ipynb #7e3fe47a
