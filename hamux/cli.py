@@ -9,11 +9,14 @@ __all__ = ['GOALS', 'load_patterns', 'corrupt', 'draw_demo', 'hamux_demo', 'hamu
 
 # %% ../nbs/api/cli.ipynb #6ab902a3
 import argparse
+import errno
 import importlib.util
+import os
 import signal
 import sys
 import time
-from contextlib import contextmanager
+import warnings
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import jax
@@ -35,8 +38,27 @@ from .storage.problems import FileProblem
 # %% ../nbs/api/cli.ipynb #1f2c234b
 def _fail(command, what, status=2):
     "Say one line, and end with a status."
-    print(f"{command}: {' '.join(str(what).split())}", file=sys.stderr)
+    _say_error(f"{command}: {' '.join(str(what).split())}")
     raise SystemExit(status)
+
+
+def _say_error(text):
+    "A line on standard error, if there is one."
+    if sys.stderr is None: return
+    with suppress(OSError, ValueError): print(text, file=sys.stderr, flush=True)
+
+
+def _say(command, *lines):
+    "Lines on standard output, at once; ends the command where they cannot be written."
+    try:
+        if sys.stdout is None: raise OSError(errno.EBADF, "it is closed")
+        if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")
+        print(*lines, sep="\n", flush=True)
+    except OSError as e:
+        with suppress(OSError, AttributeError): # or the interpreter tries again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(e, BrokenPipeError): raise SystemExit(128 + 13) from None # SIGPIPE
+        _fail(command, f"standard output cannot be written: {e.strerror}; give another")
 
 
 @contextmanager
@@ -51,6 +73,16 @@ def _one_line_errors(command):
         _fail(command, "out of memory: give a smaller --batch, or fewer memories")
     except KeyboardInterrupt:
         _fail(command, "interrupted; nothing was written", 130)
+
+
+@contextmanager
+def _remarks_of(command):
+    "A list of what is warned of inside, as lines for standard error."
+    remarks = []
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        yield remarks
+    remarks += [f"{command}: {w.message}" for w in said]
 
 # %% ../nbs/api/cli.ipynb #dba78f51
 @contextmanager
@@ -70,7 +102,7 @@ def _caught_signals():
 
 def _progress(items, total, what):
     "`items` with a progress bar on stderr, on a terminal, if it takes more than two seconds."
-    if importlib.util.find_spec("tqdm") is None: return items
+    if sys.stderr is None or importlib.util.find_spec("tqdm") is None: return items
     from tqdm import tqdm
     return tqdm(items, total=total, desc=what, delay=2, leave=False, disable=None)
 
@@ -80,7 +112,7 @@ def _number(kind, low, high, what):
     def parse(text):
         try:
             value = kind(text)
-        except ValueError:
+        except (ValueError, OverflowError):
             value = None
         if value is None or not low <= value <= high:
             raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
@@ -92,6 +124,7 @@ def _number(kind, low, high, what):
 class _Parser(argparse.ArgumentParser):
     "A parser whose errors are one line."
     def error(self, message): _fail(self.prog, f"{message} (see {self.prog} --help)")
+    def print_help(self, file=None): _say(self.prog, self.format_help().rstrip())
 
 
 _POSITIVE_INT = _number(int, 1, 10**7, "a positive int")
@@ -221,7 +254,7 @@ def hamux_demo(
         if Path(o.output).suffix.lower() != ".png":
             raise ValueError(f"{o.output}: the picture is a PNG; name it something.png")
         # opened first, so that a place that cannot be written is known at once
-        with atomic_file(o.output) as picture:
+        with atomic_file(o.output) as picture, _remarks_of("hamux-demo") as remarks:
             patterns = load_patterns(o.digits, o.seed)
             memory = Memory(patterns, o.beta, "euclidean")
             hows = list(GOALS) if o.corruption == "all" else [o.corruption]
@@ -233,15 +266,16 @@ def hamux_demo(
                 lines.append(text)
                 short += missed
             draw_demo(patterns, runs, picture)
-    print(f"{len(patterns)} digits stored, beta = {memory.beta:.3g} per squared grey level\n")
-    print(_HEADER, *lines, f"\nPicture: {o.output}", sep="\n")
-    for line in short: print(f"hamux-demo: {line}", file=sys.stderr)
+    for line in [*remarks, *(f"hamux-demo: {v}" for v in short)]: _say_error(line)
+    stored = f"{len(patterns)} digits stored, beta = {memory.beta:.3g} per squared grey level\n"
+    _say("hamux-demo", stored, _HEADER, *lines, f"\nPicture: {o.output}")
     return 1 if short else 0
 
 # %% ../nbs/api/cli.ipynb #856fae53
 def _batch_size(size, n_queries, n_memories, n_features):
     "Rows per batch: as given, or such that a batch of states takes some ten megabytes."
-    return size or int(np.clip(2**22 // (n_memories + n_features), 1, min(1024, n_queries)))
+    size = size or int(np.clip(2**22 // (n_memories + n_features), 1, 1024))
+    return min(size, n_queries)
 
 
 class _Tally:
@@ -264,7 +298,10 @@ def _recall_batches(memory, source, batch, noisy, settings):
         check_finite(rows, allow_nan=True, first_row=first, what=source.path)
         n = len(rows)
         padded = np.concatenate([rows, np.repeat(rows[-1:], batch - n, 0)]) if n < batch else rows
-        answers, out = memory.recall(padded, noisy, **settings)
+        try:
+            answers, out = memory.recall(padded, noisy, **settings)
+        except ValueError as e:
+            raise FileProblem.at(source.path, f"in the rows from {first} on: {e}") from e
         yield rows, answers[:n], out
         first += n
 
@@ -293,10 +330,10 @@ def _recall_options(argv):
     return p.parse_args(argv)
 
 # %% ../nbs/api/cli.ipynb #2e334aa3
-def _report(o, tally, n, memories, memory, seconds):
+def _report(o, tally, n, memories, memory, seconds, said=()):
     "Say how a recall of `n` queries went, and what to do about what went wrong."
     steps = np.concatenate(tally.steps)
-    print(
+    summary = (
         f"{n} queries recalled from {memories[0]} memories of {memories[1]} numbers"
         f" ({memory.similarity}, beta = {memory.beta:.3g}): {tally.converged} of {n} converged,"
         f" {int(np.median(steps))} steps in the median and {steps.max()} at most,"
@@ -312,7 +349,8 @@ def _report(o, tally, n, memories, memory, seconds):
     if tally.converged < n:
         what = f"{n - tally.converged} of {n} queries did not converge"
         remarks.append(f"{what}; allow more --max-steps, or take a smaller --dt")
-    for remark in remarks: print(f"hamux-recall: {remark}", file=sys.stderr)
+    for line in [*said, *(f"hamux-recall: {v}" for v in remarks)]: _say_error(line)
+    _say("hamux-recall", summary)
 
 # %% ../nbs/api/cli.ipynb #4a134e93
 def _recall_files(o, source, queries, signals):
@@ -322,7 +360,8 @@ def _recall_files(o, source, queries, signals):
     with write_rows(o.output, n, queries.row_shape, dtype) as writer:
         patterns = source.read()
         check_finite(patterns, allow_nan=False, what=source.path)
-        memory = Memory(patterns, o.beta, o.similarity, dtype)
+        with _remarks_of("hamux-recall") as said:
+            memory = Memory(patterns, o.beta, o.similarity, dtype)
         batch = _batch_size(o.batch, n, *source.shape)
         settings = dict(solver=Euler(o.dt), max_steps=o.max_steps)
         batches = _recall_batches(memory, queries, batch, o.noisy, settings)
@@ -332,7 +371,7 @@ def _recall_files(o, source, queries, signals):
             if signals:
                 what = f"stopped by signal {signals[0]}; nothing was written"
                 _fail("hamux-recall", what, 128 + signals[0])
-    _report(o, tally, n, source.shape, memory, time.perf_counter() - begin)
+    _report(o, tally, n, source.shape, memory, time.perf_counter() - begin, said)
     return int(tally.converged < n)
 
 

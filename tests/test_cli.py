@@ -339,3 +339,120 @@ def test_demo_without_scikit_learn(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     assert demo("-o", f"{tmp_path}/d.png") == 2
     assert "pip install 'hamux[demo]'" in capsys.readouterr().err
+
+
+# what is said, where nobody can hear it
+
+
+@pytest.mark.parametrize("how, status, words", [
+    (">&-", 2, "standard output cannot be written: it is closed"),
+    ("> /dev/full", 2, "standard output cannot be written: No space left on device"),
+    ("2>&-", 0, ""),
+    ("2> /dev/full", 0, ""),
+    (">&- 2>&-", 2, ""),
+    ("> /dev/full 2> /dev/full", 2, ""),
+])
+def test_closed_and_full_outputs(folder, how, status, words):
+    "One sentence where there is a place for it, and a status; the answers are there"
+    done = shell(f"{RECALL_HERE} {how}", folder)
+    assert done.returncode == status and words in done.stderr
+    assert done.stderr.count("\n") == bool(words)
+    np.testing.assert_allclose(np.load(folder / "out.npy"), PATTERNS, atol=0.02)
+
+
+def test_a_mistake_where_errors_cannot_be_said(folder):
+    for how in ("2>&-", "2> /dev/full"):
+        done = shell(f"{RECALL_HERE.replace('holes', 'lost')} {how}", folder)
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+
+
+def test_a_reader_that_has_gone(folder):
+    done = shell(f"({RECALL_HERE}; echo $? > status) | true", folder)
+    assert done.stderr == "" and (folder / "status").read_text() in ("0\n", "141\n")
+    done = shell(f"(sleep 1; {RECALL_HERE}; echo $? > status) | true", folder)
+    assert done.stderr == "" and (folder / "status").read_text() == "141\n"
+    done = shell(f"{PYTHON} -c {quoted(RECALL)} --help > /dev/full", folder)
+    assert done.returncode == 2 and "No space left on device" in done.stderr
+
+
+def test_a_deleted_working_folder(folder):
+    gone = "mkdir gone && cd gone && rmdir ../gone && "
+    done = shell(gone + RECALL_HERE.replace("memories", str(folder / "memories")), folder)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "the working folder has been deleted; change to one that is there" in done.stderr
+    done = shell(gone + f"{PYTHON} -m hamux -n 30 -c half", folder)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "the working folder has been deleted" in done.stderr
+
+
+def test_an_encoding_without_arrows(folder):
+    done = shell(f"PYTHONIOENCODING=ascii {PYTHON} -m hamux -n 30 -c half -o d.png", folder)
+    assert done.returncode == 0 and "30 of 30" in done.stdout and done.stderr == ""
+
+
+def quoted(text): return "'" + text.replace("'", "'\\''") + "'"
+
+
+PYTHON = quoted(sys.executable)
+RECALL_HERE = f"{PYTHON} -c {quoted(RECALL)} memories.npy holes.npy -o out.npy"
+
+
+def shell(command, folder):
+    root = str(Path(cli.__file__).parents[1])
+    return subprocess.run(
+        command,
+        shell=True,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": root},
+    )
+
+
+# memory, scales, bombs
+
+
+def test_a_batch_is_no_larger_than_the_queries(folder):
+    limited = (
+        "import resource; resource.setrlimit(resource.RLIMIT_DATA, (3 * 2**30, 3 * 2**30)); "
+    )
+    done = run(limited + RECALL, folder / "memories.npy", folder / "holes.npy", "-o",
+               folder / "out.npy", "--batch", 10**7)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(np.load(folder / "out.npy"), PATTERNS, atol=0.02)
+
+
+def test_columns_that_count_for_nothing_are_said(folder, capsys):
+    stamps = np.column_stack([1.76e9 + 60.0 * np.arange(20), RNG.standard_normal((20, 5))])
+    np.save(folder / "m.npy", stamps)
+    np.save(folder / "q.npy", np.where(np.arange(6) < 1, stamps, np.nan))
+    assert recall(folder, memories="m.npy", queries="q.npy") == 0
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and said.err.startswith("hamux-recall: The columns differ")
+    np.testing.assert_allclose(np.load(folder / "out.npy"), stamps, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("origin", [1e7, 1.76e9])
+def test_far_origins_in_float64(folder, origin):
+    np.save(folder / "m.npy", PATTERNS.astype(float) + origin)
+    np.save(folder / "q.npy", HOLES.astype(float) + origin)
+    assert recall(folder, memories="m.npy", queries="q.npy") == 0
+    np.testing.assert_allclose(np.load(folder / "out.npy") - origin, PATTERNS, atol=0.02)
+
+
+def test_what_cannot_be_told_apart_is_one_line(folder, capsys):
+    said = refused(folder, capsys, "--beta", "1e-30", "--batch", "7")
+    assert "holes.npy: in the rows from 0 on: All 40 patterns weigh the same for 7 of 7" in said
+
+
+@pytest.mark.parametrize("name, content", [
+    ("q.csv", b"1,2\0\n"),
+    ("q.csv", b"1" + b",1" * 10**6 + b"\n"),
+    ("q.npz", b"PK\3\4" + bytes(100)),
+    ("q.npy", b"\x93NUMPY\1\0\x20\0" + b"(" * 32),
+])
+def test_hostile_files_are_one_line(folder, capsys, name, content):
+    (folder / name).write_bytes(content)
+    assert name in refused(folder, capsys, queries=name)
+    assert name in refused(folder, capsys, memories=name) or name == "q.csv"

@@ -45,7 +45,17 @@ def as_path(
     except UnicodeEncodeError:
         bad = True
     if bad: raise FileProblem.at(path, f"no file can have the name {name!r}; give another")
+    if not os.path.isabs(name): _check_folder(path)
     return Path(name)
+
+
+def _check_folder(path):
+    "Raise `FileProblem` if the folder that relative names are in is not there any more."
+    try:
+        os.getcwd()
+    except OSError as e:
+        what = "the working folder has been deleted; change to one that is there"
+        raise FileProblem.at(path, what) from e
 
 # %% ../../nbs/api/storage/problems.ipynb #4ab6c6db
 _ADVICE = {
