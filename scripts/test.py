@@ -138,6 +138,7 @@ def pytest(options) -> Iterator[Outcome]:
         ]
         if options.k: args += ["-k", options.k]
         if options.fast: args += ["-m", "not slow"]
+        if options.thorough: args.append("--thorough")
         status = subprocess.run(
             [sys.executable, *args, "tests"], cwd=ROOT, stdin=subprocess.DEVNULL
         ).returncode
@@ -176,6 +177,9 @@ def main() -> int:
         help="only notebooks whose path contains this, and tests that pytest -k selects",
     )
     parser.add_argument("--fast", action="store_true", help="leave out the tests marked slow")
+    parser.add_argument(
+        "--thorough", action="store_true", help="with the campaigns of tests/thorough, some hours"
+    )
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     os.chdir(ROOT)
