@@ -3,6 +3,7 @@ no more memory than ten times its size."""
 
 import io
 import json
+import os
 import re
 import tracemalloc
 import warnings
@@ -22,6 +23,7 @@ from hamux.storage.files import open_rows
 from hamux.storage.problems import FileProblem
 from hamux.storage.saving import digest, load, save
 
+FILES = int(os.environ.get("FILES", 100_000))
 FLOOR = 2**20 # what Python and JAX keep of any call
 NUMBERS = ["-1", "0", "1", "2", "3", "7", "255", "65536", "2147483648", "9" * 20, "1e400", "NaN"]
 WORDS = [
@@ -163,29 +165,36 @@ SHARES = { # of a hundred thousand; to read the description of a network takes l
 }
 
 
+def attempt(read, path):
+    "Whether a file is read, and what that takes at most; it is read or a `FileProblem`."
+    tracemalloc.reset_peak()
+    before, done = tracemalloc.get_traced_memory()[0], "read"
+    try:
+        read(path)
+    except FileProblem as e:
+        done = "refused"
+        assert str(e).isprintable() and len(str(e)) < 1000
+    return done, tracemalloc.get_traced_memory()[1] - before
+
+
 @pytest.mark.parametrize("name", SHARES)
 def test_changed_files(name, tmp_path):
     read, change = files(tmp_path)[name]
     path, rng = tmp_path / name.split(",")[0], np.random.default_rng(list(name.encode()))
-    whole, counts, most = path.read_bytes(), {"read": 0, "refused": 0}, 0.0
+    whole, counts, most = path.read_bytes(), {"read": 0, "refused": 0}, 0
     read(path)
     tracemalloc.start()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", ".*in no connection", UserWarning)
-        for _ in range(SHARES[name]):
+        for _ in range(SHARES[name] * FILES // 100_000):
             data = change(whole, rng)
             path.write_bytes(data)
-            tracemalloc.reset_peak()
-            before = tracemalloc.get_traced_memory()[0]
-            try:
-                read(path)
-                counts["read"] += 1
-            except FileProblem as e:
-                counts["refused"] += 1
-                assert str(e).isprintable() and len(str(e)) < 1000, data
-            grown = tracemalloc.get_traced_memory()[1] - before
-            assert grown <= 10 * len(data) + FLOOR, (grown, data)
+            limit = 10 * len(data) + FLOOR
+            done, grown = attempt(read, path)
+            if grown > limit: done, grown = attempt(read, path) # not a cache of JAX's that grew
+            assert grown <= limit, (grown, data)
+            counts[done] += 1
             most = max(most, grown)
     tracemalloc.stop()
     print(f"{name}: {counts}, at most {most / 2**20:.2f} MiB, of {len(whole)} bytes")
