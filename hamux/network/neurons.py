@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from .. import lagrangians as lg
+from ..lagrangians.conjugates import conjugate_of
 from ..lagrangians.facts import readable_name
 from .parameters import refuse_masked, seal, unseal
 
@@ -48,12 +49,20 @@ def scalar_lagrangian(L, who="The Lagrangian"):
         return value
     return scalar
 
+# %% ../../nbs/api/network/neurons.ipynb #9cec215d
+@jax.custom_jvp
+def _with_slope_of(value, other):
+    "The value of one thing with the derivatives of another."
+    return value
+
+_with_slope_of.defjvp(lambda primals, tangents: (primals[0], tangents[1]))
+
 
 def legendre_transform(
     F: Callable, # a convex scalar function of one array
 ) -> Callable: # Fhat(xhat, x) = <xhat, x> − F(x), a scalar
     "Turn a Lagrangian `F(x)` into the energy of the pair (activation, state)."
-    F = scalar_lagrangian(F)
+    scalar, conjugate = scalar_lagrangian(F), conjugate_of(F)
     def Fhat(xhat, x):
         xhat, x = jnp.asarray(xhat), jnp.asarray(x)
         if xhat.shape != x.shape:
@@ -62,7 +71,12 @@ def legendre_transform(
                 f" {x.shape}."
             )
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        return ((xhat.astype(wide) * x.astype(wide)).sum() - F(x).astype(wide)).astype(x.dtype)
+        difference = (xhat.astype(wide) * x.astype(wide)).sum() - scalar(x).astype(wide)
+        if conjugate is None: return difference.astype(x.dtype)
+        own = jax.grad(scalar)(x)
+        off = jnp.where(xhat == own, 0, xhat.astype(wide) - own) * x
+        closed = jax.lax.stop_gradient(conjugate(x) + off.sum())
+        return _with_slope_of(closed, difference).astype(x.dtype)
     return Fhat
 
 # %% ../../nbs/api/network/neurons.ipynb #ea0f6eb8
