@@ -20,6 +20,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float
 
+from ..lagrangians.conjugates import conjugate_of
 from ..lagrangians.facts import facts_of, setting_of
 from ..network.hypergraph import HAM, VectorizedHAM, check_batch, check_states
 from ..network.parameters import as_mask
@@ -137,6 +138,11 @@ class Problem(eqx.Module):
     def cut(self): # layers that a mask cuts through, and whose entries depend on each other
         return tuple(n for n in self.masks if not is_separable(self.ham.neurons[n]))
 
+    @property
+    def cancelling(self): # layers whose energy is a difference of numbers that may be large
+        layers = self.ham.neurons.items()
+        return tuple(n for n, l in layers if l.leak and conjugate_of(l.lagrangian) is None)
+
     def states(self, xs: dict) -> dict:
         "All states, from the free ones."
         put = lambda n, x: jnp.where(self.masks[n], self.start[n], x) if n in self.masks else x
@@ -155,7 +161,7 @@ class Problem(eqx.Module):
         xhats = self.ham.activations(xs)
         currents, parts = _input_currents(self.ham, xhats, layers)
         tree = {"neurons": self.ham.neuron_energies(xhats, xs), "connections": parts}
-        terms = jtu.tree_leaves(tree) + [(xhats[n] * x).sum() for n, x in xs.items()]
+        terms = jtu.tree_leaves(tree) + [(xhats[n] * xs[n]).sum() for n in self.cancelling]
         return Point(
             {n: xs[n] for n in self.free},
             {n: xs[n] if n in self.cut else xhats[n] for n in self.free},

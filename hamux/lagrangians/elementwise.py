@@ -71,7 +71,10 @@ def lagr_relu(
 # %% ../../nbs/api/lagrangians/elementwise.ipynb #44d56416
 def _own_energy(dual):
     "Σ <σ(x), x> − L(x) of a tempered Lagrangian, from w (z f′(z) − f(z))."
-    return lambda x, beta: dual(jnp.asarray(beta, x.dtype) * x, 1 / jnp.asarray(beta, x.dtype)).sum()
+    def energy(x, beta):
+        beta = jnp.asarray(beta, x.dtype)
+        return dual(beta * x, 1 / beta).sum()
+    return energy
 
 
 def _elementwise(L, who):
