@@ -22,6 +22,7 @@ from hamux.dynamics.solver import (
     Move,
     choose,
     empty_point,
+    plain_step,
     rounding,
     same_states,
 )
@@ -88,6 +89,8 @@ class _Path(eqx.Module):
     expected: jax.Array # and with it
     bend: jax.Array # second divided difference of what the model missed
     count: jax.Array # points accepted
+    missed: jax.Array # trials rejected since
+    plain: jax.Array # length of the plain step under way; 0 while the model leads
 
 
 def _first_path(problem, xs, first, m):
@@ -99,6 +102,7 @@ def _first_path(problem, xs, first, m):
     return _Path(
         held, jnp.full_like(held.energy, jnp.inf), rows, rows, rows, number + first * least, number,
         model=vector, expected=vector, bend=vector, count=jnp.array(0, jnp.int32),
+        missed=jnp.array(0, jnp.int32), plain=number,
     )
 
 # %% ../../nbs/api/dynamics/adaptive.ipynb #cb3f70e1
@@ -231,6 +235,16 @@ def _next_length(tol, path, trial, modes, error, fell, ok):
     growing = 2 / jnp.maximum(-modes[0][0], 1e-30)
     return last, jnp.clip(jnp.minimum(h, growing), jnp.finfo(h.dtype).eps ** 2, most)
 
+# %% ../../nbs/api/dynamics/adaptive.ipynb #f42dd016
+_PATIENCE = 6
+
+
+def _plain_length(problem, path, ok, lost):
+    "The length of the next plain step; 0 where the model leads."
+    slowest = jnp.stack([jnp.asarray(t, path.plain.dtype) for t in problem.taus.values()]).max()
+    shorter = jnp.where(path.plain > 0, path.plain / 4, slowest)
+    return jnp.where(ok, 0, jnp.where(lost | (path.plain > 0), shorter, 0))
+
 # %% ../../nbs/api/dynamics/adaptive.ipynb #5e65f784
 class Adaptive(AbstractSolver):
     "Follows the flow with an error control; where the flow is linear, an accelerated descent."
@@ -257,7 +271,7 @@ class Adaptive(AbstractSolver):
         still, dtype = jax.lax.stop_gradient, path.time.dtype
         trial = _trial(problem, now, path.held, dtype)
         error, fell = _judge(problem, now, path, trial)
-        ok = (path.count == 0) | (fell & (error <= 4 * self.tol))
+        ok = (path.count == 0) | (fell & ((error <= 4 * self.tol) | (path.plain > 0)))
         goes = (path.count > 0) & ok
         held = choose(ok, now, path.held)
         x, r = jnp.where(ok, trial.x, trial.x0), jnp.where(ok, trial.g, trial.g0) / trial.tau
@@ -265,11 +279,15 @@ class Adaptive(AbstractSolver):
         modes = _modes(*still(rows), still(trial.tau), trial.leak)
         last, h = _next_length(self.tol, path, trial, modes, error, fell, ok)
         ahead = _ahead(r, trial, modes, h, last, bend, path.count >= 2)
-        xs = shortened(problem, _unflat(x - ahead.move, now.xs))
+        led = _unflat(x - ahead.move, now.xs)
+        missed = jnp.where(ok, 0, path.missed + 1)
+        plain = _plain_length(problem, path, ok, (missed > _PATIENCE) | same_states(led, held.xs))
+        xs = choose(plain > 0, plain_step(problem, held, plain, 1), led)
+        xs = shortened(problem, xs)
         path = _Path(
             held, jnp.minimum(path.lowest, held.energy), *rows, h, last,
-            ahead.model, ahead.expected, bend, path.count + ok)
-        return Move(held, xs, path, same_states(xs, held.xs))
+            ahead.model, ahead.expected, bend, path.count + ok, missed, plain)
+        return Move(held, xs, path, (plain > 0) & same_states(xs, held.xs))
 
     def descends(self, step): return True
     def cost(self, problem): return 1.0

@@ -138,11 +138,6 @@ class Problem(eqx.Module):
     def cut(self): # layers that a mask cuts through, and whose entries depend on each other
         return tuple(n for n in self.masks if not is_separable(self.ham.neurons[n]))
 
-    @property
-    def cancelling(self): # layers whose energy is a difference of numbers that may be large
-        layers = self.ham.neurons.items()
-        return tuple(n for n, l in layers if l.leak and conjugate_of(l.lagrangian) is None)
-
     def states(self, xs: dict) -> dict:
         "All states, from the free ones."
         put = lambda n, x: jnp.where(self.masks[n], self.start[n], x) if n in self.masks else x
@@ -161,7 +156,7 @@ class Problem(eqx.Module):
         xhats = self.ham.activations(xs)
         currents, parts = _input_currents(self.ham, xhats, layers)
         tree = {"neurons": self.ham.neuron_energies(xhats, xs), "connections": parts}
-        terms = jtu.tree_leaves(tree) + [(xhats[n] * xs[n]).sum() for n in self.cancelling]
+        terms = jtu.tree_leaves(tree) + [(x * xhats[n]).sum() for n, x in self.hidden(xhats, xs)]
         return Point(
             {n: xs[n] for n in self.free},
             {n: xs[n] if n in self.cut else xhats[n] for n in self.free},
@@ -170,6 +165,12 @@ class Problem(eqx.Module):
             jax.lax.stop_gradient(sum(map(abs, terms))),
             tree,
         )
+
+    def hidden(self, xhats, xs):
+        "What a layer's term of the energy does not show of its size: a state or activation."
+        for n, layer in self.ham.neurons.items():
+            if not layer.leak: yield n, xhats[n]
+            elif conjugate_of(layer.lagrangian) is None: yield n, xs[n]
 
     def gradient(self, n, x, current):
         "∂E/∂x̂ of one layer, from its input current; ∂E/∂x where a mask cuts, 0 where clamped."
