@@ -239,11 +239,19 @@ def _next_length(tol, path, trial, modes, error, fell, ok):
 _PATIENCE = 6
 
 
-def _plain_length(problem, path, ok, lost):
-    "The length of the next plain step; 0 where the model leads."
+def _plain_steps(problem, held, path, ok, lost):
+    "Where the next plain step leads, its length (0 where the model leads), and whether it is stuck."
     slowest = jnp.stack([jnp.asarray(t, path.plain.dtype) for t in problem.taus.values()]).max()
-    shorter = jnp.where(path.plain > 0, path.plain / 4, slowest)
-    return jnp.where(ok, 0, jnp.where(lost | (path.plain > 0), shorter, 0))
+    leaks = all(problem.ham.neurons[n].leak for n in problem.free)
+    next_one = jnp.where(path.plain > slowest, 4 * path.plain, path.plain / 4)
+    length = jnp.where(path.plain > 0, next_one, slowest)
+    unseen = same_states(plain_step(problem, held, length, 1), held.xs)
+    # without leak longer steps lead on; tried last, for they leap
+    length = jnp.where(unseen & (length < slowest) & (not leaks), 4 * slowest, length)
+    length = jnp.where(~ok & (lost | (path.plain > 0)), length, 0)
+    xs = plain_step(problem, held, length, 1)
+    done = unseen & leaks | (length > 4.0**12 * slowest)
+    return xs, length, (length > 0) & done
 
 # %% ../../nbs/api/dynamics/adaptive.ipynb #5e65f784
 class Adaptive(AbstractSolver):
@@ -281,13 +289,13 @@ class Adaptive(AbstractSolver):
         ahead = _ahead(r, trial, modes, h, last, bend, path.count >= 2)
         led = _unflat(x - ahead.move, now.xs)
         missed = jnp.where(ok, 0, path.missed + 1)
-        plain = _plain_length(problem, path, ok, (missed > _PATIENCE) | same_states(led, held.xs))
-        xs = choose(plain > 0, plain_step(problem, held, plain, 1), led)
-        xs = shortened(problem, xs)
+        lost = (missed > _PATIENCE) | same_states(led, held.xs)
+        stepped, plain, stuck = _plain_steps(problem, held, path, ok, lost)
+        xs = shortened(problem, choose(plain > 0, stepped, led))
         path = _Path(
             held, jnp.minimum(path.lowest, held.energy), *rows, h, last,
             ahead.model, ahead.expected, bend, path.count + ok, missed, plain)
-        return Move(held, xs, path, (plain > 0) & same_states(xs, held.xs))
+        return Move(held, xs, path, stuck)
 
     def descends(self, step): return True
     def cost(self, problem): return 1.0

@@ -157,12 +157,13 @@ class Problem(eqx.Module):
         currents, parts = _input_currents(self.ham, xhats, layers)
         tree = {"neurons": self.ham.neuron_energies(xhats, xs), "connections": parts}
         terms = jtu.tree_leaves(tree) + [(x * xhats[n]).sum() for n, x in self.hidden(xhats, xs)]
+        E = sum(jtu.tree_leaves(tree))
         return Point(
             {n: xs[n] for n in self.free},
             {n: xs[n] if n in self.cut else xhats[n] for n in self.free},
             {n: self.gradient(n, xs[n], I) for n, I in currents.items()},
-            sum(jtu.tree_leaves(tree)),
-            jax.lax.stop_gradient(sum(map(abs, terms))),
+            E,
+            jax.lax.stop_gradient(jnp.minimum(sum(map(abs, terms)), jnp.finfo(E.dtype).max)),
             tree,
         )
 
