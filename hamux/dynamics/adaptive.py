@@ -240,7 +240,7 @@ _PATIENCE = 6
 
 
 def _plain_steps(problem, held, path, ok, lost):
-    "Where the next plain step leads, its length (0 where the model leads), and whether it is stuck."
+    "The next plain step, its length (0 where the model leads), and whether none is left."
     slowest = jnp.stack([jnp.asarray(t, path.plain.dtype) for t in problem.taus.values()]).max()
     leaks = all(problem.ham.neurons[n].leak for n in problem.free)
     next_one = jnp.where(path.plain > slowest, 4 * path.plain, path.plain / 4)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from fastcore.basics import patch
 from jaxtyping import Array, Float, PyTree
 
 from .. import lagrangians as lg
@@ -151,12 +152,8 @@ class NeuronLayer(eqx.Module):
         return unseal(self._tau)
 
     def __repr__(self):
-        extras = "".join(
-            [
-                f", tau={self.tau}" if _differs(self.tau, 1.0) else "",
-                "" if self.leak else ", leak=False",
-            ]
-        )
+        slow = isinstance(self.tau, jax.Array) or bool(self.tau != 1.0)
+        extras = f", tau={self.tau}" * slow + ", leak=False" * (not self.leak)
         return f"NeuronLayer({readable_name(self.lagrangian)}, {self.shape}{extras})"
 
     def activations(self,
@@ -172,30 +169,37 @@ class NeuronLayer(eqx.Module):
                x: Float[Array, "..."], # state, the layer's shape
                ) -> Float[Array, ""]: # <x̂, x> − L(x), or 0 without leak
         "The layer's own energy of a pair of activation and state."
-        xhat, x = check_state(xhat, self.shape, "The activation of", self), check_state(
-            x, self.shape, "The state of", self
-        )
+        xhat = check_state(xhat, self.shape, "The activation of", self)
+        x = check_state(x, self.shape, "The state of", self)
         return legendre_transform(self.lagrangian)(xhat, x) if self.leak else jnp.zeros((), x.dtype)
 
-    def init(self,
-             bs=None, # batch size; None or 0 for no batch axis
-             *, key=None, # a PRNG key for a random state (standard normal); None for zeros
-             dtype=None, # floating dtype; None for JAX's default
-             ) -> Float[Array, "..."]: # the layer's shape, after the batch axis if there is one
-        "An initial state: zeros, or random with a key."
-        if bs is not None and (not isinstance(bs, numbers.Integral) or bs < 0):
-            raise ValueError(f"init: the batch size bs must be a positive int or None, got {bs!r}.")
-        shape = (int(bs), *self.shape) if bs else self.shape
-        dtype = jnp.dtype(dtype or jnp.result_type(float))
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(f"init: dtype must be a floating dtype, got {dtype}.")
-        return jnp.zeros(shape, dtype) if key is None else jr.normal(key, shape, dtype)
-
-    def sigma(self, x): return self.activations(x)
-    def E(self, xhat, x): return self.energy(xhat, x)
-
 # %% ../../nbs/api/network/neurons.ipynb #c40831fe
-def _differs(value, default): return isinstance(value, jax.Array) or value != default
+@patch
+def init(self: NeuronLayer,
+         bs=None, # batch size; None or 0 for no batch axis
+         *, key=None, # a PRNG key for a random state (standard normal); None for zeros
+         dtype=None, # floating dtype; None for JAX's default
+         ) -> Float[Array, "..."]: # the layer's shape, after the batch axis if there is one
+    "An initial state: zeros, or random with a key."
+    if bs is not None and (not isinstance(bs, numbers.Integral) or bs < 0):
+        raise ValueError(f"init: the batch size bs must be a positive int or None, got {bs!r}.")
+    shape = (int(bs), *self.shape) if bs else self.shape
+    dtype = jnp.dtype(dtype or jnp.result_type(float))
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"init: dtype must be a floating dtype, got {dtype}.")
+    return jnp.zeros(shape, dtype) if key is None else jr.normal(key, shape, dtype)
+
+
+@patch
+def sigma(self: NeuronLayer, x):
+    "The short name of `activations`."
+    return self.activations(x)
+
+
+@patch
+def E(self: NeuronLayer, xhat, x):
+    "The short name of `energy`."
+    return self.energy(xhat, x)
 
 # %% ../../nbs/api/network/neurons.ipynb #7010392c
 def _layer(lagrangian, shape, tau, leak, **hyper):
