@@ -362,6 +362,9 @@ def test_energies_of_other_pairs_and_their_derivatives(name):
     second = jax.jvp(lambda x: jax.grad(energy, 1)(xhat, x, h), (x,), (t,))[1]
     close(second, -jax.jvp(lambda x: jax.grad(value)(x, h), (x,), (t,))[1])
     assert not jax.grad(energy, 1)(jax.grad(value)(x, h), x, h).any()
+    # the value beside a gradient has its own derivative
+    beside = lambda x: jax.value_and_grad(energy)(jax.grad(value)(x, h), x, h)[0]
+    close(jax.grad(beside)(x), jax.jvp(lambda x: jax.grad(value)(x, h), (x,), (x,))[1])
 
 
 @every(NAMES)

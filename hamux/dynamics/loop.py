@@ -261,7 +261,7 @@ def _unbounded(E, largest, first, before, whole):
     top, eps = float(jnp.finfo(E.dtype).max), min(float(jnp.finfo(E.dtype).eps), 2.0**-23)
     # a half-precision network is large, or overflows, without being unbounded
     if top < eps**-2: return jnp.zeros(E.shape, bool)
-    far = (E < E0) & (largest / largest0 > eps**-2)
+    far = (E < E0) & ((largest / largest0).astype(E.dtype) > eps**-2)
     deep = E0 - E > jnp.minimum(scale, top**0.9 * eps**4) * eps**-4
     return jnp.where(whole, far | deep, E0 - before > scale * eps**-0.5)
 

@@ -56,7 +56,7 @@ def _with_slope_of(value, other):
     "The value of one thing with the derivatives of another."
     return value
 
-_with_slope_of.defjvp(lambda primals, tangents: (primals[0], tangents[1]))
+_with_slope_of.defjvp(lambda primals, tangents: (_with_slope_of(*primals), tangents[1]))
 
 
 def legendre_transform(
