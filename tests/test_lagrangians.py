@@ -331,8 +331,13 @@ def test_energies_of_pairs_do_not_cancel(name, dtype):
     info = jnp.finfo(dtype)
     sizes = 2.0 ** np.linspace(int(info.minexp) / 2, int(info.maxexp) - 2, 30)
     xs = [(s * rng.normal(size=DIM)).tolist() for s in (*sizes, 0.1, 1, 3, 10)] + hard_vectors(dtype)
-    hyper = dict(beta=[1.0, 8.0, 0.125], gamma=[1.0, 2.0], n=[1.5, 2.0, 3.0],
-                 delta=[[0.0] * DIM, [0.5, -1.0, 0.25, 2.0]], eps=[0.0, rounded(1e-3, dtype), 0.25])
+    hyper = dict(
+        beta=[1.0, 8.0, 0.125],
+        gamma=[1.0, 2.0],
+        n=[1.5, 2.0, 3.0],
+        delta=[[0.0] * DIM, [0.5, -1.0, 0.25, 2.0]],
+        eps=[0.0, rounded(1e-3, dtype), 0.25],
+    )
     rows = [([rounded(v, dtype) for v in x],
              tuple(hyper[h][k % len(hyper[h])] for h in HYPER[name])) for k, x in enumerate(xs)]
     bad = [w for k in range(0, len(rows) - ROWS + 1, ROWS)
