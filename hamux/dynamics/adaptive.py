@@ -142,13 +142,15 @@ def _resolved(old, new):
     )
 
 
-def _fell(old, new, lowest, trial):
-    "Whether the energy did not rise."
+def _fell(old, new, lowest, trial, plain):
+    "Whether the energy did not rise; after a plain step, whether it fell."
     work = (trial.g + trial.g0) @ trial.da / 2
+    unseen = ~trial.da.any() & (trial.g @ trial.g < trial.g0 @ trial.g0)
     noise = 4 * jnp.finfo(new.energy.dtype).eps * ((abs(trial.g) + abs(trial.g0)) @ abs(trial.a))
     finite = jnp.stack([jnp.isfinite(v).all() for v in jtu.tree_leaves(new)]).all()
     not_higher = finite & (new.energy <= lowest + rounding(new))
-    return not_higher & jnp.where(_resolved(old, new), new.energy < old.energy, work <= noise)
+    by_work = jnp.where(plain, (work < 0) | unseen, work <= noise)
+    return not_higher & jnp.where(_resolved(old, new), new.energy < old.energy, by_work)
 
 
 def _steepness(problem, point):
@@ -213,7 +215,7 @@ def _judge(problem, now, path, trial):
     tau, h = trial.tau, path.time
     unexpected = _travel(trial.leak / tau, h) / 2 * (trial.g / tau - path.expected)
     error = _error(problem, *jax.lax.stop_gradient((now, _unflat(unexpected, now.xs))))
-    fell = _fell(path.held, now, path.lowest, trial)
+    fell = _fell(path.held, now, path.lowest, trial, path.plain > 0)
     if all(layer.leak for layer in problem.ham.neurons.values()): return error, fell
     calmer = _steepness(problem, now) <= 1.5 * _steepness(problem, path.held)
     return error, fell & (_resolved(path.held, now) | calmer)
@@ -239,16 +241,16 @@ def _next_length(tol, path, trial, modes, error, fell, ok):
 _PATIENCE = 6
 
 
-def _plain_steps(problem, held, path, ok, lost):
+def _plain_steps(problem, held, path, ok, wanted):
     "The next plain step, its length (0 where the model leads), and whether none is left."
     slowest = jnp.stack([jnp.asarray(t, path.plain.dtype) for t in problem.taus.values()]).max()
     leaks = all(problem.ham.neurons[n].leak for n in problem.free)
     next_one = jnp.where(path.plain > slowest, 4 * path.plain, path.plain / 4)
-    length = jnp.where(path.plain > 0, next_one, slowest)
+    length = jnp.where((path.plain > 0) & ~ok, next_one, slowest)
     unseen = same_states(plain_step(problem, held, length, 1), held.xs)
     # without leak longer steps lead on; tried last, for they leap
     length = jnp.where(unseen & (length < slowest) & (not leaks), 4 * slowest, length)
-    length = jnp.where(~ok & (lost | (path.plain > 0)), length, 0)
+    length = jnp.where(wanted, length, 0)
     xs = plain_step(problem, held, length, 1)
     done = unseen & leaks | (length > 4.0**12 * slowest)
     return xs, length, (length > 0) & done
@@ -289,8 +291,8 @@ class Adaptive(AbstractSolver):
         ahead = _ahead(r, trial, modes, h, last, bend, path.count >= 2)
         led = _unflat(x - ahead.move, now.xs)
         missed = jnp.where(ok, 0, path.missed + 1)
-        lost = (missed > _PATIENCE) | same_states(led, held.xs)
-        stepped, plain, stuck = _plain_steps(problem, held, path, ok, lost)
+        wanted = (missed > _PATIENCE) | same_states(led, held.xs) | (~ok & (path.plain > 0))
+        stepped, plain, stuck = _plain_steps(problem, held, path, ok, wanted)
         xs = shortened(problem, choose(plain > 0, stepped, led))
         path = _Path(
             held, jnp.minimum(path.lowest, held.energy), *rows, h, last,
