@@ -1,4 +1,4 @@
-"""The campaign of `claims.py`: 10,080 networks, forty structures of 21 for every solver and dtype."""
+"""The campaign of `claims.py`: 10,080 networks, forty structures, every solver and dtype."""
 
 import jax
 import pytest
