@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from reference import mp, reference, with_cond  # pytest puts this folder on sys.path
 
 import hamux.lagrangians as lagr
+from hamux import NeuronLayer
 
 # |got − true| ≤ C × eps(dtype) × condition + TINY × (smallest normal), see reference.py for
 # "condition"
@@ -282,6 +283,94 @@ def test_hard_cases(name, dtype):
             for s in range(6) for k, x in enumerate(xs)]
     for k in range(0, len(rows) - ROWS + 1, ROWS):  # in batches of ROWS: nothing more to compile
         check(name, dtype, rows[k : k + ROWS])
+
+
+@functools.cache
+def pair_energies(name):
+    """Energies of layers on their own pairs, for a batch of states and hyperparameters."""
+    def one(x, hyper):
+        layer = NeuronLayer(lambda_of(name, hyper), x.shape)
+        return layer.energy(layer.activations(x), x)
+
+    return jax.jit(jax.vmap(one))
+
+
+def lambda_of(name, hyper):
+    return functools.partial(L[name], **dict(zip(HYPER[name], hyper, strict=True)))
+
+
+def wrong_energies(name, dtype, rows):
+    """What is wrong with the energies of pairs: <σ(x), x> − L(x) in so many bits that the
+    difference is exact."""
+    xs = jnp.asarray([x for x, _ in rows], dtype)
+    hs = tuple(jnp.asarray([h[k] for _, h in rows], dtype) for k in range(len(HYPER[name])))
+    got = pair_energies(name)(xs, hs)
+    assert got.dtype == dtype
+    for k, (x, hyper) in enumerate(rows):
+        with mp.workprec(2400 if dtype == jnp.float64 else 700):
+            ref = reference(name, x, x, hyper, float(jnp.finfo(dtype).eps))
+            if ref.wild or ref.radius < float(jnp.finfo(dtype).tiny): continue
+            exact = [mp.mpf(v) for v in x]
+            true = sum(a * g for a, g in zip(exact, ref.grad)) - ref.value[0]
+            bent = sum(abs(a * h) for a, h in zip(exact, ref.hvp))
+            cond = abs(true) + 2 * bent + sum(abs(a * g) for a, g in zip(exact, ref.grad)
+                                              if name in ("exp", "rexp"))
+        # a term that flushes to zero is multiplied by the state
+        floor = ref.floor * (1 + max(map(abs, x)))
+        r = ratio(got[k], true, cond, 0, 0, C_VALUE, floor, dtype)
+        where = f"{name} {jnp.dtype(dtype)} x={x} {dict(zip(HYPER[name], hyper))}"
+        if r > 1: yield f"{got[k]!r}, true {mp.nstr(true, 17)}, {r:.3g} × allowed: {where}"
+
+
+@dtypes
+@every(NAMES)
+def test_energies_of_pairs_do_not_cancel(name, dtype):
+    """At every magnitude: <σ(x), x> − L(x) to a few units in the last place, though both terms
+    may be 10³⁸ times as large."""
+    rng = np.random.default_rng(zlib.crc32(f"{name} {jnp.dtype(dtype)}".encode()))
+    info = jnp.finfo(dtype)
+    sizes = 2.0 ** np.linspace(int(info.minexp) / 2, int(info.maxexp) - 2, 30)
+    xs = [(s * rng.normal(size=DIM)).tolist() for s in (*sizes, 0.1, 1, 3, 10)]
+    xs += hard_vectors(dtype)
+    hyper = dict(
+        beta=[1.0, 8.0, 0.125],
+        gamma=[1.0, 2.0],
+        n=[1.5, 2.0, 3.0],
+        delta=[[0.0] * DIM, [0.5, -1.0, 0.25, 2.0]],
+        eps=[0.0, rounded(1e-3, dtype), 0.25],
+    )
+    rows = [([rounded(v, dtype) for v in x],
+             tuple(hyper[h][k % len(hyper[h])] for h in HYPER[name])) for k, x in enumerate(xs)]
+    bad = [w for k in range(0, len(rows) - ROWS + 1, ROWS)
+           for w in wrong_energies(name, dtype, rows[k : k + ROWS])]
+    assert not bad, "\n".join(bad[:8])
+
+
+@every(NAMES)
+def test_energies_of_other_pairs_and_their_derivatives(name):
+    """E(x̂, x) = <x̂, x> − L(x) for any x̂, with the gradients x and x̂ − ∇L(x), and the derivative
+    of −L in what is learned."""
+    rng = np.random.default_rng(3)
+    hyper = {"repu": (2.5,), "layernorm": (2.0, [0.5, -1.0, 0.25, 2.0], 0.1),
+             "spherical_norm": (2.0, [0.5, -1.0, 0.25, 2.0], 0.1)}
+    h = tuple(jnp.asarray(v) for v in hyper.get(name, (0.7,) if HYPER[name] else ()))
+    x, xhat, t = (jnp.asarray(rng.normal(size=DIM)) for _ in range(3))
+
+    def energy(xhat, x, h): return NeuronLayer(lambda_of(name, h), DIM).energy(xhat, x)
+
+    value = lambda x, h: call(name, x, h)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12)
+    close(energy(xhat, x, h), xhat @ x - value(x, h))
+    in_xhat, in_x, in_h = jax.grad(energy, (0, 1, 2))(xhat, x, h)
+    close(in_xhat, x)
+    close(in_x, xhat - jax.grad(value)(x, h))
+    for ours, theirs in zip(in_h, jax.grad(value, 1)(x, h)): close(ours, -theirs)
+    second = jax.jvp(lambda x: jax.grad(energy, 1)(xhat, x, h), (x,), (t,))[1]
+    close(second, -jax.jvp(lambda x: jax.grad(value)(x, h), (x,), (t,))[1])
+    assert not jax.grad(energy, 1)(jax.grad(value)(x, h), x, h).any()
+    # the value beside a gradient has its own derivative
+    beside = lambda x: jax.value_and_grad(energy)(jax.grad(value)(x, h), x, h)[0]
+    close(jax.grad(beside)(x), jax.jvp(lambda x: jax.grad(value)(x, h), (x,), (x,))[1])
 
 
 @every(NAMES)

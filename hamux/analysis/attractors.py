@@ -38,6 +38,50 @@ class Reached(eqx.Module):
     # none
     margin: Float[Array, "*batch"]
 
+
+def _cosine(x, y):
+    unit = lambda v: v / jnp.where(abs(v).max() > 0, abs(v).max(), 1)
+    length = lambda v: jnp.sqrt((v * v).sum())
+    x, y = unit(x), unit(y)
+    return (x * y).sum() / jnp.maximum(length(x) * length(y), jnp.finfo(x.dtype).tiny)
+
+
+def _best(x, patterns, measure, either_sign, banned):
+    "The best pattern for `x` outside of `banned`."
+    if measure == "overlap":
+        lengths = jnp.sqrt((patterns**2).sum(1))
+        score = patterns @ x / jnp.where(lengths > 0, lengths, 1)
+        score = abs(score) if either_sign else score
+    else:
+        score = patterns @ x - 0.5 * (patterns**2).sum(1)
+    return jnp.argmax(jnp.where(banned, -jnp.inf, score))
+
+
+@eqx.filter_jit
+def _reached(states, patterns, measure, threshold, either_sign):
+    "`which_memory` of a batch of vectors."
+    patterns = patterns.astype(jnp.promote_types(patterns.dtype, states.dtype))
+    distance = lambda a, b: jnp.sqrt(((a - b)**2).sum())
+    def one(x):
+        x = x.astype(patterns.dtype)
+        nearest = _best(x, patterns, measure, either_sign, jnp.zeros(len(patterns), bool))
+        xi = patterns[nearest]
+        copies = (patterns == xi).all(1)
+        if either_sign: copies = copies | (patterns == -xi).all(1)
+        alone, rival = copies.all(), patterns[_best(x, patterns, measure, either_sign, copies)]
+        overlap, d = _cosine(x, xi), distance(x, xi)
+        if measure == "overlap":
+            size = abs if either_sign else lambda v: v
+            good, margin = size(overlap) >= threshold, size(overlap) - size(_cosine(x, rival))
+        else:
+            neighbour = patterns[_best(xi, patterns, measure, False, copies)]
+            gap = jnp.where(alone, distance(xi, 0), distance(xi, neighbour))
+            good, margin = d <= threshold * gap, distance(x, rival) - d
+        return Reached(
+            jnp.where(good, nearest, -1), nearest, overlap, d, jnp.where(alone, jnp.inf, margin)
+        )
+    return jax.lax.map(one, states, batch_size=64)
+
 # %% ../../nbs/api/analysis/attractors.ipynb #b1b8cc11
 _GOOD = {"overlap": 0.95, "distance": 0.25}
 
@@ -92,50 +136,6 @@ def _as_floats(x, what):
         raise TypeError(f"which_memory: the {what} must be real numbers, got dtype {x.dtype}.")
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
-# %% ../../nbs/api/analysis/attractors.ipynb #b88a9213
-def _cosine(x, y):
-    unit = lambda v: v / jnp.where(abs(v).max() > 0, abs(v).max(), 1)
-    length = lambda v: jnp.sqrt((v * v).sum())
-    x, y = unit(x), unit(y)
-    return (x * y).sum() / jnp.maximum(length(x) * length(y), jnp.finfo(x.dtype).tiny)
-
-
-def _best(x, patterns, measure, either_sign, banned):
-    "The best pattern for `x` outside of `banned`."
-    if measure == "overlap":
-        lengths = jnp.sqrt((patterns**2).sum(1))
-        score = patterns @ x / jnp.where(lengths > 0, lengths, 1)
-        score = abs(score) if either_sign else score
-    else:
-        score = patterns @ x - 0.5 * (patterns**2).sum(1)
-    return jnp.argmax(jnp.where(banned, -jnp.inf, score))
-
-
-@eqx.filter_jit
-def _reached(states, patterns, measure, threshold, either_sign):
-    "`which_memory` of a batch of vectors."
-    patterns = patterns.astype(jnp.promote_types(patterns.dtype, states.dtype))
-    distance = lambda a, b: jnp.sqrt(((a - b)**2).sum())
-    def one(x):
-        x = x.astype(patterns.dtype)
-        nearest = _best(x, patterns, measure, either_sign, jnp.zeros(len(patterns), bool))
-        xi = patterns[nearest]
-        copies = (patterns == xi).all(1)
-        if either_sign: copies = copies | (patterns == -xi).all(1)
-        alone, rival = copies.all(), patterns[_best(x, patterns, measure, either_sign, copies)]
-        overlap, d = _cosine(x, xi), distance(x, xi)
-        if measure == "overlap":
-            size = abs if either_sign else lambda v: v
-            good, margin = size(overlap) >= threshold, size(overlap) - size(_cosine(x, rival))
-        else:
-            neighbour = patterns[_best(xi, patterns, measure, False, copies)]
-            gap = jnp.where(alone, distance(xi, 0), distance(xi, neighbour))
-            good, margin = d <= threshold * gap, distance(x, rival) - d
-        return Reached(
-            jnp.where(good, nearest, -1), nearest, overlap, d, jnp.where(alone, jnp.inf, margin)
-        )
-    return jax.lax.map(one, states, batch_size=64)
-
 # %% ../../nbs/api/analysis/attractors.ipynb #3a360eeb
 def _products(ham, xs, masks, free):
     "v ↦ Hv and u ↦ ∂²E/∂x̂² u on flat vectors of free states; leak and τ; the way back."
@@ -155,14 +155,8 @@ def _products(ham, xs, masks, free):
     _, act = jax.linearize(ham.activations, xs)
     H = lambda v: ravel_pytree(pick(act(whole(jnp.where(moving, v, 0)))))[0]
     S = lambda u: jnp.where(moving, ravel_pytree(pick(bend(whole(u))))[0], 0)
-    return (
-        H,
-        S,
-        moving,
-        spread(lambda layer: float(layer.leak)),
-        spread(lambda layer: layer.tau),
-        unravel,
-    )
+    leak, tau = spread(lambda layer: float(layer.leak)), spread(lambda layer: layer.tau)
+    return H, S, moving, leak, tau, unravel
 
 # %% ../../nbs/api/analysis/attractors.ipynb #778f28c8
 class _Krylov(eqx.Module):
@@ -175,6 +169,18 @@ class _Krylov(eqx.Module):
     u: Float[Array, " n"]
     length: Float[Array, ""]
     count: Int[Array, ""]
+
+
+def _length(v, H, tau):
+    "The length of `v` in the metric that the flow follows."
+    return jnp.sqrt(jnp.maximum((v * tau * H(v)).sum(), 0))
+
+
+def _new_space(v, H, tau, m):
+    "An empty space for `m` vectors, the first of which will be along `v`."
+    none = jnp.zeros((m, v.size), v.dtype)
+    count = jnp.array(0, jnp.int32)
+    return _Krylov(none, none, none[:, 0], none[:, 0], v, H(v), _length(v, H, tau), count)
 
 
 def _grow(space, H, S, leak, tau):
@@ -204,7 +210,7 @@ def _alive(space):
         & (space.count < len(space.Q))
     )
 
-
+# %% ../../nbs/api/analysis/attractors.ipynb #a4fc37d4
 def _ritz(space):
     "The smallest eigenvalue of the tridiagonal matrix, its vector, and its error."
     k = jnp.arange(len(space.Q))
@@ -214,6 +220,34 @@ def _ritz(space):
         jnp.diag(jnp.where(used, space.diagonal, top)) + jnp.diag(off, 1) + jnp.diag(off, -1)
     )
     return theta[0], s[:, 0], space.length * abs(s[space.count - 1, 0])
+
+
+def _search(space, H, S, leak, tau, tol):
+    "The space, grown until the smallest eigenvalue is known to `tol`, or nothing can be added."
+    def unsure(space):
+        theta, _, bound = _ritz(space)
+        small = tol * jnp.maximum(abs(theta), tol * abs(space.diagonal).max())
+        return _alive(space) & ((space.count == 0) | ~(bound <= small))
+
+    one = lambda _, space: _grow(space, H, S, leak, tau)
+    return jax.lax.while_loop(unsure, lambda space: jax.lax.fori_loop(0, 8, one, space), space)
+
+
+def _mode(space, H, S, moving, leak, tau):
+    "The softest mode of a space: its rate, its vector of unit length, the error of the rate."
+    theta, s, _ = _ritz(space)
+    v, u = s @ space.Q, s @ space.P / tau
+    # Tλv = Dv + Su: what the energy does not see of v follows from what it sees
+    own = leak - theta * tau
+    seen = abs(own) > 0.05 * (leak + abs(theta) * tau)
+    v = jnp.where(moving, jnp.where(seen, -S(u) / jnp.where(own == 0, 1, own), v), 0)
+    tiny = jnp.finfo(v.dtype).tiny
+    residual = (leak * v + S(H(v))) / tau - theta * v
+    error = _length(residual, H, tau) / jnp.maximum(_length(v, H, tau), tiny)
+    blind = space.count == 0 # H = 0: the energy sees nothing that moves
+    theta = jnp.where(blind, jnp.where(moving, leak / tau, jnp.inf).min(), theta)
+    v = jnp.where(blind, 0, v / jnp.maximum(jnp.sqrt((v * v).sum()), tiny))
+    return theta, v, jnp.where(blind, 0, error)
 
 # %% ../../nbs/api/analysis/attractors.ipynb #8814150a
 class Stability(eqx.Module):
@@ -258,6 +292,28 @@ def _verdict(curvature, error, residual, at_rest):
     )
 
 # %% ../../nbs/api/analysis/attractors.ipynb #fda559df
+def _softest(ham, xs, masks, free, steps, tol, key):
+    "The softest mode of one state."
+    xs = {n: x.astype(jnp.promote_types(x.dtype, jnp.float32)) for n, x in xs.items()}
+    H, S, moving, leak, tau, unravel = _products(ham, xs, masks, free)
+    v = jnp.where(moving, jr.normal(key, (moving.size,), leak.dtype), 0)
+    space = _search(_new_space(v, H, tau, min(steps, moving.size)), H, S, leak, tau, tol)
+    theta, v, error = _mode(space, H, S, moving, leak, tau)
+    problem = Problem(ham, xs, masks, free)
+    # a residual that a descent to its own tolerance stays well below
+    loose = jnp.finfo(leak.dtype).eps**0.5
+    point = problem.evaluate({n: xs[n] for n in free})
+    residual, _, at_rest = check_rest(problem, point, loose, loose)
+    return Stability(theta, unravel(v), error, residual, at_rest, space.count)
+
+
+@eqx.filter_jit
+def _stability(start, steps, tol, key):
+    "The compiled part of `stability`."
+    one = lambda xs, masks: _softest(start.ham, xs, masks, start.free, steps, tol, key)
+    return (jax.vmap(one) if start.batched else one)(start.xs, start.masks)
+
+
 def stability(
     ham: HAM | VectorizedHAM, # the network; vectorised for batches of states
     xs: dict, # the states of a fixed point, by layer
@@ -279,67 +335,10 @@ def stability(
     if not isinstance(steps, numbers.Integral) or steps < 1:
         raise ValueError(f"stability: steps must be a positive int, got {steps!r}.")
     if not start.free: raise ValueError("stability: every layer is clamped, so nothing moves.")
-    tol = (
-        float(jnp.finfo(jnp.result_type(jnp.float32, *start.xs.values())).eps) ** 0.5
-        if tol is None
-        else tol
-    )
+    wide = jnp.result_type(jnp.float32, *start.xs.values())
+    tol = float(jnp.finfo(wide).eps) ** 0.5 if tol is None else tol
     if not tol > 0: raise ValueError(f"stability: tol must be positive, got {tol}.")
     return _stability(start, int(steps), tol, jr.key(0) if key is None else key)
-
-
-@eqx.filter_jit
-def _stability(start, steps, tol, key):
-    "The compiled part of `stability`."
-    one = lambda xs, masks: _softest(start.ham, xs, masks, start.free, steps, tol, key)
-    return (jax.vmap(one) if start.batched else one)(start.xs, start.masks)
-
-# %% ../../nbs/api/analysis/attractors.ipynb #cfb6427d
-def _softest(ham, xs, masks, free, steps, tol, key):
-    "The softest mode of one state."
-    xs = {n: x.astype(jnp.promote_types(x.dtype, jnp.float32)) for n, x in xs.items()}
-    H, S, moving, leak, tau, unravel = _products(ham, xs, masks, free)
-    n, dtype = moving.size, leak.dtype
-    m, norm = min(steps, n), lambda v: jnp.sqrt(jnp.maximum((v * tau * H(v)).sum(), 0))
-    v = jnp.where(moving, jr.normal(key, (n,), dtype), 0)
-    blank = jnp.zeros((m, n), dtype)
-    space = _Krylov(
-        blank, blank, blank[:, 0], blank[:, 0], v, H(v), norm(v), jnp.array(0, jnp.int32)
-    )
-
-    def unsure(space):
-        theta, _, bound = _ritz(space)
-        return _alive(space) & (
-            (space.count == 0)
-            | ~(bound <= tol * jnp.maximum(abs(theta), tol * abs(space.diagonal).max()))
-        )
-    space = jax.lax.while_loop(
-        unsure,
-        lambda space: jax.lax.fori_loop(0, 8, lambda _, s: _grow(s, H, S, leak, tau), space),
-        space,
-    )
-
-    theta, s, _ = _ritz(space)
-    v, u = s @ space.Q, s @ space.P / tau
-    # Tλv = Dv + Su: what the energy does not see of v follows from what it sees
-    own = leak - theta * tau
-    v = jnp.where(
-        abs(own) > 0.05 * (leak + abs(theta) * tau), -S(u) / jnp.where(own == 0, 1, own), v
-    )
-    v = jnp.where(moving, v, 0)
-    error = norm((leak * v + S(H(v))) / tau - theta * v) / jnp.maximum(
-        norm(v), jnp.finfo(dtype).tiny
-    )
-    blind = space.count == 0 # H = 0: the energy sees nothing that moves
-    theta = jnp.where(blind, jnp.where(moving, leak / tau, jnp.inf).min(), theta)
-    v = jnp.where(blind, 0, v / jnp.maximum(jnp.sqrt((v * v).sum()), jnp.finfo(dtype).tiny))
-    problem = Problem(ham, xs, masks, free)
-    # a residual that a descent to its own tolerance stays well below
-    loose = jnp.finfo(dtype).eps**0.5
-    residual, _, at_rest = check_rest(
-        problem, problem.evaluate({n: xs[n] for n in free}), loose, loose
-    )
-    return Stability(theta, unravel(v), jnp.where(blind, 0, error), residual, at_rest, space.count)
 
 # %% ../../nbs/api/analysis/attractors.ipynb #1e45c9df
 def flip_signs(
@@ -423,22 +422,9 @@ class BasinSize(eqx.Module):
             levels[i - 1] + (s[i - 1] - share) / (s[i - 1] - s[i]) * (levels[i] - levels[i - 1])
         )
 
-# %% ../../nbs/api/analysis/attractors.ipynb #807cf9ba
-def basin_size(
-    ham: HAM | VectorizedHAM, # the network
-    patterns: Float[Array, "K ..."], # what is stored, one state of the layer per row
-    corrupt: Callable, # corrupt(key, pattern, level) → start, such as `flip_signs`
-    levels, # levels of corruption, rising
-    *,
-    key, # a PRNG key
-    layer=None, # the layer that the patterns are states of; None for the first
-    n: int = 100, # starts per level: patterns drawn without repetition as long as there are enough
-    measure="overlap", # as in `which_memory`
-    threshold=None, # as in `which_memory`
-    either_sign=False, # as in `which_memory`
-    **settings, # solver, max_steps, tolerances: passed on to `descend`
-) -> BasinSize:
-    "The share of corrupted starts that return. Raises ValueError or TypeError for bad input."
+# %% ../../nbs/api/analysis/attractors.ipynb #b93bb916
+def _read_experiment(ham, patterns, levels, layer, n, settings):
+    "The layer, its patterns and the levels, as arrays. Raises for what does not fit."
     if not isinstance(ham, HAM | VectorizedHAM):
         raise TypeError(f"basin_size needs a HAM or a VectorizedHAM, and was given {ham!r}.")
     layer = next(iter(ham.neurons)) if layer is None else layer
@@ -461,62 +447,74 @@ def basin_size(
         )
     if "clamp" in settings:
         raise ValueError("basin_size: every layer is free in the end, so there is no clamp.")
-    patterns = patterns.astype(
-        jnp.promote_types(patterns.dtype, ham.dtype)
-        if jnp.issubdtype(patterns.dtype, jnp.floating)
-        else ham.dtype
-    )
-    which, many = (
-        dict(measure=measure, threshold=threshold, either_sign=either_sign),
-        ham.vectorize(),
-    )
+    floating = jnp.issubdtype(patterns.dtype, jnp.floating)
+    dtype = jnp.promote_types(patterns.dtype, ham.dtype) if floating else ham.dtype
+    return layer, patterns.astype(dtype), levels
+
+
+def _draw(key, K, n):
+    "Which of the `K` patterns each start is made from, and the key of its corruption."
     k_pick, k_noise = jr.split(key)
-    target = (
-        jr.permutation(k_pick, len(patterns))[:n]
-        if n <= len(patterns)
-        else jr.randint(k_pick, (n,), 0, len(patterns))
-    )
-    keys, act = jr.split(k_noise, n), jax.vmap(ham.neurons[layer].activations)
-    aim, rows = act(patterns), []
-    for level in levels:
-        begin = jax.vmap(
-            lambda k, x, level: check_state(
-                corrupt(k, x, level), shape, "The corrupted state of the layer", layer
-            ),
-            (0, 0, None),
-        )(keys, patterns[target], level)
-        out = _settle(many, layer, begin.astype(patterns.dtype), {"trace": False, **settings})
-        found = which_memory(out.xhats[layer], aim, **which)
-        cosine = lambda x: jax.vmap(_cosine)(x.reshape(n, -1), aim[target].reshape(n, -1)).mean()
-        same = found.index == target
-        rows.append(
-            (
-                same.sum() / n,
-                ((found.index >= 0) & ~same).sum() / n,
-                cosine(act(begin)),
-                cosine(out.xhats[layer]),
-                out.converged.sum() / n,
-                found.index,
-            )
-        )
-    share, elsewhere, before, after, converged, reached = map(jnp.stack, zip(*rows))
-    low, high = wilson(np.round(np.asarray(share) * n), n)
-    return BasinSize(
-        levels,
-        share,
-        jnp.asarray(low),
-        jnp.asarray(high),
-        elsewhere,
-        before,
-        after,
-        converged,
-        target,
-        reached,
-    )
+    few = n <= K
+    target = jr.permutation(k_pick, K)[:n] if few else jr.randint(k_pick, (n,), 0, K)
+    return target, jr.split(k_noise, n)
 
 
+def _corrupted(corrupt, keys, patterns, level, layer):
+    "The patterns at one level of corruption, each with its key."
+    what = "The corrupted state of the layer"
+    one = lambda k, x, level: check_state(corrupt(k, x, level), x.shape, what, layer)
+    return jax.vmap(one, (0, 0, None))(keys, patterns, level)
+
+# %% ../../nbs/api/analysis/attractors.ipynb #807cf9ba
 def _settle(many, layer, begin, settings):
     "The descent from a state of one layer, after the others have settled with it held."
     xs = {**many.init_states(len(begin), dtype=begin.dtype), layer: begin}
     if many.n_neurons > 1: xs = descend(many, xs, clamp=layer, **settings).xs
     return descend(many, xs, **settings)
+
+
+def _mean_overlap(x, y):
+    "The mean over rows of the cosine of `x` and `y`."
+    return jax.vmap(_cosine)(x.reshape(len(x), -1), y.reshape(len(y), -1)).mean()
+
+
+def basin_size(
+    ham: HAM | VectorizedHAM, # the network
+    patterns: Float[Array, "K ..."], # what is stored, one state of the layer per row
+    corrupt: Callable, # corrupt(key, pattern, level) → start, such as `flip_signs`
+    levels, # levels of corruption, rising
+    *,
+    key, # a PRNG key
+    layer=None, # the layer that the patterns are states of; None for the first
+    n: int = 100, # starts per level: patterns drawn without repetition as long as there are enough
+    measure="overlap", # as in `which_memory`
+    threshold=None, # as in `which_memory`
+    either_sign=False, # as in `which_memory`
+    **settings, # solver, max_steps, tolerances: passed on to `descend`
+) -> BasinSize:
+    "The share of corrupted starts that return. Raises ValueError or TypeError for bad input."
+    layer, patterns, levels = _read_experiment(ham, patterns, levels, layer, n, settings)
+    which = dict(measure=measure, threshold=threshold, either_sign=either_sign)
+    many, activations = ham.vectorize(), jax.vmap(ham.neurons[layer].activations)
+    target, keys = _draw(key, len(patterns), n)
+    aims = activations(patterns)
+
+    def row(level):
+        begin = _corrupted(corrupt, keys, patterns[target], level, layer)
+        out = _settle(many, layer, begin.astype(patterns.dtype), {"trace": False, **settings})
+        reached = which_memory(out.xhats[layer], aims, **which).index
+        same = reached == target
+        return {
+            "share": same.sum() / n,
+            "elsewhere": ((reached >= 0) & ~same).sum() / n,
+            "overlap_start": _mean_overlap(activations(begin), aims[target]),
+            "overlap": _mean_overlap(out.xhats[layer], aims[target]),
+            "converged": out.converged.sum() / n,
+            "reached": reached,
+        }
+
+    rows = [row(level) for level in levels]
+    columns = {name: jnp.stack([r[name] for r in rows]) for name in rows[0]}
+    low, high = map(jnp.asarray, wilson(np.round(np.asarray(columns["share"]) * n), n))
+    return BasinSize(levels=levels, low=low, high=high, target=target, **columns)

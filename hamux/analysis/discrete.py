@@ -128,42 +128,6 @@ def _measured(memory, states, costs):
     out = _measure(memory, s.reshape(-1, memory.size), costs)
     return jax.tree_util.tree_map(lambda v: v.reshape(s.shape[:-1] + v.shape[1:]), out)
 
-# %% ../../nbs/api/analysis/discrete.ipynb #57cd38a8
-class DiscreteHopfield(AbstractDiscreteMemory):
-    "The classical network of ±1 neurons, −½ sᵀWs − b·s."
-    W: Array
-    b: Array
-
-    def __init__(self,
-                 # symmetric weights of zero diagonal; integers for exact arithmetic
-                 W: Float[Array, "N N"],
-                 b=None): # a field on each neuron (N,); None for none
-        self.W, self.b = _couplings(W, b)
-
-    @property
-    def size(self): return len(self.b)
-
-    def fields(self, s):
-        W, b = _wide(self.W), _wide(self.b)
-        h = jnp.matmul(s.astype(W.dtype), W, precision="highest") + b
-        if jnp.issubdtype(h.dtype, jnp.integer): return h, jnp.zeros_like(b)
-        return h, 4 * math.sqrt(self.size) * jnp.finfo(h.dtype).eps * (abs(W).sum(1) + abs(b))
-
-    def visit(self, fields, si, i): return 2 * si * fields[0][:, i] < -fields[1][i]
-
-    def flipped(self, fields, si, i):
-        h, slack = fields
-        return h - (2 * si).astype(h.dtype)[:, None] * self.W[i].astype(h.dtype), slack
-
-    def total(self, s, fields):
-        twice = (s * (fields[0] + self.b)).sum(1) # even, where it is an integer
-        half = twice // 2 if jnp.issubdtype(twice.dtype, jnp.integer) else twice / 2
-        return -half.astype(_real_dtype(self.W.dtype))
-
-    def costs(self, s, fields):
-        costs = 2 * s * fields[0]
-        return costs.astype(_real_dtype(self.W.dtype)), costs < -fields[1]
-
 # %% ../../nbs/api/analysis/discrete.ipynb #f0d9f4ae
 def _real(x, what):
     "`x` as an array of real numbers."
@@ -217,6 +181,42 @@ def _couplings(W, b):
         dtype = jnp.int32 if small else jnp.result_type(float)
     return jnp.asarray(W, dtype), jnp.asarray(b, dtype)
 
+# %% ../../nbs/api/analysis/discrete.ipynb #57cd38a8
+class DiscreteHopfield(AbstractDiscreteMemory):
+    "The classical network of ±1 neurons, −½ sᵀWs − b·s."
+    W: Array
+    b: Array
+
+    def __init__(self,
+                 # symmetric weights of zero diagonal; integers for exact arithmetic
+                 W: Float[Array, "N N"],
+                 b=None): # a field on each neuron (N,); None for none
+        self.W, self.b = _couplings(W, b)
+
+    @property
+    def size(self): return len(self.b)
+
+    def fields(self, s):
+        W, b = _wide(self.W), _wide(self.b)
+        h = jnp.matmul(s.astype(W.dtype), W, precision="highest") + b
+        if jnp.issubdtype(h.dtype, jnp.integer): return h, jnp.zeros_like(b)
+        return h, 4 * math.sqrt(self.size) * jnp.finfo(h.dtype).eps * (abs(W).sum(1) + abs(b))
+
+    def visit(self, fields, si, i): return 2 * si * fields[0][:, i] < -fields[1][i]
+
+    def flipped(self, fields, si, i):
+        h, slack = fields
+        return h - (2 * si).astype(h.dtype)[:, None] * self.W[i].astype(h.dtype), slack
+
+    def total(self, s, fields):
+        twice = (s * (fields[0] + self.b)).sum(1) # even, where it is an integer
+        half = twice // 2 if jnp.issubdtype(twice.dtype, jnp.integer) else twice / 2
+        return -half.astype(_real_dtype(self.W.dtype))
+
+    def costs(self, s, fields):
+        costs = 2 * s * fields[0]
+        return costs.astype(_real_dtype(self.W.dtype)), costs < -fields[1]
+
 
 def _wide(x):
     return (
@@ -255,57 +255,6 @@ def pseudo_inverse(
     X = _signs(patterns, "The patterns", 2).astype(jnp.result_type(float))
     P = jnp.matmul(jnp.linalg.pinv(X), X, precision="highest")
     return jnp.where(jnp.eye(len(P), dtype=bool), 0, (P + P.T) / 2)
-
-# %% ../../nbs/api/analysis/discrete.ipynb #a40356de
-class DiscreteMemory(AbstractDiscreteMemory):
-    "The dense network −Σ_μ F(ξ_μ·s); the exponential one −(1/β) log Σ_μ exp(β ξ_μ·s)."
-    rows: Int[Array, "N K"]
-    values: Array | None
-    up: Array | None
-    down: Array | None
-    unit: Array | None
-    beta: Array | None
-
-    def __init__(self,
-                 patterns: Int[Array, "K N"], # ±1, one pattern per row
-                 # a power n for xⁿ, "exp", or a function of an array of overlaps ξ·s
-                 F: int | str | Callable = 2,
-                 beta=None): # inverse temperature of "exp"; None for 1
-        self.rows = _signs(patterns, "The patterns", 2).T
-        is_exp = isinstance(F, str) and F == "exp"
-        if beta is not None and not is_exp:
-            raise ValueError(
-                f"DiscreteMemory: beta belongs to F='exp', and was given as {beta!r} with F={F!r}."
-            )
-        self.values, self.up, self.down, self.unit = (
-            (None,) * 4 if is_exp else _table(F, *self.rows.shape)
-        )
-        self.beta = _as_beta(1.0 if beta is None else beta, self.rows.shape[1]) if is_exp else None
-
-    @property
-    def size(self):
-        return len(self.rows)
-
-    @property
-    def patterns(self):
-        return self.rows.T
-
-    def fields(self, s):
-        m = jnp.matmul(
-            s.astype(jnp.float32), self.rows.astype(jnp.float32), precision="highest"
-        ).astype(jnp.int32)
-        return m, *_steps(self, m)
-
-    def visit(self, fields, si, i):
-        terms = jnp.where(self.rows[i] == si[:, None], fields[2], fields[1])
-        return _gains(self, terms.sum(1), lambda: abs(terms).sum(1))
-
-    def flipped(self, fields, si, i):
-        m = fields[0] - 2 * si.astype(jnp.int32)[:, None] * self.rows[i]
-        return m, *_steps(self, m)
-
-    def total(self, s, fields): return _dense_energy(self, fields[0])
-    def costs(self, s, fields): return _dense_costs(self, s, fields)
 
 # %% ../../nbs/api/analysis/discrete.ipynb #5acb1ee1
 def _as_beta(beta, K):
@@ -360,6 +309,57 @@ def _table(F, N, K):
         jnp.asarray(unit, dtype),
     )
 
+# %% ../../nbs/api/analysis/discrete.ipynb #a40356de
+class DiscreteMemory(AbstractDiscreteMemory):
+    "The dense network −Σ_μ F(ξ_μ·s); the exponential one −(1/β) log Σ_μ exp(β ξ_μ·s)."
+    rows: Int[Array, "N K"]
+    values: Array | None
+    up: Array | None
+    down: Array | None
+    unit: Array | None
+    beta: Array | None
+
+    def __init__(self,
+                 patterns: Int[Array, "K N"], # ±1, one pattern per row
+                 # a power n for xⁿ, "exp", or a function of an array of overlaps ξ·s
+                 F: int | str | Callable = 2,
+                 beta=None): # inverse temperature of "exp"; None for 1
+        self.rows = _signs(patterns, "The patterns", 2).T
+        is_exp = isinstance(F, str) and F == "exp"
+        if beta is not None and not is_exp:
+            raise ValueError(
+                f"DiscreteMemory: beta belongs to F='exp', and was given as {beta!r} with F={F!r}."
+            )
+        self.values, self.up, self.down, self.unit = (
+            (None,) * 4 if is_exp else _table(F, *self.rows.shape)
+        )
+        self.beta = _as_beta(1.0 if beta is None else beta, self.rows.shape[1]) if is_exp else None
+
+    @property
+    def size(self):
+        return len(self.rows)
+
+    @property
+    def patterns(self):
+        return self.rows.T
+
+    def fields(self, s):
+        m = jnp.matmul(
+            s.astype(jnp.float32), self.rows.astype(jnp.float32), precision="highest"
+        ).astype(jnp.int32)
+        return m, *_steps(self, m)
+
+    def visit(self, fields, si, i):
+        terms = jnp.where(self.rows[i] == si[:, None], fields[2], fields[1])
+        return _gains(self, terms.sum(1), lambda: abs(terms).sum(1))
+
+    def flipped(self, fields, si, i):
+        m = fields[0] - 2 * si.astype(jnp.int32)[:, None] * self.rows[i]
+        return m, *_steps(self, m)
+
+    def total(self, s, fields): return _dense_energy(self, fields[0])
+    def costs(self, s, fields): return _dense_costs(self, s, fields)
+
 # %% ../../nbs/api/analysis/discrete.ipynb #e036233a
 def _at(table, k): return table.at[k].get(mode="promise_in_bounds")
 
@@ -403,6 +403,31 @@ def _dense_costs(memory, s, fields):
     a, b, beta = jnp.log(-loss), jnp.log(gain), memory.beta
     return (jnp.logaddexp(a, b - 2 * beta) - jnp.logaddexp(a - 2 * beta, b)) / beta, lower
 
+# %% ../../nbs/api/analysis/discrete.ipynb #04b09b02
+def _clamp_mask(clamp, shape):
+    "The clamp as a boolean array of the shape of the states."
+    if clamp is None: return jnp.zeros(shape, bool)
+    return jnp.broadcast_to(
+        jnp.asarray(as_mask(clamp, "recall_bits", "clamp", shape[-1:], shape)), shape
+    )
+
+
+def _sweep(memory, s, fields, order, held):
+    "Visit all neurons once; the states, and how often each row flipped."
+    def visit(t, carry):
+        s, fields, flips = carry
+        i = order[t]
+        si = s[:, i]
+        flip = memory.visit(fields, si, i) & ~held[:, i]
+        fields = jax.lax.cond(
+            flip.any(), lambda f: memory.flipped(f, jnp.where(flip, si, 0), i), lambda f: f, fields
+        )
+        return s.at[:, i].set(jnp.where(flip, -si, si)), fields, flips + flip
+    s, _, flips = jax.lax.fori_loop(
+        0, memory.size, visit, (s, fields, jnp.zeros(len(s), jnp.int32))
+    )
+    return s, flips
+
 # %% ../../nbs/api/analysis/discrete.ipynb #cca95c34
 class BitRecall(eqx.Module):
     "What a discrete recall reached, how, why it stopped. A batch has a leading axis."
@@ -426,23 +451,6 @@ class BitRecall(eqx.Module):
 
 
 def _sentence(code, **numbers): return sentence("bits", code, **numbers)
-
-# %% ../../nbs/api/analysis/discrete.ipynb #04b09b02
-def _sweep(memory, s, fields, order, held):
-    "Visit all neurons once; the states, and how often each row flipped."
-    def visit(t, carry):
-        s, fields, flips = carry
-        i = order[t]
-        si = s[:, i]
-        flip = memory.visit(fields, si, i) & ~held[:, i]
-        fields = jax.lax.cond(
-            flip.any(), lambda f: memory.flipped(f, jnp.where(flip, si, 0), i), lambda f: f, fields
-        )
-        return s.at[:, i].set(jnp.where(flip, -si, si)), fields, flips + flip
-    s, _, flips = jax.lax.fori_loop(
-        0, memory.size, visit, (s, fields, jnp.zeros(len(s), jnp.int32))
-    )
-    return s, flips
 
 
 @eqx.filter_jit
@@ -476,14 +484,6 @@ def _recall(memory, s, held, key, max_sweeps, trace):
     return BitRecall(s, E, energies, sweeps, flips, code)
 
 # %% ../../nbs/api/analysis/discrete.ipynb #7b70d91f
-def _clamp_mask(clamp, shape):
-    "The clamp as a boolean array of the shape of the states."
-    if clamp is None: return jnp.zeros(shape, bool)
-    return jnp.broadcast_to(
-        jnp.asarray(as_mask(clamp, "recall_bits", "clamp", shape[-1:], shape)), shape
-    )
-
-
 def recall_bits(
     memory: AbstractDiscreteMemory, # the network
     states: Int[Array, "*batch N"], # ±1, where to start: one state, or one per row

@@ -99,23 +99,36 @@ def _setting(name, value):
         return f"{name} learned"
 
 # %% ../../nbs/api/display/tables.ipynb #2611ce24
+def _defaults(make):
+    "The defaults of the parameters of a function or class, by name and in their order."
+    try:
+        return {name: p.default for name, p in inspect.signature(make).parameters.items()}
+    except (TypeError, ValueError):
+        return {}
+
+
+def _is_default(value, default):
+    "Whether a constant equals the default, or is the default along every axis."
+    if isinstance(value, tuple) and not isinstance(default, tuple):
+        return len(value) > 0 and all(_is_default(v, default) for v in value)
+    return isinstance(value, numbers.Real | str | tuple) and value == default
+
+
 def _chosen_keywords(partial):
     "The keywords of a partial in the order of its function, without constants that are defaults."
-    try:
-        defaults = {k: p.default for k, p in inspect.signature(partial.func).parameters.items()}
-    except (TypeError, ValueError):
-        defaults = {}
-    keywords = partial.keywords
+    defaults, keywords = _defaults(partial.func), partial.keywords
     order = [k for k in defaults if k in keywords] + [k for k in keywords if k not in defaults]
-    is_default = lambda k, v: isinstance(v, numbers.Real | str) and v == defaults.get(k)
-    return [(k, keywords[k]) for k in order if not is_default(k, keywords[k])]
+    chosen = [k for k in order if not _is_default(keywords[k], defaults.get(k))]
+    return [(k, keywords[k]) for k in chosen]
 
 
 def _constants(module):
-    "The constants of a module that are worth a word: numbers, strings, and the functions inside."
+    "The constants of a module that were chosen: numbers, strings, and the functions inside."
     if not isinstance(module, eqx.Module): return ""
     values = {k.lstrip("_"): unseal(v) for k, v in vars(module).items() if k != "trainable"}
-    return ", ".join(_setting(k, v) for k, v in values.items() if _is_short(v))
+    defaults = _defaults(type(module))
+    chosen = [k for k, v in values.items() if not _is_default(v, defaults.get(k))]
+    return ", ".join(_setting(k, values[k]) for k in chosen if _is_short(values[k]))
 
 
 def _is_short(value):
@@ -237,7 +250,7 @@ def _title(ham, net):
     connections = plural(net.n_connections, "connection")
     return f"{type(ham).__name__}{batch}: {layers} ({neurons}), {synapses}, {connections}"
 
-# %% ../../nbs/api/display/tables.ipynb #6ba776d6
+
 @patch
 def __repr__(self: HAM) -> str: return describe(self)
 

@@ -22,6 +22,7 @@ from hamux.dynamics.solver import (
     Move,
     choose,
     empty_point,
+    plain_step,
     rounding,
     same_states,
 )
@@ -88,6 +89,8 @@ class _Path(eqx.Module):
     expected: jax.Array # and with it
     bend: jax.Array # second divided difference of what the model missed
     count: jax.Array # points accepted
+    missed: jax.Array # trials rejected since
+    plain: jax.Array # length of the plain step under way; 0 while the model leads
 
 
 def _first_path(problem, xs, first, m):
@@ -99,6 +102,7 @@ def _first_path(problem, xs, first, m):
     return _Path(
         held, jnp.full_like(held.energy, jnp.inf), rows, rows, rows, number + first * least, number,
         model=vector, expected=vector, bend=vector, count=jnp.array(0, jnp.int32),
+        missed=jnp.array(0, jnp.int32), plain=number,
     )
 
 # %% ../../nbs/api/dynamics/adaptive.ipynb #cb3f70e1
@@ -138,13 +142,15 @@ def _resolved(old, new):
     )
 
 
-def _fell(old, new, lowest, trial):
-    "Whether the energy did not rise."
+def _fell(old, new, lowest, trial, plain):
+    "Whether the energy did not rise; after a plain step, whether it fell."
     work = (trial.g + trial.g0) @ trial.da / 2
+    unseen = ~trial.da.any() & (trial.g @ trial.g < trial.g0 @ trial.g0)
     noise = 4 * jnp.finfo(new.energy.dtype).eps * ((abs(trial.g) + abs(trial.g0)) @ abs(trial.a))
     finite = jnp.stack([jnp.isfinite(v).all() for v in jtu.tree_leaves(new)]).all()
     not_higher = finite & (new.energy <= lowest + rounding(new))
-    return not_higher & jnp.where(_resolved(old, new), new.energy < old.energy, work <= noise)
+    by_work = jnp.where(plain, (work < 0) | unseen, work <= noise)
+    return not_higher & jnp.where(_resolved(old, new), new.energy < old.energy, by_work)
 
 
 def _steepness(problem, point):
@@ -209,7 +215,7 @@ def _judge(problem, now, path, trial):
     tau, h = trial.tau, path.time
     unexpected = _travel(trial.leak / tau, h) / 2 * (trial.g / tau - path.expected)
     error = _error(problem, *jax.lax.stop_gradient((now, _unflat(unexpected, now.xs))))
-    fell = _fell(path.held, now, path.lowest, trial)
+    fell = _fell(path.held, now, path.lowest, trial, path.plain > 0)
     if all(layer.leak for layer in problem.ham.neurons.values()): return error, fell
     calmer = _steepness(problem, now) <= 1.5 * _steepness(problem, path.held)
     return error, fell & (_resolved(path.held, now) | calmer)
@@ -230,6 +236,24 @@ def _next_length(tol, path, trial, modes, error, fell, ok):
     most = jnp.where(trial.leak.all(), 1e3 * tau.max(), endless)
     growing = 2 / jnp.maximum(-modes[0][0], 1e-30)
     return last, jnp.clip(jnp.minimum(h, growing), jnp.finfo(h.dtype).eps ** 2, most)
+
+# %% ../../nbs/api/dynamics/adaptive.ipynb #f42dd016
+_PATIENCE = 6
+
+
+def _plain_steps(problem, held, path, ok, wanted):
+    "The next plain step, its length (0 where the model leads), and whether none is left."
+    slowest = jnp.stack([jnp.asarray(t, path.plain.dtype) for t in problem.taus.values()]).max()
+    leaks = all(problem.ham.neurons[n].leak for n in problem.free)
+    next_one = jnp.where(path.plain > slowest, 4 * path.plain, path.plain / 4)
+    length = jnp.where((path.plain > 0) & ~ok, next_one, slowest)
+    unseen = same_states(plain_step(problem, held, length, 1), held.xs)
+    # without leak longer steps lead on; tried last, for they leap
+    length = jnp.where(unseen & (length < slowest) & (not leaks), 4 * slowest, length)
+    length = jnp.where(wanted, length, 0)
+    xs = plain_step(problem, held, length, 1)
+    done = unseen & leaks | (length > 4.0**12 * slowest)
+    return xs, length, (length > 0) & done
 
 # %% ../../nbs/api/dynamics/adaptive.ipynb #5e65f784
 class Adaptive(AbstractSolver):
@@ -257,7 +281,7 @@ class Adaptive(AbstractSolver):
         still, dtype = jax.lax.stop_gradient, path.time.dtype
         trial = _trial(problem, now, path.held, dtype)
         error, fell = _judge(problem, now, path, trial)
-        ok = (path.count == 0) | (fell & (error <= 4 * self.tol))
+        ok = (path.count == 0) | (fell & ((error <= 4 * self.tol) | (path.plain > 0)))
         goes = (path.count > 0) & ok
         held = choose(ok, now, path.held)
         x, r = jnp.where(ok, trial.x, trial.x0), jnp.where(ok, trial.g, trial.g0) / trial.tau
@@ -265,11 +289,15 @@ class Adaptive(AbstractSolver):
         modes = _modes(*still(rows), still(trial.tau), trial.leak)
         last, h = _next_length(self.tol, path, trial, modes, error, fell, ok)
         ahead = _ahead(r, trial, modes, h, last, bend, path.count >= 2)
-        xs = shortened(problem, _unflat(x - ahead.move, now.xs))
+        led = _unflat(x - ahead.move, now.xs)
+        missed = jnp.where(ok, 0, path.missed + 1)
+        wanted = (missed > _PATIENCE) | same_states(led, held.xs) | (~ok & (path.plain > 0))
+        stepped, plain, stuck = _plain_steps(problem, held, path, ok, wanted)
+        xs = shortened(problem, choose(plain > 0, stepped, led))
         path = _Path(
             held, jnp.minimum(path.lowest, held.energy), *rows, h, last,
-            ahead.model, ahead.expected, bend, path.count + ok)
-        return Move(held, xs, path, same_states(xs, held.xs))
+            ahead.model, ahead.expected, bend, path.count + ok, missed, plain)
+        return Move(held, xs, path, stuck)
 
     def descends(self, step): return True
     def cost(self, problem): return 1.0

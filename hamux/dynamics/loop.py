@@ -152,6 +152,7 @@ class Rows(eqx.Module):
     steps: Int[Array, " rows"]
     residual: Float[Array, " rows"]
     energy: Float[Array, " rows"]
+    noise: Float[Array, " rows"] # what that energy cannot resolve
     rises: Int[Array, " rows"]
     # at the start, the yardstick of growth: energy, size of its terms, largest state or residual
     first: tuple
@@ -173,7 +174,7 @@ def first_rows(setup: Setup, bad) -> Rows:
     r = jnp.full(E.shape, jnp.nan, jnp.result_type(*xs.values()))
     solver = setup.over(lambda p, _, x: setup.solver.init(p, x), 0, xs)
     code, index = jnp.where(bad, NONFINITE, zero), jnp.arange(E.shape[0])
-    return Rows(xs, xs, solver, code, zero, r, nan, zero, (nan, nan, r), index)
+    return Rows(xs, xs, solver, code, zero, r, nan, nan, zero, (nan, nan, r), index)
 
 # %% ../../nbs/api/dynamics/loop.ipynb #d273b7bc
 def _void(dtype): return jnp.nan if jnp.issubdtype(dtype, jnp.inexact) else 0
@@ -229,17 +230,17 @@ def choose_rows(flags, a, b):
 
 # %% ../../nbs/api/dynamics/loop.ipynb #d8b8b413
 def _energies(rows, held, live, final):
-    "Energy, whether it is finite, and whether it rose by more than rounding."
-    E, size = jax.lax.stop_gradient((held.energy, held.size))
+    "Energy, what it cannot resolve, whether it is finite, and whether it rose by more than that."
+    E, size, noise = jax.lax.stop_gradient((held.energy, held.size, rounding(held)))
     whole = jnp.isfinite(E) & jnp.isfinite(size)
-    return E, whole, live & whole & final & (E > rows.energy + rounding(held))
+    return E, noise, whole, live & whole & final & (E - rows.energy > rows.noise + noise)
 
 
 def _step_alone(setup: Setup, state: State) -> State:
     "A step without judgement."
     rows, count = state.rows, state.count
     move, live = ask_solver(setup, count, rows.ahead, rows.solver), rows.code == RUNNING
-    E, whole, risen = _energies(rows, move.held, live, setup.is_final(count))
+    E, noise, whole, risen = _energies(rows, move.held, live, setup.is_final(count))
     keep = live & whole
     new = dataclasses.replace(
         rows,
@@ -247,6 +248,7 @@ def _step_alone(setup: Setup, state: State) -> State:
         solver=move.state,
         steps=rows.steps + keep,
         energy=jnp.where(keep, E, rows.energy),
+        noise=jnp.where(keep, noise, rows.noise),
         rises=rows.rises + risen,
     )
     return State(count + 1, new, _record(setup, state, move.held, keep))
@@ -255,39 +257,50 @@ def _step_alone(setup: Setup, state: State) -> State:
 def _unbounded(E, largest, first, before, whole):
     "Whether a row has gone down further than any state of its scale can account for."
     E0, size0, largest0 = first
-    scale = jnp.maximum(size0, largest0.astype(E.dtype)**2)
-    eps, top = (float(v) for v in (jnp.finfo(largest.dtype).eps, jnp.finfo(largest.dtype).max))
-    far = (E < E0) & (largest > largest0 * max(min(top**0.5, eps**-2), 1 / eps))
-    fell = E0 - before > scale / jnp.sqrt(jnp.finfo(E.dtype).eps)
-    return jnp.where(whole, far, fell)
+    scale = jnp.maximum(size0, largest0.astype(E.dtype) ** 2)
+    top, eps = float(jnp.finfo(E.dtype).max), min(float(jnp.finfo(E.dtype).eps), 2.0**-23)
+    # a half-precision network is large, or overflows, without being unbounded
+    if top < eps**-2: return jnp.zeros(E.shape, bool)
+    far = (E < E0) & ((largest / largest0).astype(E.dtype) > eps**-2)
+    deep = E0 - E > jnp.minimum(scale, top**0.9 * eps**4) * eps**-4
+    return jnp.where(whole, far | deep, E0 - before > scale * eps**-0.5)
 
 
-def _reason(last, final, stuck, at_rest, finite, unbounded):
+def _reason(last, final, stuck, unbounded, at_rest, finite):
     "Why each row stops, or 0; a reason outweighs those above it."
     code = jnp.where(last, jnp.where(final, MAX_STEPS, SAMPLED), RUNNING)
     code = jnp.where(stuck, STUCK, code)
+    code = jnp.where(unbounded, UNBOUNDED, code)
     code = jnp.where(at_rest, CONVERGED, code)
-    code = jnp.where(finite, code, NONFINITE)
-    return jnp.where(unbounded, UNBOUNDED, code)
+    return jnp.where(finite | unbounded, code, NONFINITE)
 
 # %% ../../nbs/api/dynamics/loop.ipynb #a9c1abad
+def _judge(setup, count, held, wanted):
+    "Residual, largest state, and whether each row is at rest, from gradients that are its own."
+    judge = lambda p, _, point: check_rest(p, point, *setup.tols)
+    said = setup.over(judge, count, held)
+    if setup.solver.own_gradients: return said
+    look = lambda p, _, xs: check_rest(p, p.evaluate(xs), *setup.tols)
+    claimed = (said[2] & wanted).any()
+    return jax.lax.cond(claimed, lambda: setup.over(look, count, held.xs), lambda: said)
+
+
 def _step_and_judge(setup: Setup, state: State) -> State:
     "A step that begins with a judgement: who is done, and why."
     rows, count = state.rows, state.count
     move, live = ask_solver(setup, count, rows.ahead, rows.solver), rows.code == RUNNING
     held, final = move.held, setup.is_final(count)
-    E, whole, risen = _energies(rows, held, live, final)
+    E, noise, whole, risen = _energies(rows, held, live, final)
     last, keep = count >= setup.max_steps, live & (whole | (count == 0))
     back = live & ~whole & (count > 0)
 
-    judge = lambda p, _, point: check_rest(p, point, *setup.tols)
-    residual, largest, at_rest = setup.over(judge, count, held)
+    settled = final & jnp.logical_not(move.moving)
+    residual, largest, at_rest = _judge(setup, count, held, live & settled)
     now = (E, held.size, jnp.maximum(jnp.maximum(largest, residual), 1))
     first = jtu.tree_map(lambda a, b: jnp.where(count == 0, a, b), now, rows.first)
-    arrived = at_rest & final & jnp.logical_not(move.moving)
     unbounded = _unbounded(E, largest, first, rows.energy, whole)
     finite = whole & jnp.isfinite(residual)
-    code = _reason(last, final, move.stuck & final, arrived, finite, unbounded)
+    code = _reason(last, final, move.stuck & final, unbounded, at_rest & settled & finite, finite)
     code = jnp.where(live, code, rows.code)
 
     stay = choose_rows(back, rows.before, held.xs)
@@ -299,6 +312,7 @@ def _step_and_judge(setup: Setup, state: State) -> State:
         steps=rows.steps + (code == RUNNING) - back,
         residual=jnp.where(keep, residual, rows.residual),
         energy=jnp.where(keep, E, rows.energy),
+        noise=jnp.where(keep, noise, rows.noise),
         rises=rows.rises + risen,
         first=first,
         index=rows.index,

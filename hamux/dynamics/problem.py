@@ -20,6 +20,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float
 
+from ..lagrangians.conjugates import conjugate_of
 from ..lagrangians.facts import facts_of, setting_of
 from ..network.hypergraph import HAM, VectorizedHAM, check_batch, check_states
 from ..network.parameters import as_mask
@@ -109,6 +110,8 @@ class Point(eqx.Module):
     energy: Float[Array, ""] # total energy
     size: Float[Array, ""] # sum of the magnitudes of its terms
     parts: dict # the energy of every layer and connection, as `HAM.energy_tree` gives it
+    # ∂E/∂x̂ where free, of layers that a mask cuts through
+    pulls: dict = eqx.field(default_factory=dict)
 
 # %% ../../nbs/api/dynamics/problem.ipynb #bcf1f197
 def is_separable(layer) -> bool:
@@ -155,21 +158,35 @@ class Problem(eqx.Module):
         xhats = self.ham.activations(xs)
         currents, parts = _input_currents(self.ham, xhats, layers)
         tree = {"neurons": self.ham.neuron_energies(xhats, xs), "connections": parts}
-        terms = jtu.tree_leaves(tree) + [(xhats[n] * x).sum() for n, x in xs.items()]
+        terms = jtu.tree_leaves(tree) + [(x * xhats[n]).sum() for n, x in self.hidden(xhats, xs)]
+        E = sum(jtu.tree_leaves(tree))
         return Point(
             {n: xs[n] for n in self.free},
             {n: xs[n] if n in self.cut else xhats[n] for n in self.free},
             {n: self.gradient(n, xs[n], I) for n, I in currents.items()},
-            sum(jtu.tree_leaves(tree)),
-            jax.lax.stop_gradient(sum(map(abs, terms))),
+            E,
+            jax.lax.stop_gradient(jnp.minimum(sum(map(abs, terms)), jnp.finfo(E.dtype).max)),
             tree,
+            {n: self.pull(n, xs[n], currents[n]) for n in self.cut if n in currents},
         )
+
+    def hidden(self, xhats, xs):
+        "What a layer's term of the energy does not show of its size: a state or activation."
+        for n, layer in self.ham.neurons.items():
+            if not layer.leak: yield n, xhats[n]
+            elif conjugate_of(layer.lagrangian) is None: yield n, xs[n]
+
+    def pull(self, n, x, current):
+        "∂E/∂x̂ of one layer, from its input current; 0 where clamped."
+        g = x - current if self.ham.neurons[n].leak else -current
+        return jnp.where(self.masks[n], 0, g) if n in self.masks else g
 
     def gradient(self, n, x, current):
         "∂E/∂x̂ of one layer, from its input current; ∂E/∂x where a mask cuts, 0 where clamped."
-        g = x - current if self.ham.neurons[n].leak else -current
-        if n in self.cut: g = jax.vjp(self.ham.neurons[n].activations, x)[1](g)[0]
-        return jnp.where(self.masks[n], 0, g) if n in self.masks else g
+        if n not in self.cut: return self.pull(n, x, current)
+        layer = self.ham.neurons[n]
+        g = jax.vjp(layer.activations, x)[1](x - current if layer.leak else -current)[0]
+        return jnp.where(self.masks[n], 0, g)
 
     def map(self, xs: dict) -> dict:
         "The map whose fixed points are those of the dynamics: each state to its input current."
@@ -177,17 +194,23 @@ class Problem(eqx.Module):
         return {n: now.xs[n] - now.grads[n] for n in self.free}
 
 # %% ../../nbs/api/dynamics/problem.ipynb #34b2f99d
-def _still_to_come(layer, x, g):
+def _still_to_come(layer, x, g, length=None):
     "The share of an activation that would still change on the ray x − s g, and its size."
     wide = jnp.promote_types(x.dtype, jnp.float32)
     x, g = x.astype(wide), g.astype(wide)
     steepest = abs(g).max()
     far_out = 32 * float(jnp.finfo(wide).eps) ** (-2 / 3) * (1 + abs(x).max())
-    here = layer.activations(x)
-    there = layer.activations(x - jnp.where(steepest > 0, far_out / steepest, 0) * g)
+    if length is None: length = jnp.where(steepest > 0, far_out / steepest, 0)
+    here, there = layer.activations(x), layer.activations(x - length * g)
     size = jnp.maximum(abs(here).max(), abs(there).max())
     share = abs(there - here) / jnp.where(size > 0, size, 1)
     return jnp.where(share <= 1, share, 1), abs(here).max()
+
+
+def _behind_a_plateau(layer, x, pull):
+    "What a layer cut by a mask may still do: its pull, as far as following it changes activations."
+    share, _ = _still_to_come(layer, x, pull, 1 if layer.leak else None)
+    return (abs(pull) * share).max().astype(x.dtype)
 
 # %% ../../nbs/api/dynamics/problem.ipynb #b5a074db
 def check_rest(
@@ -203,6 +226,8 @@ def check_rest(
         if layer.leak or n in problem.cut:
             x = jnp.where(problem.masks[n], 0, abs(x)) if n in problem.masks else abs(x)
             r = abs(g).max()
+            if n in problem.cut:
+                r = jnp.maximum(r, _behind_a_plateau(layer, point.xs[n], point.pulls[n]))
             size = against = x.max()
         else:
             share, size = _still_to_come(layer, x, g)

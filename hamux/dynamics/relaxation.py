@@ -88,11 +88,22 @@ def _asleep(xs):
     return dict(zip(xs, zero & ~zero.all(), strict=True))
 
 # %% ../../nbs/api/dynamics/relaxation.ipynb #16beb13c
-def _sweep(problem, held, classes, jumping, length, asleep, waking):
+def _inferred(problem: Problem, jumping) -> tuple:
+    "The layers that jump last, to a current that does not change with them."
+    ham = problem.ham
+    affine = lambda n: all(
+        alone(ham.hypersynapses[s], names.index(n)) == "affine"
+        for names, s in ham.connections if n in names
+    )
+    return tuple(n for n in _colours(problem)[-1] if n in jumping and affine(n))
+
+
+def _sweep(problem, held, jumping, length, asleep, waking):
     "The states after every class had its turn."
-    xs = held.xs
-    for i, names in enumerate(classes):
-        grads = held.grads if i == 0 and len(classes) > 1 else problem.evaluate(xs, names).grads
+    xs, known = held.xs, set(held.xs) - set(_inferred(problem, jumping))
+    for i, names in enumerate(_colours(problem)):
+        same = i == 0 and known.issuperset(names)
+        grads = held.grads if same else problem.evaluate(xs, names).grads
         for n in names:
             step = 1 if n in jumping else length
             new = (xs[n] - step * grads[n]).astype(xs[n].dtype)
@@ -100,7 +111,7 @@ def _sweep(problem, held, classes, jumping, length, asleep, waking):
     return xs
 
 
-def _with_last_class(now, names, unknown):
+def _with_inferred(now, names, unknown):
     "The point with gradients of 0 where layers stand at their input current; large, if unknown."
     at_current = lambda x: jnp.where(unknown, jnp.maximum(abs(x), 1), 0)
     grads = {n: at_current(x) if n in names else now.grads[n] for n, x in now.xs.items()}
@@ -113,6 +124,7 @@ class Relaxation(AbstractSolver):
     dt: float = 1.0
     compares_energies: ClassVar[bool] = True
     exact_steps: ClassVar[bool] = False
+    own_gradients: ClassVar[bool] = False
 
     def __check_init__(self):
         if not isinstance(self.dt, int | float) or not 0 < self.dt < float("inf"):
@@ -124,16 +136,18 @@ class Relaxation(AbstractSolver):
         return _Sweeping(empty, jnp.full_like(empty.energy, jnp.inf), length, _asleep(xs))
 
     def step(self, problem, now, state, step, key):
-        classes, jumping, depth = _colours(problem), _jumps(problem), _depth(problem)
+        jumping, depth = _jumps(problem), _depth(problem)
+        inferred = _inferred(problem, jumping)
         mixed = jnp.stack(list(state.asleep.values())).any()
-        # what the last class stands at is known by the last sweep, once all of it has jumped
-        waking, unknown = mixed & (step < depth), (step == 0) | mixed & (step <= depth)
-        now = _with_last_class(now, [n for n in classes[-1] if n in jumping], unknown)
+        # a layer stands at its current once all of its class has jumped
+        unknown = (step == 0) & bool(inferred) | mixed & (step <= depth)
+        now = _with_inferred(now, inferred, unknown)
         exact = len(jumping) == len(problem.free)
         fine = (step == 0) | exact | lowers(now, state.held, state.lowest, 0.0)
         held = choose(fine, now, state.held)
         length = self.next_length(problem, state.length, step, fine)
-        ahead = _sweep(problem, held, classes, jumping, length, state.asleep, waking)
+        waking = mixed & (step < depth)
+        ahead = _sweep(problem, held, jumping, length, state.asleep, waking)
         ahead = shortened(problem, ahead)
         stuck = same_states(ahead, held.xs) & ~unknown
         lowest = jnp.minimum(state.lowest, held.energy)
@@ -149,7 +163,7 @@ class Relaxation(AbstractSolver):
     def descends(self, step): return True
 
     def cost(self, problem):
-        classes, jumping = _colours(problem), _jumps(problem)
-        last = sum(n in jumping for n in classes[-1])
-        later = len(problem.free) - len(classes[0]) if len(classes) > 1 else len(problem.free)
-        return (len(problem.free) - last + later) / len(problem.free)
+        jumping, classes, free = _jumps(problem), _colours(problem), len(problem.free)
+        inferred = _inferred(problem, jumping)
+        again = free if set(inferred) & set(classes[0]) else free - len(classes[0])
+        return (free - len(inferred) + again) / free

@@ -40,6 +40,8 @@ class AbstractSolver(eqx.Module):
     compares_energies: ClassVar[bool] = False
     # whether the derivative of its steps is exact: it holds no length or mode constant
     exact_steps: ClassVar[bool] = True
+    # whether the gradients of the point it holds were computed there; if not, the loop looks again
+    own_gradients: ClassVar[bool] = True
 
     @abc.abstractmethod
     def init(self,

@@ -6,6 +6,7 @@ from .elementwise import *
 from .competitions import *
 from .norms import *
 from .separation import *
+from .conjugates import *
 from .measure import *
 from .declared import *
 from .check import *

@@ -21,27 +21,38 @@ from .arguments import hyperparameter, real_state
 from .facts import with_facts
 
 # %% ../../nbs/api/lagrangians/elementwise.ipynb #81f26f0e
-@with_facts(form="sum", name="identity", log_slope=lambda xhat: 0.0)
+def _half_squares(x): return half_square(x).sum()
+
+
+@with_facts(
+    form="sum", name="identity", log_slope=lambda xhat: 0.0, conjugate=_half_squares
+)
 def lagr_identity(
     x: Float[Array, "..."], # state, any shape
 ) -> Float[Array, ""]: # ½ Σ x²
     "The Lagrangian of the identity: the activation is the state itself."
     x, dtype = real_state(x, "lagr_identity")
-    return half_square(x).sum().astype(dtype)
+    return _half_squares(x).astype(dtype)
 
 # %% ../../nbs/api/lagrangians/elementwise.ipynb #3f8436c7
-def _power_unit(x, n, who):
-    "The rectified power Lagrangian of constant or learned degree."
-    x, dtype = real_state(x, who)
+def _powers(x, n, who):
+    "max(x, 0)ⁿ/n, entry by entry, for a constant or learned degree."
     learned = hyperparameter(n, "n", who, x.shape, x.dtype, at_least=1, strictly=False)
-    if isinstance(n, numbers.Real):
-        terms = repu(x, int(n) if float(n).is_integer() else float(n))
-    else:
-        terms = repu_learned(x, learned)
-    return terms.sum().astype(dtype)
+    if isinstance(n, numbers.Real): return repu(x, int(n) if float(n).is_integer() else float(n))
+    return repu_learned(x, learned)
 
 
-@with_facts(form="sum", name="repu")
+def _power_unit(x, n, who):
+    "The rectified power Lagrangian."
+    x, dtype = real_state(x, who)
+    return _powers(x, n, who).sum().astype(dtype)
+
+
+@with_facts(
+    form="sum",
+    name="repu",
+    conjugate=lambda x, n: ((jnp.asarray(n) - 1) * _powers(x, n, "lagr_repu")).sum(),
+)
 def lagr_repu(
     x: Float[Array, "..."], # state, any shape
     n, # degree, at least 1; a number, or an array to learn it
@@ -50,7 +61,7 @@ def lagr_repu(
     return _power_unit(x, n, "lagr_repu")
 
 
-@with_facts(form="sum", name="relu")
+@with_facts(form="sum", name="relu", conjugate=lambda x: _powers(x, 2, "lagr_relu").sum())
 def lagr_relu(
     x: Float[Array, "..."], # state, any shape
 ) -> Float[Array, ""]: # ½ Σ max(x, 0)²
@@ -58,6 +69,14 @@ def lagr_relu(
     return _power_unit(x, 2, "lagr_relu")
 
 # %% ../../nbs/api/lagrangians/elementwise.ipynb #44d56416
+def _own_energy(dual):
+    "Σ <σ(x), x> − L(x) of a tempered Lagrangian, from w (z f′(z) − f(z))."
+    def energy(x, beta):
+        beta = jnp.asarray(beta, x.dtype)
+        return dual(beta * x, 1 / beta).sum()
+    return energy
+
+
 def _elementwise(L, who):
     "Apply the elementwise `L(x, beta)` to a checked state and sum."
     def lagrangian(x, beta):
@@ -71,7 +90,7 @@ _exp = _elementwise(
 )
 
 
-@with_facts(form="sum", name="exp")
+@with_facts(form="sum", name="exp", conjugate=_own_energy(exp_dual))
 def lagr_exp(
     x: Float[Array, "..."], # state, any shape
     beta=1.0, # inverse temperature > 0; a number, or an array that broadcasts to the shape of `x`
@@ -87,7 +106,11 @@ _rexp = _elementwise(tempered(
     lambda z, w: exp_dual(jnp.maximum(z, 0), w)), "lagr_rexp")
 
 
-@with_facts(form="sum", name="rexp")
+@with_facts(
+    form="sum",
+    name="rexp",
+    conjugate=_own_energy(lambda z, w: exp_dual(jnp.maximum(z, 0), w)),
+)
 def lagr_rexp(
     x: Float[Array, "..."], # state, any shape
     beta=1.0, # inverse temperature > 0; a number, or an array that broadcasts to the shape of `x`
@@ -99,7 +122,12 @@ def lagr_rexp(
 _tanh = _elementwise(tempered(logcosh_value, jnp.tanh, sech2, logcosh_dual), "lagr_tanh")
 
 
-@with_facts(form="sum", name="tanh", log_slope=lambda xhat, beta: -2 * beta * xhat)
+@with_facts(
+    form="sum",
+    name="tanh",
+    log_slope=lambda xhat, beta: -2 * beta * xhat,
+    conjugate=_own_energy(logcosh_dual),
+)
 def lagr_tanh(
     x: Float[Array, "..."], # state, any shape
     beta=1.0, # inverse temperature > 0; a number, or an array that broadcasts to the shape of `x`
@@ -115,7 +143,12 @@ _sigmoid = _elementwise(tempered(
     softplus_dual), "lagr_sigmoid")
 
 
-@with_facts(form="sum", name="sigmoid", log_slope=lambda xhat, beta: beta * (1 - 2 * xhat))
+@with_facts(
+    form="sum",
+    name="sigmoid",
+    log_slope=lambda xhat, beta: beta * (1 - 2 * xhat),
+    conjugate=_own_energy(softplus_dual),
+)
 def lagr_sigmoid(
     x: Float[Array, "..."], # state, any shape
     beta=1.0, # inverse temperature > 0; a number, or an array that broadcasts to the shape of `x`

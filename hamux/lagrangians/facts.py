@@ -37,6 +37,8 @@ class Facts:
     outer: Callable | None = None # of a function of a sum: (sum, **settings) → the value
     # of a sum: (σ(x), **settings) → d log σ′(x)/dx, if σ′ > 0 everywhere
     log_slope: Callable | None = None
+    # (x, **settings) → <σ(x), x> − L(x), written without a difference of large numbers
+    conjugate: Callable | None = None
 
     def __post_init__(self):
         if self.form not in (None, *FORMS):

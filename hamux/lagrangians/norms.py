@@ -13,7 +13,7 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..numerics.derivatives import normed, total
+from ..numerics.derivatives import normed, radius, total
 from .arguments import hyperparameter, real_state, reduced_axes
 from .facts import with_facts
 
@@ -30,7 +30,18 @@ def _norm_lagrangian(x, gamma, delta, axis, eps, centre, who):
     return total(normed(x, gamma, delta, eps, axes, centre)).astype(dtype).reshape(())
 
 # %% ../../nbs/api/lagrangians/norms.ipynb #b461ac55
-@with_facts(name="layernorm")
+def _norm_energy(centre):
+    "−Σ_rows (γ/κ) ε/y, which is <σ(x), x> − L(x)."
+    def energy(x, gamma, axis, eps):
+        axes = reduced_axes(axis, x.ndim, "axis")
+        count = math.prod(x.shape[a] for a in axes) if centre else 1
+        eps, gamma = jnp.asarray(eps, x.dtype), jnp.asarray(gamma, x.dtype)
+        y = radius(x, eps, axes, centre)
+        return -total(count * gamma * jnp.where(y > 0, eps / jnp.where(y > 0, y, 1), 0))
+    return energy
+
+
+@with_facts(name="layernorm", conjugate=_norm_energy(True))
 def lagr_layernorm(
     x: Float[Array, "..."], # state, any shape
     gamma=1.0, # scale ≥ 0; one number (or one per row: size 1 along `axis`)
@@ -43,7 +54,7 @@ def lagr_layernorm(
     return _norm_lagrangian(x, gamma, delta, axis, eps, True, "lagr_layernorm")
 
 # %% ../../nbs/api/lagrangians/norms.ipynb #062375e2
-@with_facts(name="spherical_norm")
+@with_facts(name="spherical_norm", conjugate=_norm_energy(False))
 def lagr_spherical_norm(
     x: Float[Array, "..."], # state, any shape
     gamma=1.0, # radius ≥ 0; one number (or one per row: size 1 along `axis`)

@@ -103,6 +103,22 @@ def try_connection(names, s, neurons, synapse, dtype):
         got = f"shape {out.shape} and dtype {out.dtype}" if hasattr(out, "shape") else f"{out!r}"
         raise ValueError(f"{where} must return one real number, got {got}.")
 
+
+def _warn_unused(ham):
+    "Warn of hypersynapses and neuron layers that stand in no connection."
+    idle = [s for s in ham._names[1] if s not in {s for _, s in ham._connections}]
+    alone = [
+        n for n in ham._names[0] if n not in {n for names, _ in ham._connections for n in names}
+    ]
+    if idle:
+        warnings.warn(
+            f"These hypersynapses stand in no connection, and do nothing: {idle}.", stacklevel=4
+        )
+    if alone:
+        warnings.warn(
+            f"These neuron layers stand in no connection, and are isolated: {alone}.", stacklevel=4
+        )
+
 # %% ../../nbs/api/network/hypergraph.ipynb #8dd18007
 def check_states(tree, neurons, what, batch=()):
     "`tree` as a dictionary in the layers' order, checked for names, shapes and dtypes."
@@ -134,9 +150,8 @@ class HAM(eqx.Module):
                  neurons, # layers: a dictionary by name, or a list
                  hypersynapses, # energies of activations: a dictionary by name, or a list
                  connections): # a list of ((layer, …), hypersynapse), by name or by position
-        neurons, hypersynapses = by_name(neurons, "neurons"), by_name(
-            hypersynapses, "hypersynapses"
-        )
+        neurons = by_name(neurons, "neurons")
+        hypersynapses = by_name(hypersynapses, "hypersynapses")
         if not neurons:
             raise ValueError("HAM: neurons must hold at least one neuron layer, got none.")
         for what, table, good in (
@@ -178,36 +193,12 @@ class HAM(eqx.Module):
         return len(self._connections)
 
     @property
-    def dtype(self):
-        return _dtype(self)
+    def dtype(self): # that of all parameters together; JAX's default where there are none
+        leaves = filter(is_parameter, jtu.tree_leaves((self._neurons, self._hypersynapses)))
+        dtypes = [leaf.dtype for leaf in leaves]
+        return jnp.result_type(*dtypes) if dtypes else jnp.dtype(jnp.result_type(float))
 
-# %% ../../nbs/api/network/hypergraph.ipynb #94e52037
-def _dtype(ham):
-    "The dtype that the parameters have together; JAX's default where there are none."
-    leaves = [
-        v.dtype
-        for v in jtu.tree_leaves(ham._neurons) + jtu.tree_leaves(ham._hypersynapses)
-        if is_parameter(v)
-    ]
-    return jnp.result_type(*leaves) if leaves else jnp.dtype(jnp.result_type(float))
-
-
-def _warn_unused(ham):
-    "Warn of hypersynapses and neuron layers that stand in no connection."
-    idle = [s for s in ham._names[1] if s not in {s for _, s in ham._connections}]
-    alone = [
-        n for n in ham._names[0] if n not in {n for names, _ in ham._connections for n in names}
-    ]
-    if idle:
-        warnings.warn(
-            f"These hypersynapses stand in no connection, and do nothing: {idle}.", stacklevel=4
-        )
-    if alone:
-        warnings.warn(
-            f"These neuron layers stand in no connection, and are isolated: {alone}.", stacklevel=4
-        )
-
-# %% ../../nbs/api/network/hypergraph.ipynb #9e0089c1
+# %% ../../nbs/api/network/hypergraph.ipynb #5935ee06
 def _init_states(ham, bs, key, dtype):
     keys = (
         dict(zip(ham.neurons, jr.split(key, ham.n_neurons), strict=True)) if key is not None else {}
@@ -217,7 +208,7 @@ def _init_states(ham, bs, key, dtype):
         for n, layer in ham.neurons.items()
     }
 
-# %% ../../nbs/api/network/hypergraph.ipynb #5935ee06
+
 @patch
 def init_states(self: HAM,
                 bs=None, # batch size; only for a vectorised HAM (here it warns)
@@ -242,7 +233,7 @@ def activations(self: HAM,
     xs = check_states(xs, self.neurons, "states")
     return {n: layer.activations(xs[n]) for n, layer in self.neurons.items()}
 
-
+# %% ../../nbs/api/network/hypergraph.ipynb #80f99695
 @patch
 def neuron_energies(self: HAM,
                     xhats: dict, # an activation per layer
@@ -263,7 +254,7 @@ def connection_energies(self: HAM,
     xhats, synapses = check_states(xhats, self.neurons, "activations"), self.hypersynapses
     return [synapses[s](*(xhats[n] for n in names)) for names, s in self._connections]
 
-# %% ../../nbs/api/network/hypergraph.ipynb #80f99695
+
 @patch
 def energy_tree(self: HAM,
                 xhats: dict, # an activation per layer
@@ -295,6 +286,26 @@ def dEdact(
     "The gradient of the total energy in the activations: the state minus the input current."
     xhats = check_states(xhats, self.neurons, "activations")
     return (jax.value_and_grad if return_energy else jax.grad)(self.energy)(xhats, xs)
+
+# %% ../../nbs/api/network/hypergraph.ipynb #3b8d8ef9
+def check_batch(tree, ham, what):
+    "`tree` checked to have one batch axis, the same size in all layers."
+    if not isinstance(tree, Mapping) or set(tree) != set(ham.neurons):
+        return check_states(tree, ham.neurons, what)
+    sizes = {
+        n: jnp.shape(tree[n])[0]
+        for n, layer in ham.neurons.items()
+        if jnp.ndim(tree[n]) == len(layer.shape) + 1
+    }
+    if len(sizes) < ham.n_neurons:
+        flat = [n for n in ham.neurons if n not in sizes]
+        raise ValueError(
+            f"A vectorized HAM takes one batch axis on every layer, but the {what} of {flat} have"
+            " none (or too many). For single states use ham.unvectorize()."
+        )
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"The {what} must have one batch size, got different ones: {sizes}.")
+    return check_states(tree, ham.neurons, what, (next(iter(sizes.values())),))
 
 # %% ../../nbs/api/network/hypergraph.ipynb #c84b950d
 class VectorizedHAM(eqx.Module):
@@ -358,27 +369,7 @@ class VectorizedHAM(eqx.Module):
     def vectorize(self): return self
     def unvectorize(self) -> HAM: return self._ham
 
-# %% ../../nbs/api/network/hypergraph.ipynb #3b8d8ef9
-def check_batch(tree, ham, what):
-    "`tree` checked to have one batch axis, the same size in all layers."
-    if not isinstance(tree, Mapping) or set(tree) != set(ham.neurons):
-        return check_states(tree, ham.neurons, what)
-    sizes = {
-        n: jnp.shape(tree[n])[0]
-        for n, layer in ham.neurons.items()
-        if jnp.ndim(tree[n]) == len(layer.shape) + 1
-    }
-    if len(sizes) < ham.n_neurons:
-        flat = [n for n in ham.neurons if n not in sizes]
-        raise ValueError(
-            f"A vectorized HAM takes one batch axis on every layer, but the {what} of {flat} have"
-            " none (or too many). For single states use ham.unvectorize()."
-        )
-    if len(set(sizes.values())) > 1:
-        raise ValueError(f"The {what} must have one batch size, got different ones: {sizes}.")
-    return check_states(tree, ham.neurons, what, (next(iter(sizes.values())),))
-
-
+# %% ../../nbs/api/network/hypergraph.ipynb #d37c1e17
 @patch
 def vectorize(self: HAM) -> VectorizedHAM:
     "The same network over a leading batch axis."

@@ -19,9 +19,11 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from fastcore.basics import patch
 from jaxtyping import Array, Float, PyTree
 
 from .. import lagrangians as lg
+from ..lagrangians.conjugates import conjugate_of
 from ..lagrangians.facts import readable_name
 from .parameters import refuse_masked, seal, unseal
 
@@ -48,12 +50,20 @@ def scalar_lagrangian(L, who="The Lagrangian"):
         return value
     return scalar
 
+# %% ../../nbs/api/network/neurons.ipynb #9cec215d
+@jax.custom_jvp
+def _with_slope_of(value, other):
+    "The value of one thing with the derivatives of another."
+    return value
+
+_with_slope_of.defjvp(lambda primals, tangents: (_with_slope_of(*primals), tangents[1]))
+
 
 def legendre_transform(
     F: Callable, # a convex scalar function of one array
 ) -> Callable: # Fhat(xhat, x) = <xhat, x> − F(x), a scalar
     "Turn a Lagrangian `F(x)` into the energy of the pair (activation, state)."
-    F = scalar_lagrangian(F)
+    scalar, conjugate = scalar_lagrangian(F), conjugate_of(F)
     def Fhat(xhat, x):
         xhat, x = jnp.asarray(xhat), jnp.asarray(x)
         if xhat.shape != x.shape:
@@ -62,7 +72,12 @@ def legendre_transform(
                 f" {x.shape}."
             )
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        return ((xhat.astype(wide) * x.astype(wide)).sum() - F(x).astype(wide)).astype(x.dtype)
+        difference = (xhat.astype(wide) * x.astype(wide)).sum() - scalar(x).astype(wide)
+        if conjugate is None: return difference.astype(x.dtype)
+        own = jax.grad(scalar)(x)
+        off = jnp.where(xhat == own, 0, xhat.astype(wide) - own) * x
+        closed = jax.lax.stop_gradient(conjugate(x) + off.sum())
+        return _with_slope_of(closed, difference).astype(x.dtype)
     return Fhat
 
 # %% ../../nbs/api/network/neurons.ipynb #ea0f6eb8
@@ -142,12 +157,8 @@ class NeuronLayer(eqx.Module):
         return unseal(self._tau)
 
     def __repr__(self):
-        extras = "".join(
-            [
-                f", tau={self.tau}" if _differs(self.tau, 1.0) else "",
-                "" if self.leak else ", leak=False",
-            ]
-        )
+        slow = isinstance(self.tau, jax.Array) or bool(self.tau != 1.0)
+        extras = f", tau={self.tau}" * slow + ", leak=False" * (not self.leak)
         return f"NeuronLayer({readable_name(self.lagrangian)}, {self.shape}{extras})"
 
     def activations(self,
@@ -163,30 +174,37 @@ class NeuronLayer(eqx.Module):
                x: Float[Array, "..."], # state, the layer's shape
                ) -> Float[Array, ""]: # <x̂, x> − L(x), or 0 without leak
         "The layer's own energy of a pair of activation and state."
-        xhat, x = check_state(xhat, self.shape, "The activation of", self), check_state(
-            x, self.shape, "The state of", self
-        )
+        xhat = check_state(xhat, self.shape, "The activation of", self)
+        x = check_state(x, self.shape, "The state of", self)
         return legendre_transform(self.lagrangian)(xhat, x) if self.leak else jnp.zeros((), x.dtype)
 
-    def init(self,
-             bs=None, # batch size; None or 0 for no batch axis
-             *, key=None, # a PRNG key for a random state (standard normal); None for zeros
-             dtype=None, # floating dtype; None for JAX's default
-             ) -> Float[Array, "..."]: # the layer's shape, after the batch axis if there is one
-        "An initial state: zeros, or random with a key."
-        if bs is not None and (not isinstance(bs, numbers.Integral) or bs < 0):
-            raise ValueError(f"init: the batch size bs must be a positive int or None, got {bs!r}.")
-        shape = (int(bs), *self.shape) if bs else self.shape
-        dtype = jnp.dtype(dtype or jnp.result_type(float))
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(f"init: dtype must be a floating dtype, got {dtype}.")
-        return jnp.zeros(shape, dtype) if key is None else jr.normal(key, shape, dtype)
-
-    def sigma(self, x): return self.activations(x)
-    def E(self, xhat, x): return self.energy(xhat, x)
-
 # %% ../../nbs/api/network/neurons.ipynb #c40831fe
-def _differs(value, default): return isinstance(value, jax.Array) or value != default
+@patch
+def init(self: NeuronLayer,
+         bs=None, # batch size; None or 0 for no batch axis
+         *, key=None, # a PRNG key for a random state (standard normal); None for zeros
+         dtype=None, # floating dtype; None for JAX's default
+         ) -> Float[Array, "..."]: # the layer's shape, after the batch axis if there is one
+    "An initial state: zeros, or random with a key."
+    if bs is not None and (not isinstance(bs, numbers.Integral) or bs < 0):
+        raise ValueError(f"init: the batch size bs must be a positive int or None, got {bs!r}.")
+    shape = (int(bs), *self.shape) if bs else self.shape
+    dtype = jnp.dtype(dtype or jnp.result_type(float))
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"init: dtype must be a floating dtype, got {dtype}.")
+    return jnp.zeros(shape, dtype) if key is None else jr.normal(key, shape, dtype)
+
+
+@patch
+def sigma(self: NeuronLayer, x):
+    "The short name of `activations`."
+    return self.activations(x)
+
+
+@patch
+def E(self: NeuronLayer, xhat, x):
+    "The short name of `energy`."
+    return self.energy(xhat, x)
 
 # %% ../../nbs/api/network/neurons.ipynb #7010392c
 def _layer(lagrangian, shape, tau, leak, **hyper):

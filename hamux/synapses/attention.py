@@ -55,6 +55,65 @@ def _tokens(x, size, role):
         )
     return x.reshape(-1, size), x.shape[:-1]
 
+# %% ../../nbs/api/synapses/attention.ipynb #9ef9de36
+class AttentionSynapse(eqx.Module):
+    "Energy attention −(1/β) Σ_heads Σ_queries log Σ_keys exp(β k·q), in one layer or between two."
+    Wq: Float[Array, "heads d_head d_query"]
+    Wk: Float[Array, "heads d_head d_key"]
+    _beta: PyTree
+    _mask: PyTree
+    _key_mask: PyTree
+    causal: bool = eqx.field(static=True)
+    include_self: bool = eqx.field(static=True)
+    trainable: bool = eqx.field(static=True)
+    config_name: ClassVar[str] = "attention"
+
+    def __init__(self,
+                 Wq: Float[Array, "heads d_head d_query"], # query projections, one matrix per head
+                 Wk: Float[Array, "heads d_head d_key"], # key projections, same heads and d_head
+                 # inverse temperature > 0, one or one per head; an array learns; None for 1/√d_head
+                 beta=None,
+                 *,
+                 # boolean (queries, keys), or (*query grid, *key grid): True where a query may look
+                 mask=None,
+                 # boolean, the shape of the key grid: True for tokens that are there, False for
+                 # padding
+                 key_mask=None,
+                 # whether a token sees only those before it (one layer; row by row in a grid)
+                 causal=False,
+                 include_self=False, # whether a token sees itself (one layer)
+                 trainable=True): # whether gradients reach the projections and beta
+        self.Wq = as_weights(Wq, "Wq", "AttentionSynapse", 3)
+        self.Wk = as_weights(Wk, "Wk", "AttentionSynapse", 3)
+        if self.Wq.shape[:2] != self.Wk.shape[:2]:
+            raise ValueError(
+                "AttentionSynapse: Wq and Wk must have the same heads and d_head (their first two"
+                f" axes), got shapes {self.Wq.shape} and {self.Wk.shape}."
+            )
+        heads, d_head, _ = self.Wq.shape
+        self._beta = seal(d_head**-0.5 if beta is None else _as_beta(beta, heads))
+        sealed = lambda m, name: seal_mask(
+            None if m is None else as_mask(m, "AttentionSynapse", name), self.Wq.dtype
+        )
+        self._mask, self._key_mask = sealed(mask, "mask"), sealed(key_mask, "key_mask")
+        self.causal, self.include_self = bool(causal), bool(include_self)
+        self.trainable = bool(trainable)
+
+    beta = property(lambda self: unseal(self._beta))
+    mask = property(lambda self: unseal_mask(self._mask))
+    key_mask = property(lambda self: unseal_mask(self._key_mask))
+
+    def __call__(self,
+                 # activation of the tokens that look, in a grid of any shape
+                 queries: Float[Array, "... d_query"],
+                 # activation of those looked at; None for the same layer
+                 keys: Float[Array, "... d_key"] = None,
+                 ) -> Float[Array, ""]: # the energy
+        "The energy of attention. Raises ValueError where tokens or masks do not fit."
+        scores, beta, seen, dtype = _scores(self, queries, keys)
+        rows = logsumexp(scores, beta, (2,), False)[..., 0]
+        return -total(jnp.where(seen.any(1), rows, 0)).astype(dtype)
+
 # %% ../../nbs/api/synapses/attention.ipynb #b310f489
 def _fitting(mask, name, *shapes):
     "`mask`, if it has one of the shapes, in the last of them."
@@ -84,73 +143,7 @@ def _allowed(syn, queries, keys):
         seen &= there & there[:, None] if within else there
     return seen
 
-# %% ../../nbs/api/synapses/attention.ipynb #9ef9de36
-class AttentionSynapse(eqx.Module):
-    "Energy attention −(1/β) Σ_heads Σ_queries log Σ_keys exp(β k·q), in one layer or between two."
-    Wq: Float[Array, "heads d_head d_query"]
-    Wk: Float[Array, "heads d_head d_key"]
-    _beta: PyTree
-    _mask: PyTree
-    _key_mask: PyTree
-    causal: bool = eqx.field(static=True)
-    include_self: bool = eqx.field(static=True)
-    trainable: bool = eqx.field(static=True)
-    config_name: ClassVar[str] = "attention"
 
-    def __init__(self,
-                 Wq: Float[Array, "heads d_head d_query"], # query projections, one matrix per head
-                 Wk: Float[Array, "heads d_head d_key"], # key projections, same heads and d_head
-                 # inverse temperature > 0, one or one per head; an array learns; None for 1/√d_head
-                 beta=None,
-                 *,
-                 # boolean (queries, keys), or (*query grid, *key grid): True where a query may look
-                 mask=None,
-                 # boolean, the shape of the key grid: True for tokens that are there, False for
-                 # padding
-                 key_mask=None,
-                 # whether a token sees only those before it (one layer; row by row in a grid)
-                 causal=False,
-                 include_self=False, # whether a token sees itself (one layer)
-                 trainable=True): # whether gradients reach the projections and beta
-        self.Wq, self.Wk = as_weights(Wq, "Wq", "AttentionSynapse", 3), as_weights(
-            Wk, "Wk", "AttentionSynapse", 3
-        )
-        if self.Wq.shape[:2] != self.Wk.shape[:2]:
-            raise ValueError(
-                "AttentionSynapse: Wq and Wk must have the same heads and d_head (their first two"
-                f" axes), got shapes {self.Wq.shape} and {self.Wk.shape}."
-            )
-        heads, d_head, _ = self.Wq.shape
-        self._beta = seal(d_head**-0.5 if beta is None else _as_beta(beta, heads))
-        mask, key_mask = (
-            None if m is None else as_mask(m, "AttentionSynapse", n)
-            for m, n in ((mask, "mask"), (key_mask, "key_mask"))
-        )
-        self._mask, self._key_mask = seal_mask(mask, self.Wq.dtype), seal_mask(
-            key_mask, self.Wq.dtype
-        )
-        self.causal, self.include_self, self.trainable = (
-            bool(causal),
-            bool(include_self),
-            bool(trainable),
-        )
-
-    beta = property(lambda self: unseal(self._beta))
-    mask = property(lambda self: unseal_mask(self._mask))
-    key_mask = property(lambda self: unseal_mask(self._key_mask))
-
-    def __call__(self,
-                 # activation of the tokens that look, in a grid of any shape
-                 queries: Float[Array, "... d_query"],
-                 # activation of those looked at; None for the same layer
-                 keys: Float[Array, "... d_key"] = None,
-                 ) -> Float[Array, ""]: # the energy
-        "The energy of attention. Raises ValueError where tokens or masks do not fit."
-        scores, beta, seen, dtype = _scores(self, queries, keys)
-        rows = logsumexp(scores, beta, (2,), False)[..., 0]
-        return -total(jnp.where(seen.any(1), rows, 0)).astype(dtype)
-
-# %% ../../nbs/api/synapses/attention.ipynb #50764f68
 def _scores(syn, queries, keys):
     "The scores k·q (very low where masked), beta, who sees whom, and the dtype of the energy."
     q, q_grid = _tokens(queries, syn.Wq.shape[2], "queries")

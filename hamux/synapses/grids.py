@@ -133,15 +133,6 @@ class PoolSynapse(eqx.Module):
         "The current that a batch of fine grids sends into the coarse ones."
         return jax.vmap(self.pool)(x)
 
-
-def _overlap(who, what, xhat1, made, xhat2):
-    "−<x̂₂, made>, checked."
-    if xhat2.shape == made.shape: return -(made * xhat2).sum()
-    raise ValueError(
-        f"{who}: the second layer must have shape {made.shape}, which {what} makes from"
-        f" {xhat1.shape}, got {xhat2.shape}."
-    )
-
 # %% ../../nbs/api/synapses/grids.ipynb #e08ff8be
 @patch
 def pool(self: PoolSynapse,
@@ -163,6 +154,15 @@ def pool(self: PoolSynapse,
     )
     if self.kind == "max": return cut(x, -jnp.inf).max(axes)
     return cut(x, 0).sum(axes) / cut(jnp.ones((*x.shape[:-1], 1), x.dtype), 0).sum(axes)
+
+
+def _overlap(who, what, xhat1, made, xhat2):
+    "−<x̂₂, made>, checked."
+    if xhat2.shape == made.shape: return -(made * xhat2).sum()
+    raise ValueError(
+        f"{who}: the second layer must have shape {made.shape}, which {what} makes from"
+        f" {xhat1.shape}, got {xhat2.shape}."
+    )
 
 # %% ../../nbs/api/synapses/grids.ipynb #17245902
 @patch
@@ -334,7 +334,7 @@ def lazy(cls: ConvSynapse,
         return convolve(W, trainable=trainable, groups=groups)
     return Lazy(make, f"ConvSynapse.lazy({window})")
 
-# %% ../../nbs/api/synapses/grids.ipynb #0bc89a28
+
 @patch
 def config(self: ConvSynapse) -> dict:
     "What `ConvSynapse.lazy` needs to make it again."

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from ..network.parameters import as_weights, trained
 from ..network.recipe import Lazy, given_scale, trainable_config, vector_sizes
 
-# %% ../../nbs/api/synapses/linear.ipynb #8240f7b9
+# %% ../../nbs/api/synapses/linear.ipynb #4fab1707
 def _fits(who, *sides):
     "Check that each (name, array, trailing shape) fits, and that their leading axes are the same."
     for name, x, shape in sides:
@@ -34,7 +34,7 @@ def _fits(who, *sides):
             f"{who}: the layers must have the same leading (batch) axes, got {leading}."
         )
 
-# %% ../../nbs/api/synapses/linear.ipynb #4fab1707
+
 class LinearSynapse(eqx.Module):
     "Joins two layers of vectors by −x̂₁ᵀ W x̂₂."
     W: Float[Array, "d1 d2"]
@@ -115,31 +115,6 @@ class BiasSynapse(eqx.Module):
             tuple(range(xhat.ndim - self.b.ndim, xhat.ndim))
         )
 
-# %% ../../nbs/api/synapses/linear.ipynb #32997385
-@patch(cls_method=True)
-def lazy(cls: BiasSynapse,
-         scale=0.0, # standard deviation of the bias
-         trainable=True, # whether gradients reach the bias
-         ) -> Lazy: # for one layer of any shape
-    "A bias that `build` sizes, zero at first."
-    return Lazy(
-        lambda key, shape, *, site: cls(site.normal(key, shape, scale), trainable),
-        "BiasSynapse.lazy()",
-        counts=False,
-    )
-
-
-@patch
-def config(self: BiasSynapse) -> dict:
-    "What `BiasSynapse.lazy` needs to make it again."
-    return trainable_config(self)
-
-
-@patch
-def alone(self: BiasSynapse, position: int) -> str | None:
-    "How the energy depends on one layer alone, as `Relaxation` asks."
-    return "affine"
-
 # %% ../../nbs/api/synapses/linear.ipynb #49c8364f
 class LinearSynapseWithBias(eqx.Module):
     "Joins two layers of vectors by −x̂₁ᵀ W x̂₂ − b·x̂₂."
@@ -182,6 +157,31 @@ class LinearSynapseWithBias(eqx.Module):
         return cls(scale * jr.normal(kW, (x1_dim, x2_dim)), scale * jr.normal(kb, (x2_dim,)))
 
 # %% ../../nbs/api/synapses/linear.ipynb #4748abb6
+@patch(cls_method=True)
+def lazy(cls: BiasSynapse,
+         scale=0.0, # standard deviation of the bias
+         trainable=True, # whether gradients reach the bias
+         ) -> Lazy: # for one layer of any shape
+    "A bias that `build` sizes, zero at first."
+    return Lazy(
+        lambda key, shape, *, site: cls(site.normal(key, shape, scale), trainable),
+        "BiasSynapse.lazy()",
+        counts=False,
+    )
+
+
+@patch
+def config(self: BiasSynapse) -> dict:
+    "What `BiasSynapse.lazy` needs to make it again."
+    return trainable_config(self)
+
+
+@patch
+def alone(self: BiasSynapse, position: int) -> str | None:
+    "How the energy depends on one layer alone, as `Relaxation` asks."
+    return "affine"
+
+
 @patch(cls_method=True)
 def lazy(cls: LinearSynapseWithBias,
          scale=None, # standard deviation of the weights; None for the rule of `build`

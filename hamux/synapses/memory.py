@@ -40,7 +40,7 @@ from hamux.network.parameters import (
 from ..network.recipe import Lazy, trainable_config
 from ..numerics.streaming import stream, stream_tangent
 
-# %% ../../nbs/api/synapses/memory.ipynb #005187e9
+# %% ../../nbs/api/synapses/memory.ipynb #185a0a69
 def _similarities(x, Xi, similarity, mask=None):
     "The similarity of the vector `x` to each row of `Xi`; masked rows count as zeros."
     Xi = Xi.astype(x.dtype)
@@ -48,7 +48,7 @@ def _similarities(x, Xi, similarity, mask=None):
     s = Xi @ x
     return s if similarity == "dot" else s - 0.5 * (Xi * Xi).sum(1) - 0.5 * (x * x).sum()
 
-# %% ../../nbs/api/synapses/memory.ipynb #185a0a69
+
 @dataclass(frozen=True)
 class _Terms:
     "Σ f(s_k): args are x̂ and shared numbers, blocks are Ξ, numbers per memory, the mask."
@@ -71,6 +71,20 @@ class _Terms:
         )
         terms = jax.vmap(one)(s, *own)
         return ((jnp.where(mask[0], terms, 0) if mask else terms).sum(),), ()
+
+
+def _sum_of(lagrangian, similarity, x, Xi, masks, block):
+    "Σ L(s_k), a block at a time: arrays bound as keywords learn, also one per memory."
+    function, keywords = taken_apart(lagrangian)
+    K, who = len(Xi), readable_name(function)
+    number = lambda n, v: hyperparameter(v, n, who, (K,), x.dtype, at_least=-math.inf)
+    arrays = {n: number(n, v) for n, v in keywords.items() if isinstance(v, jax.Array | np.ndarray)}
+    own = {n: jnp.broadcast_to(v, (K,)) for n, v in arrays.items() if v.size > 1}
+    shared = {n: v.reshape(()) for n, v in arrays.items() if v.size == 1}
+    constants = tuple((n, v) for n, v in keywords.items() if n not in arrays)
+    held, tree = jtu.tree_flatten(seal(function))
+    terms = _Terms(tree, constants, tuple(shared), tuple(own), similarity)
+    return stream(terms, (x, *shared.values(), *held), (Xi, *own.values(), *masks), block=block)[0]
 
 # %% ../../nbs/api/synapses/memory.ipynb #af641038
 @dataclass(frozen=True)
@@ -98,7 +112,7 @@ def _merge_rivals(args, old, new):
     a, b = jnp.exp(beta * (old[0] - top)), jnp.exp(beta * (new[0] - top))
     return top, a * old[1] + b * new[1], a * old[2] + b * new[2]
 
-# %% ../../nbs/api/synapses/memory.ipynb #39ea6fd7
+
 @dataclass(frozen=True)
 class _Weighted:
     "A sum with the weights p_k = exp(β(s_k − t) − z); args are x̂, β, z and t."
@@ -172,20 +186,6 @@ def _settings(lagrangian, names):
     return {n: v for n, v in values.items() if v is not None}
 
 
-def _sum_of(lagrangian, similarity, x, Xi, masks, block):
-    "Σ L(s_k), a block at a time: arrays bound as keywords learn, also one per memory."
-    function, keywords = taken_apart(lagrangian)
-    K, who = len(Xi), readable_name(function)
-    number = lambda n, v: hyperparameter(v, n, who, (K,), x.dtype, at_least=-math.inf)
-    arrays = {n: number(n, v) for n, v in keywords.items() if isinstance(v, jax.Array | np.ndarray)}
-    own = {n: jnp.broadcast_to(v, (K,)) for n, v in arrays.items() if v.size > 1}
-    shared = {n: v.reshape(()) for n, v in arrays.items() if v.size == 1}
-    constants = tuple((n, v) for n, v in keywords.items() if n not in arrays)
-    held, tree = jtu.tree_flatten(seal(function))
-    terms = _Terms(tree, constants, tuple(shared), tuple(own), similarity)
-    return stream(terms, (x, *shared.values(), *held), (Xi, *own.values(), *masks), block=block)[0]
-
-
 def _separation(lagrangian, similarity, x, Xi, masks, block):
     "L(similarity(Ξ, x̂)) as a streaming sum, or None where the Lagrangian declares none."
     facts, (function, _) = facts_of(lagrangian), taken_apart(lagrangian)
@@ -207,59 +207,24 @@ def _separation(lagrangian, similarity, x, Xi, masks, block):
         return facts.outer(total, **outer)
     return None
 
-# %% ../../nbs/api/synapses/memory.ipynb #f5adaa8e
-class MemorySynapse(eqx.Module):
-    "The energy −L(similarity(Ξ, x̂)) of one layer: a memory whose hidden layer is integrated out."
-    Xi: Float[Array, "K ..."]
-    _lagrangian: PyTree
-    _mask: PyTree
-    similarity: str = eqx.field(static=True)
-    trainable: bool = eqx.field(static=True)
-    block: int | None = eqx.field(static=True)
-    over: str = eqx.field(static=True)
-    config_name: ClassVar[str] = "memory"
 
-    def __init__(self,
-                 # memories, one per row, each of the layer's shape (or of a token's)
-                 Xi: Float[Array, "K ..."],
-                 lagrangian: Callable = lagr_softmax, # function of the K similarities to one number
-                 similarity="dot", # "dot", ξ·x̂, or "euclidean", −½‖x̂ − ξ‖²
-                 *,
-                 mask=None, # booleans (K,), False for an empty slot; None where all are used
-                 trainable=True, # whether gradients reach the memories
-                 block=None, # memories to take at a time; None to choose
-                 # axes of the layer over which a memory extends: "all", or "last" for each token by
-                 # itself
-                 over="all"):
-        self.Xi = as_weights(Xi, "Xi", "MemorySynapse")
-        _check_memories(self.Xi, lagrangian, similarity, block, over)
-        self._mask = seal_mask(_memory_mask(mask, len(self.Xi)), self.Xi.dtype)
-        self._lagrangian, self.similarity, self.over = seal(lagrangian), similarity, over
-        self.trainable, self.block = bool(trainable), block and int(block)
-        scalar = scalar_lagrangian(
-            self.lagrangian, f"MemorySynapse: the Lagrangian {readable_name(self.lagrangian)}"
-        )
-        jax.eval_shape(scalar, jax.ShapeDtypeStruct(self.Xi.shape[:1], self.Xi.dtype))
-
-    @property
-    def lagrangian(self):
-        return unseal(self._lagrangian)
-
-    @property
-    def mask(self):
-        return unseal_mask(self._mask)
-
-    def __call__(self,
-                 # activation, the shape of one memory, after the axes of tokens if any
-                 xhat: Float[Array, "..."],
-                 ) -> Float[Array, ""]: # the energy
-        "The energy −L(similarity(Ξ, x̂)), summed over tokens. Raises ValueError if unfit."
-        tokens = _memory_tokens(self, xhat)
-        return (
-            jax.vmap(lambda x: _energy(self, x))(tokens).sum()
-            if self.over == "last"
-            else _energy(self, tokens)
-        )
+def _energy(synapse, xhat):
+    "The energy of one activation: streamed if declared, else from all similarities at once."
+    Xi, mask = trained(synapse.Xi, synapse.trainable).reshape(synapse.Xi.shape[0], -1), synapse.mask
+    dtype = jnp.promote_types(xhat.dtype, Xi.dtype)
+    x = xhat.reshape(-1).astype(jnp.promote_types(dtype, jnp.float32))
+    masks = () if mask is None else (jnp.asarray(mask),)
+    L = _separation(synapse.lagrangian, synapse.similarity, x, Xi, masks, synapse.block)
+    if L is None:
+        if isinstance(mask, jax.core.Tracer):
+            raise TypeError(
+                "MemorySynapse: a traced mask needs a Lagrangian that says how it streams, got"
+                f" {readable_name(synapse.lagrangian)}, which declares no form. Declare it with"
+                " hamux.with_facts."
+            )
+        s = _similarities(x, Xi if mask is None else Xi[np.flatnonzero(mask)], synapse.similarity)
+        L = scalar_lagrangian(synapse.lagrangian, readable_name(synapse.lagrangian))(s)
+    return -L.astype(dtype)
 
 # %% ../../nbs/api/synapses/memory.ipynb #d238abb1
 def _check_memories(Xi, lagrangian, similarity, block, over):
@@ -322,24 +287,59 @@ def _memory_tokens(synapse, xhat):
         )
     return xhat.reshape(-1, *shape) if tokens else xhat
 
+# %% ../../nbs/api/synapses/memory.ipynb #f5adaa8e
+class MemorySynapse(eqx.Module):
+    "The energy −L(similarity(Ξ, x̂)) of one layer: a memory whose hidden layer is integrated out."
+    Xi: Float[Array, "K ..."]
+    _lagrangian: PyTree
+    _mask: PyTree
+    similarity: str = eqx.field(static=True)
+    trainable: bool = eqx.field(static=True)
+    block: int | None = eqx.field(static=True)
+    over: str = eqx.field(static=True)
+    config_name: ClassVar[str] = "memory"
 
-def _energy(synapse, xhat):
-    "The energy of one activation: streamed if declared, else from all similarities at once."
-    Xi, mask = trained(synapse.Xi, synapse.trainable).reshape(synapse.Xi.shape[0], -1), synapse.mask
-    dtype = jnp.promote_types(xhat.dtype, Xi.dtype)
-    x = xhat.reshape(-1).astype(jnp.promote_types(dtype, jnp.float32))
-    masks = () if mask is None else (jnp.asarray(mask),)
-    L = _separation(synapse.lagrangian, synapse.similarity, x, Xi, masks, synapse.block)
-    if L is None:
-        if isinstance(mask, jax.core.Tracer):
-            raise TypeError(
-                "MemorySynapse: a traced mask needs a Lagrangian that says how it streams, got"
-                f" {readable_name(synapse.lagrangian)}, which declares no form. Declare it with"
-                " hamux.with_facts."
-            )
-        s = _similarities(x, Xi if mask is None else Xi[np.flatnonzero(mask)], synapse.similarity)
-        L = scalar_lagrangian(synapse.lagrangian, readable_name(synapse.lagrangian))(s)
-    return -L.astype(dtype)
+    def __init__(self,
+                 # memories, one per row, each of the layer's shape (or of a token's)
+                 Xi: Float[Array, "K ..."],
+                 lagrangian: Callable = lagr_softmax, # function of the K similarities to one number
+                 similarity="dot", # "dot", ξ·x̂, or "euclidean", −½‖x̂ − ξ‖²
+                 *,
+                 mask=None, # booleans (K,), False for an empty slot; None where all are used
+                 trainable=True, # whether gradients reach the memories
+                 block=None, # memories to take at a time; None to choose
+                 # axes of the layer over which a memory extends: "all", or "last" for each token by
+                 # itself
+                 over="all"):
+        self.Xi = as_weights(Xi, "Xi", "MemorySynapse")
+        _check_memories(self.Xi, lagrangian, similarity, block, over)
+        self._mask = seal_mask(_memory_mask(mask, len(self.Xi)), self.Xi.dtype)
+        self._lagrangian, self.similarity, self.over = seal(lagrangian), similarity, over
+        self.trainable, self.block = bool(trainable), block and int(block)
+        scalar = scalar_lagrangian(
+            self.lagrangian, f"MemorySynapse: the Lagrangian {readable_name(self.lagrangian)}"
+        )
+        jax.eval_shape(scalar, jax.ShapeDtypeStruct(self.Xi.shape[:1], self.Xi.dtype))
+
+    @property
+    def lagrangian(self):
+        return unseal(self._lagrangian)
+
+    @property
+    def mask(self):
+        return unseal_mask(self._mask)
+
+    def __call__(self,
+                 # activation, the shape of one memory, after the axes of tokens if any
+                 xhat: Float[Array, "..."],
+                 ) -> Float[Array, ""]: # the energy
+        "The energy −L(similarity(Ξ, x̂)), summed over tokens. Raises ValueError if unfit."
+        tokens = _memory_tokens(self, xhat)
+        return (
+            jax.vmap(lambda x: _energy(self, x))(tokens).sum()
+            if self.over == "last"
+            else _energy(self, tokens)
+        )
 
 # %% ../../nbs/api/synapses/memory.ipynb #bfd8ee95
 @patch(cls_method=True)

@@ -143,7 +143,7 @@ def store(cls: RandomFeatureMemory,
     )
     return cls(_sum_of_features(patterns, frequencies), frequencies, beta, floor, trainable)
 
-
+# %% ../../nbs/api/synapses/random_features.ipynb #d41beed9
 @patch
 def add(self: RandomFeatureMemory,
         patterns: Float[Array, "K d"], # what to add, one pattern per row
