@@ -1,6 +1,7 @@
 "Networks, results, solvers and losses are values: copies of every kind are equal to them."
 
 import copy
+import functools as ft
 import pickle
 import subprocess
 import sys
@@ -27,6 +28,7 @@ COPIES = {
 }
 
 
+@ft.cache
 def network():
     "With constants of every kind: numbers, NumPy numbers, a mask, integers, functions."
     layers = {
@@ -43,7 +45,8 @@ def network():
     return hmx.build(layers, parts, connections, key=jr.key(0))
 
 
-def everything():
+@ft.cache
+def things():
     "A thing of every kind, by name."
     ham, key = network(), jr.key(1)
     xs = ham.init_states(key=key)
@@ -78,7 +81,13 @@ def everything():
     }
 
 
-THINGS = everything()
+NAMES = (
+    "network batches Descent Flow Gradient Fit Stability BitRecall DiscreteHopfield losses solvers"
+    " Langevin adjoints methods"
+).split()
+
+
+def test_nothing_is_forgotten(): assert set(NAMES) == set(things())
 
 
 def is_same(a, b):
@@ -98,9 +107,9 @@ def is_equal(v, w):
 
 
 @pytest.mark.parametrize("how", COPIES)
-@pytest.mark.parametrize("name", THINGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_copy_is_equal(name, how):
-    thing = THINGS[name]
+    thing = things()[name]
     twin = COPIES[how](thing)
     assert is_same(thing, twin)
     if not isinstance(thing, hmx.Fit): jtu.tree_map(lambda a, b: None, thing, twin)
@@ -108,7 +117,7 @@ def test_a_copy_is_equal(name, how):
 
 @pytest.mark.parametrize("how", COPIES)
 def test_nothing_compiles_again_for_a_copy(how):
-    ham, compiled = THINGS["network"], []
+    ham, compiled = network(), []
 
     @jax.jit
     def energy(ham, xs):
@@ -136,7 +145,7 @@ print(repr(float(ham.energy(ham.activations(xs), xs))))
 @pytest.mark.slow
 def test_a_pickle_is_read_in_another_process(tmp_path):
     "Where words have other hashes."
-    ham = THINGS["network"]
+    ham = network()
     (tmp_path / "ham.pickle").write_bytes(pickle.dumps(ham))
     command = [sys.executable, "-c", READER, tmp_path / "ham.pickle"]
     done = subprocess.run(command, capture_output=True, text=True, cwd="tests")
@@ -191,7 +200,7 @@ def test_a_time_constant_is_a_positive_number(tau):
 
 @pytest.mark.parametrize("max_steps", [2**31, 2**40, 10**400])
 def test_steps_that_no_counter_holds(max_steps):
-    ham = THINGS["network"]
+    ham = network()
     for recall in hmx.descend, lambda *given, **how: hmx.flow(*given, 1.0, **how):
         with pytest.raises(ValueError, match="max_steps must be a positive int"):
             recall(ham, ham.init_states(), max_steps=max_steps)
@@ -199,6 +208,6 @@ def test_steps_that_no_counter_holds(max_steps):
 
 @pytest.mark.parametrize("key", [{}, 3, "x", []])
 def test_a_key_that_is_none(key):
-    ham = THINGS["network"]
+    ham = network()
     with pytest.raises(TypeError, match="key must be a PRNG key"):
         hmx.descend(ham, ham.init_states(), solver=hmx.Langevin(0.1, 0.1), max_steps=3, key=key)
