@@ -24,7 +24,7 @@ from hamux.storage.problems import FileProblem
 from hamux.storage.saving import digest, load, save
 
 FILES = int(os.environ.get("FILES", 100_000))
-FLOOR = 2**20 # what Python and JAX keep of any call
+FLOOR = 4 * 2**20 # what Python and JAX keep of any call
 NUMBERS = ["-1", "0", "1", "2", "3", "7", "255", "65536", "2147483648", "9" * 20, "1e400", "NaN"]
 WORDS = [
     None, True, False, "", "softmax", "os:system", "x" * 99, "\ud800", "\0", [], {}, [[]], [{}],
