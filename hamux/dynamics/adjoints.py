@@ -89,7 +89,7 @@ def _(primals, tangents):
 
 
 class UnrolledAdjoint(AbstractAdjoint):
-    "Through every step at the length that it had, all of them stored. Exact for Euler."
+    "Through every step, at the length that it had; all of them stored."
     def ends(self, setup, last):
         return _unrolled(setup, jax.lax.stop_gradient(last.ahead), last.steps)
 
@@ -139,7 +139,7 @@ def _(pull, grads, perturbed, setup, ends, steps, adjoint):
 
 
 class CheckpointedAdjoint(AbstractAdjoint):
-    "Through every step at the length that it had, some stored, the others computed again."
+    "Through every step, at the length that it had; some stored, the others computed again."
     # states stored; None for about √(2 max_steps)
     checkpoints: int | None = eqx.field(static=True, default=None)
 
@@ -160,7 +160,7 @@ class CheckpointedAdjoint(AbstractAdjoint):
             optx.RecursiveCheckpointAdjoint(self.checkpoints),
         )
 
-# %% ../../nbs/api/dynamics/adjoints.ipynb #e015fd1a
+# %% ../../nbs/api/dynamics/adjoints.ipynb #a9244380
 def _solve_scaled(product, b, usable, solver):
     "u with product(u) = b; the residual, in units of b; whether b is not zero."
     size = abs(b).max()
@@ -173,7 +173,7 @@ def _solve_scaled(product, b, usable, solver):
     ).value
     return u * size, abs(sound(u) - b).max(), wanted
 
-# %% ../../nbs/api/dynamics/adjoints.ipynb #a9244380
+
 _POLICIES = "raise", "drop", "nan", "accept"
 
 
