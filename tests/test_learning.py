@@ -377,11 +377,6 @@ def test_the_one_step_adjoint_is_the_first_term_of_the_series():
 # through the steps of solvers that find their lengths, on twenty networks
 
 
-THETA, BEGIN, AIM = (
-    jr.normal(key, (20, size), "f8") for key, size in zip(jr.split(jr.key(7), 3), (16, 7, 7))
-)
-
-
 def errors_of_the_steps(**settings):
     """Relative errors of the default gradient, against central differences of the same descents,
     which change the lengths of the steps too."""
@@ -399,7 +394,8 @@ def errors_of_the_steps(**settings):
         slope = lambda d: (loss(theta + d, *at) - loss(theta - d, *at)) / 2e-6
         return jax.vmap(slope)(1e-6 * jnp.eye(16))
 
-    at = tuple(v.astype(float) for v in (THETA, BEGIN, AIM))
+    keys = jr.split(jr.key(0), 4)[1:] # the networks of the page
+    at = [jr.normal(key, (20, size)) for key, size in zip(keys, (16, 7, 7), strict=True)]
     slopes = jax.vmap(differences)(*at)
     size = lambda v: np.linalg.norm(v, axis=1)
     return size(jax.vmap(jax.grad(loss))(*at) - slopes) / size(slopes)
