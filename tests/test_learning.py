@@ -453,9 +453,10 @@ def test_a_plateau_that_is_not_at_rest_has_no_implicit_gradient(case):
         settings = dict(solver=Euler(1e-3), max_steps=1, trace=False)
         out = descend(ham, xs, adjoint=ImplicitAdjoint(unconverged=unconverged), **settings)
         return out.xhats["y"].sum()
+    go = eqx.filter_jit(jax.grad(read))
     with pytest.raises(eqx.EquinoxRuntimeError, match="has not converged"):
-        jax.block_until_ready(jax.grad(read)(jnp.array(bias), "raise"))
-    assert jnp.isnan(jax.grad(read)(jnp.array(bias), "nan")).all()
+        jax.block_until_ready(go(jnp.array(bias), "raise"))
+    assert jnp.isnan(go(jnp.array(bias), "nan")).all()
 
 
 def test_tokens_that_grow_along_themselves_have_the_gradient_of_the_steps():
@@ -466,11 +467,11 @@ def test_tokens_that_grow_along_themselves_have_the_gradient_of_the_steps():
     xs = {"t": jr.normal(keys[1], (3, 4))}
     synapses = (
         hmx.AttentionSynapse.rand_init(keys[2], 4, 2, 3),
-        hmx.BiasSynapse(2 * jr.normal(keys[3], (3, 4))),
+        hmx.BiasSynapse(4 * jr.normal(keys[3], (3, 4))),
     )
     def loss(synapses, adjoint):
         ham = HAM({"t": tokens}, list(synapses), [(("t",), 0), (("t",), 1)])
-        growing = Euler(lambda step: 0.1 * 1.1**step)
+        growing = Euler(lambda step: 0.1 * 1.3**step)
         settings = dict(solver=growing, max_steps=400, rtol=0.0, atol=1e-11, trace=False)
         out = descend(ham, xs, adjoint=adjoint, **settings)
         return (out.xhats["t"] * aim).sum(), (out.converged, ham.dEdact(out.xhats, out.xs)["t"])
@@ -479,6 +480,7 @@ def test_tokens_that_grow_along_themselves_have_the_gradient_of_the_steps():
     through, _ = go("checkpointed")
     assert converged and abs(slope).max() > 1
     a, b = flat(implicit), flat(through)
+    print(f"apart by {np.linalg.norm(a - b) / np.linalg.norm(b):.1e}")
     assert np.linalg.norm(b) > 1e-3 and np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(b)
 
 
