@@ -185,7 +185,7 @@ def _by_policy(u, usable, solved, policy):
             ~usable,
             "An implicit gradient was asked for at a state that has not converged, where it has no"
             " meaning. Look at `.result` of the descent; allow more steps or a larger tolerance, or"
-            " choose ImplicitAdjoint(unconverged='drop') or adjoint='checkpointed'.",
+            " choose ImplicitAdjoint(unconverged='drop'), or adjoint='checkpointed' with Euler(…).",
         )
         return eqx.error_if(
             u,
