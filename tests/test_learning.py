@@ -373,6 +373,117 @@ def test_the_one_step_adjoint_is_the_first_term_of_the_series():
         )
 
 
+# --------------------------------------------------------------------------------------------------
+# through the steps of solvers that find their lengths, on twenty networks
+
+
+def errors_of_the_steps(**settings):
+    """Relative errors of the default gradient, against central differences of the same descents,
+    which change the lengths of the steps too."""
+    def loss(theta, begin, aim):
+        ham = HAM(
+            {"v": hmx.TanhLayer(4), "h": hmx.SoftmaxLayer(3, beta=2.0)},
+            {"W": hmx.LinearSynapse(theta[:12].reshape(4, 3)), "b": hmx.BiasSynapse(theta[12:])},
+            [(("v", "h"), "W"), (("v",), "b")],
+        )
+        xs = {"v": begin[:4], "h": begin[4:]}
+        out = descend(ham, xs, rtol=0.0, trace=False, **settings)
+        return ((jnp.concatenate([out.xhats["v"], out.xhats["h"]]) - aim) ** 2).sum()
+
+    def differences(theta, *at):
+        slope = lambda d: (loss(theta + d, *at) - loss(theta - d, *at)) / 2e-6
+        return jax.vmap(slope)(1e-6 * jnp.eye(16))
+
+    keys = jr.split(jr.key(0), 4)[1:] # the networks of the page
+    at = [jr.normal(key, (20, size)) for key, size in zip(keys, (16, 7, 7), strict=True)]
+    slopes = jax.vmap(differences)(*at)
+    size = lambda v: np.linalg.norm(v, axis=1)
+    return size(jax.vmap(jax.grad(loss))(*at) - slopes) / size(slopes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [5, 10, 20, 40])
+def test_unfinished_descents_of_the_default_solver_have_no_exact_gradient(steps):
+    "What is left out is as large as the gradient; see *Lengths that are found*."
+    error = errors_of_the_steps(max_steps=steps, atol=1e-12)
+    print(f"{steps} steps: median {np.median(error):.1e}, worst {error.max():.1e}")
+    assert np.median(error) < (0.5 if steps < 40 else 0.01)
+    assert error.max() < 10
+    if steps < 20: assert np.median(error) > 0.01
+
+
+def test_the_error_of_the_default_solver_dies_out_as_it_converges():
+    loose, close, rest = (errors_of_the_steps(atol=tol) for tol in (1e-3, 1e-6, 1e-11))
+    print(*(f"median {np.median(e):.1e}, worst {e.max():.1e}" for e in (loose, close, rest)))
+    assert np.median(loose) < 1e-2 and np.median(close) < 1e-5
+    assert close.max() < 1e-2 and rest.max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    "solver", [Euler(0.5), Backtracking(), hmx.Relaxation()], ids=lambda s: type(s).__name__
+)
+def test_unfinished_descents_of_other_solvers_have_an_exact_gradient(solver):
+    "Lengths that are given, or jump, do not change with the parameters."
+    assert errors_of_the_steps(solver=solver, max_steps=8, atol=1e-12).max() < 1e-6
+
+
+# --------------------------------------------------------------------------------------------------
+# without leak
+
+
+PLATEAUS = {
+    "a ReLU that is off": (hmx.ReluLayer(2, leak=False), [-1.0, -2.0], [1.0, 1.0]),
+    "a tanh on the wrong side": (hmx.TanhLayer(2, leak=False), [25.0, 30.0], [-1.0, -1.0]),
+    "a softmax on the wrong entry": (hmx.SoftmaxLayer(2, leak=False), [60.0, 0.0], [0.0, 1.0]),
+}
+
+
+@pytest.mark.parametrize("case", PLATEAUS)
+def test_a_plateau_that_is_not_at_rest_has_no_implicit_gradient(case):
+    "Though a layer that reads it stands still"
+    layer, start, bias = PLATEAUS[case]
+    start, W = jnp.array(start), 0.1 * jnp.eye(2)
+    def read(b, unconverged):
+        ham = HAM(
+            {"t": layer, "y": hmx.IdentityLayer(2)},
+            {"b": hmx.BiasSynapse(b), "w": hmx.LinearSynapse(W)},
+            [(("t",), "b"), (("t", "y"), "w")],
+        )
+        xs = {"t": start, "y": W @ layer.activations(start)}
+        settings = dict(solver=Euler(1e-3), max_steps=1, trace=False)
+        out = descend(ham, xs, adjoint=ImplicitAdjoint(unconverged=unconverged), **settings)
+        return out.xhats["y"].sum()
+    go = eqx.filter_jit(jax.grad(read))
+    with pytest.raises(eqx.EquinoxRuntimeError, match="has not converged"):
+        jax.block_until_ready(go(jnp.array(bias), "raise"))
+    assert jnp.isnan(go(jnp.array(bias), "nan")).all()
+
+
+def test_tokens_that_grow_along_themselves_have_the_gradient_of_the_steps():
+    "The activations of a layer norm without leak are at rest; Euler's steps grow with the states."
+    keys = jr.split(jr.key(11), 4)
+    tokens = hmx.LayerNormLayer((3, 4), leak=False)
+    aim = jr.normal(keys[0], (3, 4))
+    xs = {"t": jr.normal(keys[1], (3, 4))}
+    synapses = (
+        hmx.AttentionSynapse.rand_init(keys[2], 4, 2, 3),
+        hmx.BiasSynapse(4 * jr.normal(keys[3], (3, 4))),
+    )
+    def loss(synapses, adjoint):
+        ham = HAM({"t": tokens}, list(synapses), [(("t",), 0), (("t",), 1)])
+        growing = Euler(lambda step: 0.1 * 1.3**step)
+        settings = dict(solver=growing, max_steps=400, rtol=0.0, atol=1e-11, trace=False)
+        out = descend(ham, xs, adjoint=adjoint, **settings)
+        return (out.xhats["t"] * aim).sum(), (out.converged, ham.dEdact(out.xhats, out.xs)["t"])
+    go = lambda adjoint: eqx.filter_jit(eqx.filter_grad(loss, has_aux=True))(synapses, adjoint)
+    implicit, (converged, slope) = go("implicit")
+    through, _ = go("checkpointed")
+    assert converged and abs(slope).max() > 1
+    a, b = flat(implicit), flat(through)
+    print(f"apart by {np.linalg.norm(a - b) / np.linalg.norm(b):.1e}")
+    assert np.linalg.norm(b) > 1e-3 and np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(b)
+
+
 @pytest.mark.slow
 def test_a_batch_over_two_devices():
     code = """

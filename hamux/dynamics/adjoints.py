@@ -37,20 +37,20 @@ class AbstractAdjoint(eqx.Module):
         "The states at the end, with their derivative."
 
 # %% ../../nbs/api/dynamics/adjoints.ipynb #0c6a04a0
-def _begun(setup):
+def _before_first_step(setup):
     "The number of steps taken, the states, and what the solver carries, before the first step."
     xs = {n: setup.start[n] for n in setup.free}
     return jnp.array(0, jnp.int32), xs, setup.over(lambda p, _, x: setup.solver.init(p, x), 0, xs)
 
 
-def _again(setup, steps, state):
+def _one_more_step(setup, steps, state):
     "One step more, of the rows that took it."
     count, ahead, solver = state
     move = ask_solver(setup, count, ahead, solver)
     return count + 1, *choose_rows(count < steps, (move.ahead, move.state), (ahead, solver))
 
 
-def _retraceable(setup):
+def _check_retraceable(setup):
     "Raise where the derivative of the steps is no use."
     loose = [n for n in setup.free if not setup.ham.neurons[n].leak]
     if loose and not setup.solver.exact_steps:
@@ -62,7 +62,7 @@ def _retraceable(setup):
         )
 
 
-def _held(setup, steps, state):
+def _end_states(setup, steps, state):
     "Where the rows stand after their last step."
     one = lambda problem, key, ahead, solver, step: setup.solver.step(
         problem, problem.evaluate(ahead), solver, step, key
@@ -76,20 +76,20 @@ def _unrolled(setup, ends, steps):
 
 @_unrolled.def_jvp
 def _(primals, tangents):
-    def again(setup):
+    def end(setup):
         state, _ = jax.lax.scan(
-            lambda state, _: (_again(setup, steps, state), None),
-            _begun(setup),
+            lambda state, _: (_one_more_step(setup, steps, state), None),
+            _before_first_step(setup),
             length=setup.max_steps,
         )
-        return _held(setup, steps, state)
+        return _end_states(setup, steps, state)
     setup, _, steps = primals
-    _retraceable(setup)
-    return eqx.filter_jvp(again, (setup,), tangents[:1])
+    _check_retraceable(setup)
+    return eqx.filter_jvp(end, (setup,), tangents[:1])
 
 
 class UnrolledAdjoint(AbstractAdjoint):
-    "Through every step, all of them stored."
+    "Through every step, at the length that it had; all of them stored."
     def ends(self, setup, last):
         return _unrolled(setup, jax.lax.stop_gradient(last.ahead), last.steps)
 
@@ -100,13 +100,15 @@ class _Steps(optx.AbstractFixedPointSolver):
     atol: float = 0.0
     norm: Any = optx.max_norm
 
-    def init(self, fn, y, args, options, f_struct, aux_struct, tags): return _begun(args[0])
-    def step(self, fn, y, args, options, state, tags): return y, _again(*args, state), None
+    def init(self, fn, y, args, options, f_struct, aux_struct, tags):
+        return _before_first_step(args[0])
+
+    def step(self, fn, y, args, options, state, tags): return y, _one_more_step(*args, state), None
     def terminate(self, fn, y, args, options, state, tags):
         return state[0] >= args[1].max(), optx.RESULTS.successful
 
     def postprocess(self, fn, y, aux, args, options, state, tags, result):
-        return _held(*args, state), aux, {}
+        return _end_states(*args, state), aux, {}
 
 
 @eqx.filter_custom_vjp
@@ -115,9 +117,9 @@ def _checkpointed(setup, ends, steps, adjoint):
 
 @_checkpointed.def_fwd
 def _(perturbed, setup, ends, steps, adjoint):
-    _retraceable(setup)
+    _check_retraceable(setup)
     moving, still = eqx.partition(setup, eqx.is_inexact_array)
-    def again(moving):
+    def end(moving):
         setup = eqx.combine(moving, still)
         return optx.fixed_point(
             lambda y, args: y,
@@ -128,7 +130,7 @@ def _(perturbed, setup, ends, steps, adjoint):
             adjoint=adjoint,
             throw=False,
         ).value
-    return jax.vjp(again, moving)
+    return jax.vjp(end, moving)
 
 @_checkpointed.def_bwd
 def _(pull, grads, perturbed, setup, ends, steps, adjoint):
@@ -137,7 +139,7 @@ def _(pull, grads, perturbed, setup, ends, steps, adjoint):
 
 
 class CheckpointedAdjoint(AbstractAdjoint):
-    "Through every step, some of them stored and the others computed again."
+    "Through every step, at the length that it had; some stored, the others computed again."
     # states stored; None for about √(2 max_steps)
     checkpoints: int | None = eqx.field(static=True, default=None)
 
@@ -159,10 +161,23 @@ class CheckpointedAdjoint(AbstractAdjoint):
         )
 
 # %% ../../nbs/api/dynamics/adjoints.ipynb #a9244380
+def _solve_scaled(product, b, usable, solver):
+    "u with product(u) = b; the residual, in units of b; whether b is not zero."
+    size = abs(b).max()
+    wanted = size > 0
+    b = jnp.where(wanted & usable, b / jnp.where(wanted, size, 1), 0)
+    # a NaN in one row must not stop the others
+    sound = lambda u: jnp.where(usable, product(u), u)
+    u = lx.linear_solve(
+        lx.FunctionLinearOperator(sound, jax.eval_shape(lambda: b)), b, solver, throw=False
+    ).value
+    return u * size, abs(sound(u) - b).max(), wanted
+
+
 _POLICIES = "raise", "drop", "nan", "accept"
 
 
-def _judged(u, usable, solved, policy):
+def _by_policy(u, usable, solved, policy):
     "The solution, or what the policy puts in its place."
     if policy == "raise":
         u = eqx.error_if(
@@ -170,7 +185,7 @@ def _judged(u, usable, solved, policy):
             ~usable,
             "An implicit gradient was asked for at a state that has not converged, where it has no"
             " meaning. Look at `.result` of the descent; allow more steps or a larger tolerance, or"
-            " choose ImplicitAdjoint(unconverged='drop') or adjoint='checkpointed'.",
+            " choose ImplicitAdjoint(unconverged='drop'), or adjoint='checkpointed' with Euler(…).",
         )
         return eqx.error_if(
             u,
@@ -219,7 +234,7 @@ class ImplicitAdjoint(AbstractAdjoint):
         )
         near = jnp.maximum(*setup.tols) # how near to the fixed point they are
         return setup.over(
-            lambda problem, _, xs, usable: _rest(problem, xs, (usable, near), self),
+            lambda problem, _, xs, usable: _fixed_point(problem, xs, (usable, near), self),
             setup.max_steps,
             jax.lax.stop_gradient(last.ahead),
             usable,
@@ -232,27 +247,18 @@ class ImplicitAdjoint(AbstractAdjoint):
               near, # how near it is: the tolerance of the descent
               ) -> Float[Array, " free"]: # u with product(u) = b, or what stands for it
         "The solution of one row's linear system."
-        size = abs(b).max()
-        asked = size > 0
-        b = jnp.where(asked & usable, b / jnp.where(asked, size, 1), 0)
-        # a NaN in one row must not stop the others
-        sound = lambda u: jnp.where(usable, product(u), u)
         rtol = float(jnp.finfo(b.dtype).eps) ** (2 / 3) if self.rtol is None else self.rtol
         solver = (
             lx.GMRES(rtol, rtol, max_steps=40, restart=10)
             if self.linear_solver is None
             else self.linear_solver
         )
-        u = lx.linear_solve(
-            lx.FunctionLinearOperator(sound, jax.eval_shape(lambda: b)), b, solver, throw=False
-        ).value
-        error = abs(sound(u) - b).max()
-        return _judged(
-            u * size, ~asked | usable, error <= 100 * jnp.maximum(rtol, near), self.unconverged
-        )
+        u, error, wanted = _solve_scaled(product, b, usable, solver)
+        solved = error <= 100 * jnp.maximum(rtol, near)
+        return _by_policy(u, ~wanted | usable, solved, self.unconverged)
 
 # %% ../../nbs/api/dynamics/adjoints.ipynb #fd57e2c1
-def _seen(problem, xs):
+def _visible_part(problem, xs):
     "The symmetric map c ∇²L c of the layers without leak, c the length of state over activation."
     maps = {}
     for n, x in jax.lax.stop_gradient(xs).items():
@@ -267,25 +273,25 @@ def _seen(problem, xs):
 
 
 @eqx.filter_custom_jvp
-def _rest(problem, xs, known, adjoint):
+def _fixed_point(problem, xs, known, adjoint):
     return xs
 
-@_rest.def_jvp
+@_fixed_point.def_jvp
 def _(primals, tangents):
     problem, xs, known, adjoint = primals
-    xs = _rest(problem, xs, known, adjoint) # so that it can be differentiated again
-    seen = _seen(problem, xs)
+    xs = _fixed_point(problem, xs, known, adjoint) # so that it can be differentiated again
+    visible = _visible_part(problem, xs)
     _, pushed = eqx.filter_jvp(lambda problem: stationary(problem, xs), (problem,), tangents[:1])
     # None where nothing moves
     pushed = {n: jnp.zeros_like(x) if pushed[n] is None else -pushed[n] for n, x in xs.items()}
     _, product = jax.linearize(lambda xs: stationary(problem, xs), xs)
     solve = lambda product, b: adjoint.solve(product, b, *known)
     # one vector: the layers that nothing moves are linear in the tangents too
-    b, back = ravel_pytree(seen(pushed))
+    b, back = ravel_pytree(visible(pushed))
     u = jax.lax.custom_linear_solve(
-        lambda v: ravel_pytree(seen(product(seen(back(v)))))[0], b, solve, solve
+        lambda v: ravel_pytree(visible(product(visible(back(v)))))[0], b, solve, solve
     )
-    return xs, seen(back(u))
+    return xs, visible(back(u))
 
 # %% ../../nbs/api/dynamics/adjoints.ipynb #f2404607
 class OneStepAdjoint(AbstractAdjoint):

@@ -59,7 +59,8 @@ class Flow(eqx.Module):
     t1: Float[Array, "*batch"] # the time at the end
     x1: dict # states by layer at the end
     energy: Float[Array, "*batch"] # total energy at the end
-    residual: Float[Array, "*batch"] # how far from rest the end is, as for `descend`
+    residual: Float[Array, "*batch"] # how far from rest the end is, as for `descend`; defined with
+    # `check_rest`
     steps: Int[Array, "*batch"] # steps of the integration, rejected ones included
     # why it ended: 1 at rest, 2 out of steps, 3 not finite, 7 at t1 and moving, 8 failed
     code: Int[Array, "*batch"]
@@ -145,6 +146,122 @@ def _check_times(t0, t1, ts, steady):
             f"flow: the times to save must increase, from t0={t0} to t1={t1}, got {ts}."
         )
 
+# %% ../../nbs/api/dynamics/continuous.ipynb #1e1c4666
+def _is_over(problem, y, rtol, atol):
+    "Whether there is nothing to integrate any more: at rest, or not finite."
+    _, residual, at_rest = _rest_of(problem, y, rtol, atol)
+    return at_rest | ~jnp.isfinite(residual)
+
+
+def _saving(saveat, narrow, tree):
+    "What diffrax is to save: energy and states at the times asked for, and the end."
+    diffrax, ask = _diffrax(), saveat.subs
+    if (
+        ask.t1
+        and not (ask.t0 or ask.steps or ask.ts is not None or saveat.dense)
+        and ask.fn is diffrax.SaveAt(t1=True).subs.fn
+    ):
+        return saveat
+    def fn(t, y, leaves):
+        problem = tree.unflatten(leaves)
+        xs = problem.states(y)
+        plain = ask.fn is diffrax.SaveAt(t1=True).subs.fn
+        E = problem.evaluate(y).energy.astype(jnp.result_type(*narrow(xs).values()))
+        return E, narrow(xs) if plain else ask.fn(t, narrow(xs), None)
+    path = diffrax.SubSaveAt(t0=ask.t0, t1=ask.t1, ts=ask.ts, steps=ask.steps, fn=fn)
+    return diffrax.SaveAt(
+        subs={"path": path, "end": diffrax.SubSaveAt(t1=True)}, dense=saveat.dense
+    )
+
+# %% ../../nbs/api/dynamics/continuous.ipynb #742a050e
+def _finite_start(xs, free, masks, ham):
+    "The problem in float32 at least, at 0 where the start is not finite; whether it is."
+    ok = jnp.stack([jnp.isfinite(x).all() for x in xs.values()]).all()
+    start = {
+        n: jnp.where(ok, x, 0).astype(jnp.promote_types(x.dtype, jnp.float32))
+        for n, x in xs.items()
+    }
+    return Problem(ham, start, masks, free), ok
+
+
+def _integrate(problem, narrow, times, tools, saveat, steady, rtol, atol, max_steps):
+    "Diffrax's solution, and the time and the free states at its end."
+    diffrax, (t0, t1, dt0) = _diffrax(), times
+    # as `args`, since the adjoints differentiate those; flat, since they do not take every pytree
+    leaves, tree = jtu.tree_flatten(problem)
+    vector_field = lambda t, y, leaves: _velocity(tree.unflatten(leaves), y)
+    stop = (
+        diffrax.Event(lambda t, y, leaves, **_: _is_over(tree.unflatten(leaves), y, rtol, atol))
+        if steady
+        else None
+    )
+    sol = diffrax.diffeqsolve(
+        diffrax.ODETerm(vector_field),
+        t0=t0,
+        t1=t1,
+        dt0=dt0,
+        y0={n: problem.start[n] for n in problem.free},
+        args=leaves,
+        saveat=_saving(saveat, narrow, tree),
+        event=stop,
+        max_steps=max_steps,
+        throw=False,
+        **tools,
+    )
+    only_end = isinstance(sol.ts, jax.Array)
+    ts, ys = (sol.ts, sol.ys) if only_end else (sol.ts["end"], sol.ys["end"])
+    return sol, ts[-1], {n: x[-1] for n, x in ys.items()}
+
+# %% ../../nbs/api/dynamics/continuous.ipynb #2cab2f7a
+def _reason(sol, at_rest, finite):
+    "Why it ended; a reason outweighs those above it."
+    results = _diffrax().RESULTS
+    fine = (sol.result == results.successful) | (sol.result == results.event_occurred)
+    code = jnp.where(sol.result == results.max_steps_reached, MAX_STEPS, FAILED)
+    code = jnp.where(fine, MOVING, code)
+    code = jnp.where(at_rest, CONVERGED, code)
+    return jnp.where(finite, code, NONFINITE)
+
+
+def _blank(tree, ts, ok):
+    "What was saved, NaN where the time is past the end or the start was not finite."
+    reached = jnp.isfinite(ts) & ok
+    def one(v):
+        if not jnp.issubdtype(v.dtype, jnp.floating): return v
+        return jnp.where(reached.reshape(reached.shape + (1,) * (v.ndim - 1)), v, jnp.nan)
+    return jtu.tree_map(one, tree)
+
+# %% ../../nbs/api/dynamics/continuous.ipynb #2d3cc492
+def _flow_one(ham, xs, masks, free, times, tools, saveat, steady, rtol, atol, max_steps):
+    "The trajectory of one start."
+    problem, ok = _finite_start(xs, free, masks, ham)
+    narrow = lambda found: {n: x.astype(xs[n].dtype) for n, x in found.items()}
+    settings = times, tools, saveat, steady, rtol, atol, max_steps
+    sol, t, y = _integrate(problem, narrow, *settings)
+
+    E, residual, at_rest = _rest_of(problem, y, rtol, atol)
+    x1 = {n: jnp.where(ok, x, xs[n]) for n, x in narrow(problem.states(y)).items()}
+    dtype = jnp.result_type(*xs.values())
+    E, residual = (jnp.where(ok, v, jnp.nan).astype(dtype) for v in (E, residual))
+    sound = jnp.stack([jnp.isfinite(x).all() for x in x1.values()]).all()
+    finite = ok & jnp.isfinite(E) & jnp.isfinite(residual) & sound
+
+    ts, path = t[None], (E[None], {n: x[None] for n, x in x1.items()})
+    if isinstance(sol.ts, dict): ts, path = sol.ts["path"], sol.ys["path"]
+    ts, (energies, path) = _blank((ts, path), ts, ok)
+    t, steps = jnp.where(ok, t, times[0]), jnp.where(ok, sol.stats["num_steps"], 0)
+    code = _reason(sol, at_rest, finite)
+    return Flow(ts, path, energies, t, x1, E, residual, steps, code, sol)
+
+
+@eqx.filter_jit
+def _flow(start, times, tools, saveat, steady, rtol, atol, max_steps):
+    "The compiled part of `flow`: one row, or all of them."
+    one = lambda xs, masks: _flow_one(
+        start.ham, xs, masks, start.free, times, tools, saveat, steady, rtol, atol, max_steps
+    )
+    return (jax.vmap(one) if start.batched else one)(start.xs, start.masks)
+
 # %% ../../nbs/api/dynamics/continuous.ipynb #546cd75f
 def flow(
     ham: HAM | VectorizedHAM, # the network; vectorised for batches of states
@@ -204,115 +321,3 @@ def flow(
     if not throw: return out
     fine = out.code == CONVERGED if steady else (out.code == CONVERGED) | (out.code == MOVING)
     return eqx.error_if(out, ~fine, "The flow did not arrive. Look at `.result` with throw=False.")
-
-# %% ../../nbs/api/dynamics/continuous.ipynb #2d3cc492
-@eqx.filter_jit
-def _flow(start, times, tools, saveat, steady, rtol, atol, max_steps):
-    "The compiled part of `flow`: one row, or all of them."
-    one = lambda xs, masks: _flow_one(
-        start.ham, xs, masks, start.free, times, tools, saveat, steady, rtol, atol, max_steps
-    )
-    return (jax.vmap(one) if start.batched else one)(start.xs, start.masks)
-
-
-def _flow_one(ham, xs, masks, free, times, tools, saveat, steady, rtol, atol, max_steps):
-    "The trajectory of one start."
-    diffrax, (t0, t1, dt0) = _diffrax(), times
-    ok = jnp.stack([jnp.isfinite(x).all() for x in xs.values()]).all()
-    start = {
-        n: jnp.where(ok, x, 0).astype(jnp.promote_types(x.dtype, jnp.float32))
-        for n, x in xs.items()
-    }
-    problem = Problem(ham, start, masks, free)
-    # as `args`, since the adjoints differentiate those; flat, since they do not take every pytree
-    leaves, tree = jtu.tree_flatten(problem)
-    vector_field = lambda t, y, leaves: _velocity(tree.unflatten(leaves), y)
-    stop = (
-        diffrax.Event(lambda t, y, leaves, **_: _over(tree.unflatten(leaves), y, rtol, atol))
-        if steady
-        else None
-    )
-    narrow = lambda found: {n: x.astype(xs[n].dtype) for n, x in found.items()}
-    sol = diffrax.diffeqsolve(
-        diffrax.ODETerm(vector_field),
-        t0=t0,
-        t1=t1,
-        dt0=dt0,
-        y0={n: start[n] for n in free},
-        args=leaves,
-        saveat=_saving(saveat, narrow, tree),
-        event=stop,
-        max_steps=max_steps,
-        throw=False,
-        **tools,
-    )
-    alone = isinstance(sol.ts, jax.Array) # only the end was saved
-    t, y = (
-        (sol.ts[-1], {n: x[-1] for n, x in sol.ys.items()})
-        if alone
-        else (sol.ts["end"][-1], {n: x[-1] for n, x in sol.ys["end"].items()})
-    )
-    E, residual, small = _rest_of(problem, y, rtol, atol)
-    x1 = {n: jnp.where(ok, x, xs[n]) for n, x in narrow(problem.states(y)).items()}
-    E, residual = (
-        jnp.where(ok, v, jnp.nan).astype(jnp.result_type(*xs.values())) for v in (E, residual)
-    )
-    fine = (sol.result == diffrax.RESULTS.successful) | (
-        sol.result == diffrax.RESULTS.event_occurred
-    )
-    code = jnp.where(
-        small,
-        CONVERGED,
-        jnp.where(
-            fine,
-            MOVING,
-            jnp.where(sol.result == diffrax.RESULTS.max_steps_reached, MAX_STEPS, FAILED),
-        ),
-    )
-    finite = (
-        ok
-        & jnp.isfinite(E)
-        & jnp.isfinite(residual)
-        & jnp.stack([jnp.isfinite(x).all() for x in x1.values()]).all()
-    )
-    code, steps = jnp.where(finite, code, NONFINITE), jnp.where(ok, sol.stats["num_steps"], 0)
-    ts, path = (
-        (t[None], (E[None], {n: x[None] for n, x in x1.items()}))
-        if alone
-        else (sol.ts["path"], sol.ys["path"])
-    )
-    seen = jnp.isfinite(ts) & ok
-    blank = lambda v: (
-        jnp.where(seen.reshape(seen.shape + (1,) * (v.ndim - 1)), v, jnp.nan)
-        if jnp.issubdtype(v.dtype, jnp.floating)
-        else v
-    )
-    ts, (energies, path) = jtu.tree_map(blank, (ts, path))
-    return Flow(ts, path, energies, jnp.where(ok, t, t0), x1, E, residual, steps, code, sol)
-
-
-def _over(problem, y, rtol, atol):
-    "Whether there is nothing to integrate any more: at rest, or not finite."
-    _, residual, small = _rest_of(problem, y, rtol, atol)
-    return small | ~jnp.isfinite(residual)
-
-
-def _saving(saveat, narrow, tree):
-    "What diffrax is to save: energy and states at the times asked for, and the end."
-    diffrax, ask = _diffrax(), saveat.subs
-    if (
-        ask.t1
-        and not (ask.t0 or ask.steps or ask.ts is not None or saveat.dense)
-        and ask.fn is diffrax.SaveAt(t1=True).subs.fn
-    ):
-        return saveat
-    def fn(t, y, leaves):
-        problem = tree.unflatten(leaves)
-        xs = problem.states(y)
-        plain = ask.fn is diffrax.SaveAt(t1=True).subs.fn
-        E = problem.evaluate(y).energy.astype(jnp.result_type(*narrow(xs).values()))
-        return E, narrow(xs) if plain else ask.fn(t, narrow(xs), None)
-    path = diffrax.SubSaveAt(t0=ask.t0, t1=ask.t1, ts=ask.ts, steps=ask.steps, fn=fn)
-    return diffrax.SaveAt(
-        subs={"path": path, "end": diffrax.SubSaveAt(t1=True)}, dense=saveat.dense
-    )

@@ -28,6 +28,27 @@ from .results import CONVERGED, NONFINITE, SAMPLED, in_words, sentence
 from .solver import AbstractSolver
 from ..network.hypergraph import HAM, VectorizedHAM
 
+# %% ../../nbs/api/dynamics/descent.ipynb #220b15c9
+def _sentence(code, steps, residual, rises, finite):
+    "What happened, and what to do."
+    if code == NONFINITE and not (steps or finite):
+        return (
+            "Not finite at step 0: the start or the parameters hold NaN or inf, or the energy of"
+            " the start is not finite. The states are returned as they were."
+        )
+    climbed = (
+        f" The energy rose in {rises} of {steps} steps: take a smaller dt, or the default solver."
+        if rises
+        else ""
+    )
+    advice = "" if rises else " Allow more steps, or a larger tolerance."
+    return (
+        sentence(
+            "descent", code, steps=steps, next_step=steps + 1, residual=residual, advice=advice
+        )
+        + climbed
+    )
+
 # %% ../../nbs/api/dynamics/descent.ipynb #c24ad902
 class Descent(eqx.Module):
     "What a descent reached, how, why it stopped. Vectorised, fields have a leading batch axis."
@@ -67,27 +88,6 @@ class Descent(eqx.Module):
             finite=finite,
         )
 
-# %% ../../nbs/api/dynamics/descent.ipynb #220b15c9
-def _sentence(code, steps, residual, rises, finite):
-    "What happened, and what to do."
-    if code == NONFINITE and not (steps or finite):
-        return (
-            "Not finite at step 0: the start or the parameters hold NaN or inf, or the energy of"
-            " the start is not finite. The states are returned as they were."
-        )
-    climbed = (
-        f" The energy rose in {rises} of {steps} steps: take a smaller dt, or the default solver."
-        if rises
-        else ""
-    )
-    advice = "" if rises else " Allow more steps, or a larger tolerance."
-    return (
-        sentence(
-            "descent", code, steps=steps, next_step=steps + 1, residual=residual, advice=advice
-        )
-        + climbed
-    )
-
 # %% ../../nbs/api/dynamics/descent.ipynb #946d27fc
 @functools.lru_cache
 def _number(value, dtype):
@@ -95,7 +95,20 @@ def _number(value, dtype):
     with jax.ensure_compile_time_eval(): return jnp.asarray(value, dtype)
 
 
-def _check_settings(solver, max_steps, trace, anneal, rtol, atol, key):
+def _tolerances(start, rtol, atol):
+    "Both tolerances as arrays; ε^⅔ of the states where none is given."
+    rtol, atol = (start.epsilon ** (2 / 3) if t is None else t for t in (rtol, atol))
+    if not (rtol >= 0 and atol >= 0):
+        raise ValueError(f"The tolerances must not be negative, got rtol={rtol}, atol={atol}.")
+    wide = jnp.result_type(float)
+    return tuple(
+        _number(t, wide) if isinstance(t, numbers.Real) else jnp.asarray(t, wide)
+        for t in (rtol, atol)
+    )
+
+
+def _check_settings(solver, max_steps, trace, anneal, key=None):
+    "Raise for settings that cannot be meant."
     if not (key is None or isinstance(key, jax.Array | np.ndarray)):
         raise TypeError(f"key must be a PRNG key such as jax.random.key(0), got {key!r}.")
     if not isinstance(solver, AbstractSolver):
@@ -105,8 +118,6 @@ def _check_settings(solver, max_steps, trace, anneal, rtol, atol, key):
         raise ValueError(f"max_steps must be a positive int, got {max_steps!r} {most}.")
     if not isinstance(trace, bool | Trace):
         raise TypeError(f"trace must be True, False or a Trace(…), got {trace!r}.")
-    if not (rtol >= 0 and atol >= 0):
-        raise ValueError(f"The tolerances must not be negative, got rtol={rtol}, atol={atol}.")
     if not isinstance(anneal, Mapping) or not all(map(callable, anneal.values())):
         raise TypeError(
             "anneal must be a dictionary from a layer or hypersynapse to its beta, a function of"
@@ -117,6 +128,78 @@ def _check_settings(solver, max_steps, trace, anneal, rtol, atol, key):
             f"{type(solver).__name__} compares energies of different steps, and cannot follow a"
             " network that changes. Anneal with Euler or Langevin."
         )
+
+# %% ../../nbs/api/dynamics/descent.ipynb #eb4374d8
+def _setup(start, solver, max_steps, tols, trace, key, anneal, progress):
+    "The batch, of one row if there is no batch, and which of its rows are finite."
+    xs, masks = start.xs, start.masks
+    if not start.batched: xs, masks = jtu.tree_map(lambda v: v[None], (xs, masks))
+    rows = next(iter(xs.values())).shape[0]
+    # what is clamped too: an energy can hide a NaN
+    finite = jnp.stack(
+        [
+            jnp.ones(rows, bool),
+            *(jnp.isfinite(x).all(tuple(range(1, x.ndim))) for x in xs.values()),
+        ]
+    ).all(0)
+    clean = {n: choose_rows(finite, x, jnp.zeros_like(x)) for n, x in xs.items()}
+    keys = None if key is None else jax.random.split(key, rows) if start.batched else key[None]
+    settings = anneal, solver, tols, start.free, max_steps, trace, progress
+    return Setup(start.ham, clean, masks, keys, *settings), finite
+
+# %% ../../nbs/api/dynamics/descent.ipynb #cb9f04e7
+def _unmoved(setup, xs):
+    "The result where nothing is free to move, or there is no row."
+    xhats = setup.over(lambda p, _, xs: p.ham.activations(xs), setup.max_steps, xs)
+    zero = jnp.zeros(next(iter(xs.values())).shape[0], jnp.int32)
+    energy = setup.over(lambda p, _, xhats, xs: p.ham.energy(xhats, xs), setup.max_steps, xhats, xs)
+    energies = jnp.full((*energy.shape, setup.max_steps + 1), jnp.nan, energy.dtype)
+    return Descent(
+        xs=xs,
+        xhats=xhats,
+        energy=energy,
+        energies=None if setup.trace is None else energies.at[:, 0].set(energy),
+        steps=zero,
+        residual=jnp.zeros(zero.shape, jnp.result_type(*xs.values())),
+        code=jnp.where(jnp.isfinite(energy), CONVERGED, NONFINITE).astype(jnp.int32),
+        rises=zero,
+        evaluations=jnp.zeros_like(energy),
+    )
+
+
+def _arrived(setup, xs, last, records):
+    "The result where the search ended, with the derivative of `xs`."
+    xhats = setup.over(lambda p, _, xs: p.ham.activations(xs), setup.max_steps, xs)
+    steps_first = (None, None) if records is None else records
+    energies, kept = jtu.tree_map(lambda v: jnp.moveaxis(v, 0, 1), steps_first)
+    one = lambda problem, _: jnp.asarray(setup.solver.cost(problem), jnp.result_type(float))
+    return Descent(
+        xs=xs,
+        xhats=xhats,
+        energy=energy_at(setup, xs, last.energy),
+        energies=energies,
+        steps=last.steps,
+        residual=last.residual,
+        code=last.code,
+        rises=last.rises,
+        evaluations=(last.steps + 1) * setup.over(one, 0),
+        records=kept or None,
+    )
+
+# %% ../../nbs/api/dynamics/descent.ipynb #f522ef4a
+@eqx.filter_jit
+def _descend(start, settings, adjoint):
+    "The compiled part of `descend`."
+    setup, finite = _setup(start, *settings)
+    begin = start.xs if start.batched else jtu.tree_map(lambda v: v[None], start.xs)
+    if start.free and finite.size:
+        last, records = search(setup, ~finite)
+        ends = adjoint.ends(setup, last)
+        whole = setup.over(lambda p, _, ends: p.states(ends), setup.max_steps, ends)
+        out = _arrived(setup, choose_rows(finite, whole, begin), last, records)
+    else:
+        out = _unmoved(setup, begin)
+    return out if start.batched else jtu.tree_map(lambda v: v[0], out)
 
 
 def descend(
@@ -129,7 +212,7 @@ def descend(
     rtol=None, # relative tolerance on the residual, per layer; None for ε^⅔
     atol=None, # absolute tolerance on the residual; None for ε^⅔
     trace=True, # True: record the energy of every step; False: nothing; or a `Trace` of what else
-    adjoint="checkpointed", # how to differentiate through the descent: a name or an adjoint
+    adjoint="checkpointed", # how to differentiate: a name or an adjoint; see `adjoints`
     throw=False, # whether not to converge is an error
     key=None, # a PRNG key, for solvers that need one
     anneal=None, # inverse temperatures that change: layer or hypersynapse → function of the step
@@ -137,35 +220,14 @@ def descend(
 ) -> Descent:
     "Recall: slide down the energy until it is flat. Raises ValueError or TypeError for bad input."
     start, anneal = read_start("descend", ham, xs, clamp), anneal or {}
-    rtol, atol = (start.epsilon ** (2 / 3) if t is None else t for t in (rtol, atol))
-    _check_settings(solver, max_steps, trace, anneal, rtol, atol, key)
+    _check_settings(solver, max_steps, trace, anneal, key)
+    tols = _tolerances(start, rtol, atol)
     for name in anneal: with_beta(start.ham, name, 1.0)
     if progress and importlib.util.find_spec("tqdm") is None:
         raise ImportError("progress=True shows a bar of tqdm: pip install 'hamux[train]'.")
     trace = Trace() if trace is True else trace or None
-    tols = tuple(
-        (
-            _number(t, jnp.result_type(float))
-            if isinstance(t, numbers.Real)
-            else jnp.asarray(t, jnp.result_type(float))
-        )
-        for t in (rtol, atol)
-    )
-    out = _descend(
-        start.ham,
-        start.xs,
-        start.masks,
-        start.whole,
-        solver,
-        int(max_steps),
-        tols,
-        trace,
-        as_adjoint(adjoint),
-        key,
-        anneal,
-        bool(progress),
-        start.batched,
-    )
+    settings = solver, int(max_steps), tols, trace, key, anneal, bool(progress)
+    out = _descend(start, settings, as_adjoint(adjoint))
     if not throw: return out
     return eqx.error_if(
         out,
@@ -173,82 +235,3 @@ def descend(
         "The descent did not converge. Look at `.result` with throw=False, allow more steps, or"
         " take a smaller dt.",
     )
-
-# %% ../../nbs/api/dynamics/descent.ipynb #f522ef4a
-@eqx.filter_jit
-def _descend(
-    ham, xs, masks, whole, solver, max_steps, tols, trace, adjoint, key, anneal, progress, batched
-):
-    "The compiled part of `descend`."
-    free = tuple(n for n in ham.neurons if n not in whole)
-    start, masks = (xs, masks) if batched else jtu.tree_map(lambda v: v[None], (xs, masks))
-    rows = next(iter(start.values())).shape[0]
-    # what is clamped too: an energy can hide a NaN
-    finite = jnp.stack(
-        [
-            jnp.ones(rows, bool),
-            *(jnp.isfinite(x).all(tuple(range(1, x.ndim))) for x in start.values()),
-        ]
-    ).all(0)
-    clean = {n: choose_rows(finite, x, jnp.zeros_like(x)) for n, x in start.items()}
-    keys = None if key is None else jax.random.split(key, rows) if batched else key[None]
-    setup = Setup(ham, clean, masks, keys, anneal, solver, tols, free, max_steps, trace, progress)
-    # all is clamped, or there is no row
-    if not (free and rows): return _described(setup, start, None, None, batched)
-    last, records = search(setup, ~finite)
-    xs = choose_rows(
-        finite,
-        setup.over(lambda p, _, ends: p.states(ends), max_steps, adjoint.ends(setup, last)),
-        start,
-    )
-    return _described(setup, xs, last, records, batched)
-
-
-def _described(setup, xs, last, records, batched):
-    "The result of a descent, of one example if there is no batch."
-    xhats = setup.over(lambda p, _, xs: p.ham.activations(xs), setup.max_steps, xs)
-    zero = jnp.zeros(next(iter(xs.values())).shape[0], jnp.int32)
-    if last is None:
-        energy = setup.over(
-            lambda p, _, xhats, xs: p.ham.energy(xhats, xs), setup.max_steps, xhats, xs
-        )
-        code = jnp.where(jnp.isfinite(energy), CONVERGED, NONFINITE).astype(jnp.int32)
-        energies = (
-            None
-            if setup.trace is None
-            else jnp.full((*energy.shape, setup.max_steps + 1), jnp.nan, energy.dtype)
-            .at[:, 0]
-            .set(energy)
-        )
-        out = Descent(
-            xs,
-            xhats,
-            energy,
-            energies,
-            zero,
-            jnp.zeros(zero.shape, jnp.result_type(*xs.values())),
-            code,
-            zero,
-            jnp.zeros_like(energy),
-        )
-    else:
-        energy = energy_at(setup, xs, last.energy)
-        energies, kept = (
-            (None, None)
-            if records is None
-            else jtu.tree_map(lambda v: jnp.moveaxis(v, 0, 1), records)
-        )
-        one = lambda problem, _: jnp.asarray(setup.solver.cost(problem), jnp.result_type(float))
-        out = Descent(
-            xs,
-            xhats,
-            energy,
-            energies,
-            last.steps,
-            last.residual,
-            last.code,
-            last.rises,
-            (last.steps + 1) * setup.over(one, 0),
-            kept or None,
-        )
-    return out if batched else jtu.tree_map(lambda v: v[0], out)

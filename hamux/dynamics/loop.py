@@ -165,7 +165,7 @@ class State(eqx.Module):
     rows: Rows
     records: PyTree
 
-# %% ../../nbs/api/dynamics/loop.ipynb #8b7acce6
+
 def first_rows(setup: Setup, bad) -> Rows:
     "The rows before the first evaluation; `bad` ones are stopped already."
     xs = {n: setup.start[n] for n in setup.free}

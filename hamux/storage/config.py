@@ -85,7 +85,7 @@ def architecture(
     connections = [[list(names), s] for names, s in ham.connections]
     return {"neurons": named(layers), "hypersynapses": named(synapses), "connections": connections}
 
-# %% ../../nbs/api/storage/config.ipynb #e77cb7bd
+
 def to_config(
     ham: HAM | VectorizedHAM, # a network
 ) -> dict: # of dictionaries, lists, strings and numbers only
