@@ -250,6 +250,8 @@ def shortened(
         layer = problem.ham.neurons[n]
         if layer.leak or n in problem.cut: continue
         axis = setting_of(layer.lagrangian, facts_of(layer.lagrangian).axis)
+        top = jnp.finfo(x.dtype).max / 2
+        x = jnp.clip(x, -top, top) # a step may end beyond the dtype
         length = abs(x).max(axis, keepdims=True)
         longest = float(jnp.finfo(jnp.promote_types(x.dtype, jnp.float32)).eps) ** -0.5
         power = jnp.ceil(jnp.log2(jnp.maximum(length / longest, 1))).astype(jnp.int32)
@@ -257,7 +259,7 @@ def shortened(
         before, after = layer.activations(x), layer.activations(shorter)
         apart = abs(after - before).max(axis, keepdims=True)
         same = apart <= 4 * jnp.finfo(x.dtype).eps * abs(before).max(axis, keepdims=True)
-        out[n] = jnp.where(same & jnp.isfinite(length), shorter, x)
+        out[n] = jnp.where(same, shorter, x)
     return out
 
 # %% ../../nbs/api/dynamics/problem.ipynb #6e2d2e40

@@ -131,7 +131,9 @@ def lowers(new: Point, old: Point, lowest, share=1e-4):
     steepness = {n: abs(old.grads[n]) + abs(new.grads[n]) for n in moved}
     size = inner(steepness, {n: abs(v) for n, v in new.duals.items()})
     noise = 4 * jnp.finfo(new.energy.dtype).eps * size
-    fine = jnp.where(abs(change) > slack, change <= share * slope, both <= share * slope + noise)
+    # a slope within the noise asks for no more than a fall
+    wanted = share * jnp.minimum(slope + noise, 0)
+    fine = jnp.where(abs(change) > slack, change <= wanted, both <= share * slope + noise)
     fine = fine & (new.energy <= lowest + slack)
     return fine & jnp.isfinite(new.energy) & jnp.isfinite(new.size) & jnp.isfinite(both)
 
