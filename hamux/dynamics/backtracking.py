@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from .problem import Point, shortened
 from hamux.dynamics.solver import (
@@ -28,10 +28,18 @@ from hamux.dynamics.solver import (
 
 # %% ../../nbs/api/dynamics/backtracking.ipynb #c4a6e2d7
 class _Guarded(eqx.Module):
-    "What a guarded solver carries: where it stands, the lowest energy, the length of its steps."
-    held: Point
-    lowest: Float[Array, ""]
-    length: Float[Array, ""]
+    "What a guarded solver carries."
+    held: Point # the point it stands at
+    lowest: Float[Array, ""] # the lowest energy so far
+    length: Float[Array, ""] # of its steps
+    again: Bool[Array, ""] # whether it began anew from the longest, here where it stands
+
+
+def _longest(problem, dtype):
+    "The longest step to begin with: the slowest time constant, and far beyond it without leak."
+    slowest = jnp.stack([jnp.asarray(t, dtype) for t in problem.taus.values()]).max()
+    leaks = all(problem.ham.neurons[n].leak for n in problem.free)
+    return slowest if leaks else 4.0**12 * slowest
 
 
 class Backtracking(AbstractSolver):
@@ -55,23 +63,27 @@ class Backtracking(AbstractSolver):
     def init(self, problem, xs):
         empty = empty_point(problem, xs)
         wide = jnp.promote_types(empty.energy.dtype, jnp.float32)
-        return _Guarded(empty, jnp.full_like(empty.energy, jnp.inf), jnp.asarray(self.dt, wide))
+        lowest, length = jnp.full_like(empty.energy, jnp.inf), jnp.asarray(self.dt, wide)
+        return _Guarded(empty, lowest, length, jnp.array(False))
 
     def step(self, problem, now, state, step, key):
         fine = (step == 0) | lowers(now, state.held, state.lowest, self.share)
         held = choose(fine, now, state.held)
         length = self.next_length(problem, state.length, step, fine)
+        unseen = same_states(plain_step(problem, held, length, 1), held.xs)
+        stuck, again = unseen & state.again & ~fine, unseen | (state.again & ~fine)
+        length = jnp.where(unseen & ~stuck, _longest(problem, length.dtype), length)
         ahead = shortened(problem, plain_step(problem, held, length, 1))
-        carried = _Guarded(held, jnp.minimum(state.lowest, held.energy), length)
-        return Move(held, ahead, carried, same_states(ahead, held.xs))
+        carried = _Guarded(held, jnp.minimum(state.lowest, held.energy), length, again)
+        return Move(held, ahead, carried, stuck | same_states(ahead, held.xs))
 
     def next_length(self, problem, length, step, fine):
         "Longer after a step that was accepted, shorter after one that was not."
         factor = jnp.where(step == 0, 1, jnp.where(fine, self.grow, self.shrink))
         length = length * factor.astype(length.dtype)
-        slowest = jnp.stack([jnp.asarray(t, length.dtype) for t in problem.taus.values()]).max()
         leaks = all(problem.ham.neurons[n].leak for n in problem.free)
-        return jnp.minimum(length, slowest if leaks else jnp.finfo(length.dtype).max / 8)
+        most = _longest(problem, length.dtype) if leaks else jnp.finfo(length.dtype).max / 8
+        return jnp.minimum(length, most)
 
     def descends(self, step): return True
     def cost(self, problem): return 1.0

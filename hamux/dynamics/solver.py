@@ -119,7 +119,9 @@ def minus(a: dict, b: dict) -> dict:
 
 def rounding(point: Point):
     "What the energy of a point cannot resolve."
-    return 32 * jnp.finfo(point.energy.dtype).eps * point.size
+    eps = jnp.finfo(point.energy.dtype).eps
+    # half precision sums in single, and rounds at the end
+    return (4 if eps > 1e-4 else 32) * eps * point.size
 
 # %% ../../nbs/api/dynamics/solver.ipynb #03db0e06
 def lowers(new: Point, old: Point, lowest, share=1e-4):
