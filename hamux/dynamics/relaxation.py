@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from .problem import Point, Problem, shortened
 from hamux.dynamics.solver import (
@@ -80,6 +80,7 @@ class _Sweeping(eqx.Module):
     lowest: Float[Array, ""] # the lowest energy so far
     length: Float[Array, ""] # of the guarded steps
     asleep: PyTree # whether a free layer started at zero, where others did not
+    again: Bool[Array, ""] # whether guarded steps began anew from the longest, here where it stands
 
 
 def _asleep(xs):
@@ -133,7 +134,8 @@ class Relaxation(AbstractSolver):
     def init(self, problem, xs):
         empty = empty_point(problem, xs)
         length = jnp.asarray(self.dt, jnp.promote_types(empty.energy.dtype, jnp.float32))
-        return _Sweeping(empty, jnp.full_like(empty.energy, jnp.inf), length, _asleep(xs))
+        lowest, again = jnp.full_like(empty.energy, jnp.inf), jnp.array(False)
+        return _Sweeping(empty, lowest, length, _asleep(xs), again)
 
     def step(self, problem, now, state, step, key):
         jumping, depth = _jumps(problem), _depth(problem)
@@ -149,14 +151,19 @@ class Relaxation(AbstractSolver):
         waking = mixed & (step < depth)
         ahead = _sweep(problem, held, jumping, length, state.asleep, waking)
         ahead = shortened(problem, ahead)
-        stuck = same_states(ahead, held.xs) & ~unknown
-        lowest = jnp.minimum(state.lowest, held.energy)
-        return Move(held, ahead, _Sweeping(held, lowest, length, state.asleep), stuck, unknown)
+        unseen = same_states(ahead, held.xs) & ~unknown
+        moved = fine & ~same_states(held.xs, state.held.xs)
+        longest = self.dt if self.leaks(problem) else 4.0**12 * self.dt
+        length = jnp.where(unseen & ~state.again, longest, length).astype(length.dtype)
+        lowest, again = jnp.minimum(state.lowest, held.energy), unseen | (state.again & ~moved)
+        carried = _Sweeping(held, lowest, length, state.asleep, again)
+        return Move(held, ahead, carried, unseen & (state.again | exact), unknown)
+
+    def leaks(self, problem): return all(problem.ham.neurons[n].leak for n in problem.free)
 
     def next_length(self, problem, length, step, fine):
         "Longer after a sweep that was accepted, shorter after another; at most `dt` with leak."
-        leaks = all(problem.ham.neurons[n].leak for n in problem.free)
-        longest = self.dt if leaks else float(jnp.finfo(jnp.float32).max) / 8
+        longest = self.dt if self.leaks(problem) else float(jnp.finfo(jnp.float32).max) / 8
         new = jnp.where(fine, jnp.minimum(2 * length, longest), length / 4)
         return jnp.where(step == 0, length, new).astype(length.dtype)
 

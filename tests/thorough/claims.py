@@ -365,6 +365,7 @@ def campaign(seeds, solvers=SOLVERS, dtypes=DTYPES, rows=21, show=print):
                 for k, v in false.items():
                     totals[k] = totals.get(k, 0) + int(v.sum())
                     if v.any(): show(f"{k}: {seed} {s} {d} rows {np.flatnonzero(v).tolist()}")
+        show(f"structure {seed}: {sum(totals.values())} false claims so far")
         jax.clear_caches()
     return totals, codes, guarded
 
