@@ -22,6 +22,7 @@ from hamux.dynamics.solver import (
     Move,
     choose,
     empty_point,
+    least,
     plain_step,
     rounding,
     same_states,
@@ -79,7 +80,7 @@ def _together(c, rates, tau, leak, ours, alone, same, currents):
 class _Path(eqx.Module):
     "What the solver carries from trial to trial."
     held: Point # the last accepted point
-    lowest: jax.Array # the lowest energy so far
+    lowest: jax.Array # what the energy was at most at the lowest point
     dx: jax.Array # (m, N): the last differences of states
     da: jax.Array # (m, N): of activations
     dg: jax.Array # (m, N): of gradients
@@ -295,7 +296,7 @@ class Adaptive(AbstractSolver):
         stepped, plain, stuck = _plain_steps(problem, held, path, ok, wanted)
         xs = shortened(problem, choose(plain > 0, stepped, led))
         path = _Path(
-            held, jnp.minimum(path.lowest, held.energy), *rows, h, last,
+            held, least(path.lowest, held), *rows, h, last,
             ahead.model, ahead.expected, bend, path.count + ok, missed, plain)
         return Move(held, xs, path, stuck)
 

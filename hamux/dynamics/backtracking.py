@@ -21,6 +21,7 @@ from hamux.dynamics.solver import (
     check_setting,
     choose,
     empty_point,
+    least,
     lowers,
     plain_step,
     same_states,
@@ -30,7 +31,7 @@ from hamux.dynamics.solver import (
 class _Guarded(eqx.Module):
     "What a guarded solver carries."
     held: Point # the point it stands at
-    lowest: Float[Array, ""] # the lowest energy so far
+    lowest: Float[Array, ""] # what the energy was at most at the lowest point
     length: Float[Array, ""] # of its steps
     again: Bool[Array, ""] # whether it began anew from the longest, here where it stands
 
@@ -74,7 +75,7 @@ class Backtracking(AbstractSolver):
         stuck, again = unseen & state.again & ~fine, unseen | (state.again & ~fine)
         length = jnp.where(unseen & ~stuck, _longest(problem, length.dtype), length)
         ahead = shortened(problem, plain_step(problem, held, length, 1))
-        carried = _Guarded(held, jnp.minimum(state.lowest, held.energy), length, again)
+        carried = _Guarded(held, least(state.lowest, held), length, again)
         return Move(held, ahead, carried, stuck | same_states(ahead, held.xs))
 
     def next_length(self, problem, length, step, fine):

@@ -20,6 +20,7 @@ from hamux.dynamics.solver import (
     Move,
     choose,
     empty_point,
+    least,
     lowers,
     same_states,
 )
@@ -77,7 +78,7 @@ def _depth(problem: Problem) -> int:
 class _Sweeping(eqx.Module):
     "What relaxation carries."
     held: Point # the point it stands at
-    lowest: Float[Array, ""] # the lowest energy so far
+    lowest: Float[Array, ""] # what the energy was at most at the lowest point
     length: Float[Array, ""] # of the guarded steps
     asleep: PyTree # whether a free layer started at zero, where others did not
     again: Bool[Array, ""] # whether guarded steps began anew from the longest, here where it stands
@@ -155,7 +156,7 @@ class Relaxation(AbstractSolver):
         moved = fine & ~same_states(held.xs, state.held.xs)
         longest = self.dt if self.leaks(problem) else 4.0**12 * self.dt
         length = jnp.where(unseen & ~state.again, longest, length).astype(length.dtype)
-        lowest, again = jnp.minimum(state.lowest, held.energy), unseen | (state.again & ~moved)
+        lowest, again = least(state.lowest, held), unseen | (state.again & ~moved)
         carried = _Sweeping(held, lowest, length, state.asleep, again)
         return Move(held, ahead, carried, unseen & (state.again | exact), unknown)
 
