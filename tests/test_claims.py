@@ -92,6 +92,15 @@ def test_far_out_is_not_stuck(layer, solver):
     assert hmx.descend(ham.vectorize(), xs, solver=solver).converged.all()
 
 
+@GUARDED
+def test_far_out_a_lagrangian_that_declares_nothing_is_not_stuck(solver):
+    "Its energy is a difference of large numbers there: what it was is no yardstick near rest."
+    layers = [hmx.NeuronLayer(lambda x: jnp.sqrt(1 + x**2).sum(), 5), hmx.TanhLayer(4, beta=20.0)]
+    ham = hmx.HAM(layers, [hmx.LinearSynapse(4 * normal(0, 5, 4))], [([0, 1], 0)]).vectorize()
+    xs = {0: 1e5 * normal(1, 50, 5), 1: 1e4 * normal(2, 50, 4)}
+    assert hmx.descend(ham, xs, solver=solver).converged.all()
+
+
 @pytest.mark.parametrize("d, beta, spread", [(2, 1.0, 2.0), (2, 4.0, 1.0), (4, 1.0, 2.0)])
 def test_the_edge_of_a_tent_is_not_the_end(d, beta, spread):
     "The gradient jumps there, and a step that crosses it lowers the energy."

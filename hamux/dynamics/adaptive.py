@@ -244,8 +244,7 @@ _PATIENCE = 6
 
 def _plain_steps(problem, held, path, ok, wanted):
     "The next plain step, its length (0 where the model leads), and whether none is left."
-    slowest = jnp.stack([jnp.asarray(t, path.plain.dtype) for t in problem.taus.values()]).max()
-    leaks = all(problem.ham.neurons[n].leak for n in problem.free)
+    slowest, leaks = problem.slowest.astype(path.plain.dtype), problem.leaks
     next_one = jnp.where(path.plain > slowest, 4 * path.plain, path.plain / 4)
     length = jnp.where((path.plain > 0) & ~ok, next_one, slowest)
     unseen = same_states(plain_step(problem, held, length, 1), held.xs)

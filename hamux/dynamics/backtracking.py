@@ -38,9 +38,7 @@ class _Guarded(eqx.Module):
 
 def _longest(problem, dtype):
     "The longest step to begin with: the slowest time constant, and far beyond it without leak."
-    slowest = jnp.stack([jnp.asarray(t, dtype) for t in problem.taus.values()]).max()
-    leaks = all(problem.ham.neurons[n].leak for n in problem.free)
-    return slowest if leaks else 4.0**12 * slowest
+    return (problem.slowest if problem.leaks else 4.0**12 * problem.slowest).astype(dtype)
 
 
 class Backtracking(AbstractSolver):
@@ -82,9 +80,8 @@ class Backtracking(AbstractSolver):
         "Longer after a step that was accepted, shorter after one that was not."
         factor = jnp.where(step == 0, 1, jnp.where(fine, self.grow, self.shrink))
         length = length * factor.astype(length.dtype)
-        leaks = all(problem.ham.neurons[n].leak for n in problem.free)
-        most = _longest(problem, length.dtype) if leaks else jnp.finfo(length.dtype).max / 8
-        return jnp.minimum(length, most)
+        endless = jnp.finfo(length.dtype).max / 8
+        return jnp.minimum(length, _longest(problem, length.dtype) if problem.leaks else endless)
 
     def descends(self, step): return True
     def cost(self, problem): return 1.0

@@ -137,6 +137,12 @@ class Problem(eqx.Module):
     @property
     def taus(self): return {n: self.ham.neurons[n].tau for n in self.free}
     @property
+    def leaks(self): return all(self.ham.neurons[n].leak for n in self.free)
+    @property
+    def slowest(self): # the largest time constant
+        dtype = jnp.result_type(jnp.float32, *self.start.values())
+        return jnp.stack([jnp.asarray(t, dtype) for t in self.taus.values()]).max()
+    @property
     def cut(self): # layers that a mask cuts through, and whose entries depend on each other
         return tuple(n for n in self.masks if not is_separable(self.ham.neurons[n]))
 

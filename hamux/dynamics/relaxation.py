@@ -154,17 +154,15 @@ class Relaxation(AbstractSolver):
         ahead = shortened(problem, ahead)
         unseen = same_states(ahead, held.xs) & ~unknown
         moved = fine & ~same_states(held.xs, state.held.xs)
-        longest = self.dt if self.leaks(problem) else 4.0**12 * self.dt
+        longest = self.dt if problem.leaks else 4.0**12 * self.dt
         length = jnp.where(unseen & ~state.again, longest, length).astype(length.dtype)
         lowest, again = least(state.lowest, held), unseen | (state.again & ~moved)
         carried = _Sweeping(held, lowest, length, state.asleep, again)
         return Move(held, ahead, carried, unseen & (state.again | exact), unknown)
 
-    def leaks(self, problem): return all(problem.ham.neurons[n].leak for n in problem.free)
-
     def next_length(self, problem, length, step, fine):
         "Longer after a sweep that was accepted, shorter after another; at most `dt` with leak."
-        longest = self.dt if self.leaks(problem) else float(jnp.finfo(jnp.float32).max) / 8
+        longest = self.dt if problem.leaks else float(jnp.finfo(jnp.float32).max) / 8
         new = jnp.where(fine, jnp.minimum(2 * length, longest), length / 4)
         return jnp.where(step == 0, length, new).astype(length.dtype)
 
