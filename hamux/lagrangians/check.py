@@ -232,10 +232,9 @@ def _is_bounded(m, at):
 def _facts_hold(L, at, eps):
     "The finding on what a Lagrangian declares."
     facts = facts_of(L)
-    if facts.form is None:
-        words = "No form is declared (hamux.with_facts), so it is neither streamed nor sampled."
-        return Finding("facts", True, words)
-    name = WRITTEN_OUT[facts.form][0]
+    undeclared = "No form is declared (hamux.with_facts), so it is neither streamed nor sampled."
+    if facts.form is None and facts.conjugate is None: return Finding("facts", True, undeclared)
+    name = WRITTEN_OUT[facts.form][0] if facts.form else "with a closed form of its energy"
     try:
         wrong = wrong_fact(L, facts, at, eps)
     except Exception as e:
@@ -243,6 +242,7 @@ def _facts_hold(L, at, eps):
     if wrong:
         words = f"It is declared {wrong}. Correct hamux.with_facts(…)."
         return Finding("facts", False, words)
+    if facts.form is None: return Finding("facts", True, f"{undeclared} Its conjugate is right.")
     more = "" if facts.log_slope is None else "; its log_slope is right"
     return Finding("facts", True, f"It is declared {name}, and is one{more}.")
 

@@ -14,6 +14,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from .arguments import reduced_axes
+from .conjugates import conjugate_of
 from .facts import readable_name, setting_of, settings_for, taken_apart
 from .measure import derivative_at_zero, state_in_words
 
@@ -73,6 +74,12 @@ def wrong_fact(L, facts, at, eps):
     near = at.generic & (at.size >= 0.1) & (at.size <= 3)
     x, size = at.x[near], at.size[near]
     every = lambda f: jtu.tree_map(np.asarray, jax.jit(jax.vmap(f))(x))
+    if (conjugate := conjugate_of(L)) is not None:
+        wanted, got = every(lambda x: (conjugate(x), (jax.grad(L)(x) * x).sum() - L(x)))
+        if (i := _apart(wanted, got, eps)) is not None:
+            state = state_in_words(x[i], size[i])
+            return f"to have the energy {wanted[i]:.4g} at {state}, but it has {got[i]:.4g}"
+    if facts.form is None: return None
     name, written_out = WRITTEN_OUT[facts.form]
     wanted, got = every(lambda x: (written_out(L, facts, x), L(x)))
     if (i := _apart(wanted, got, eps)) is not None:
