@@ -197,3 +197,19 @@ def test_masks_may_be_traced():
     there = np.array([[True] * 5, [True, True, False, True, False]])
     looks = lambda mask: hmx.AttentionSynapse(Wq, Wk, key_mask=mask)(tokens)
     np.testing.assert_allclose(jax.vmap(looks)(there), [looks(m) for m in there], rtol=1e-5)
+
+
+@pytest.mark.parametrize("L", [hmx.lagr_softmax, hmx.log_sum_relu, hmx.lagr_relu],
+                         ids=["competition", "function of a sum", "sum"])
+def test_distances_do_not_depend_on_where_zero_is(L):
+    "Patterns four thousand times their spread from the origin, in single precision."
+    on_a_grid = lambda key, *s: jnp.round(2**9 * jr.normal(jr.key(key), s, jnp.float32)) / 2**9
+    Xi, x = on_a_grid(0, 30, 5), on_a_grid(1, 5)
+
+    def energy(shift):
+        memory = hmx.MemorySynapse(Xi + shift, L, similarity="euclidean", block=7)
+        return jax.value_and_grad(memory)(x + shift)
+
+    (near, g), (far, there) = energy(jnp.float32(0)), energy(jnp.float32(2**12))
+    np.testing.assert_allclose(far, near, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(there, g, rtol=2e-3, atol=2e-3) # x̂ itself resolves 5e-4 there

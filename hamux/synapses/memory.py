@@ -45,8 +45,10 @@ def _similarities(x, Xi, similarity, mask=None):
     "The similarity of the vector `x` to each row of `Xi`; masked rows count as zeros."
     Xi = Xi.astype(x.dtype)
     if mask is not None: Xi = jnp.where(mask[:, None], Xi, 0)
-    s = Xi @ x
-    return s if similarity == "dot" else s - 0.5 * (Xi * Xi).sum(1) - 0.5 * (x * x).sum()
+    if similarity == "dot": return Xi @ x
+    origin = jax.lax.stop_gradient(Xi[0]) # distances do not change with it, and rounding does
+    Xi, x = Xi - origin, x - origin
+    return Xi @ x - 0.5 * (Xi * Xi).sum(1) - 0.5 * (x * x).sum()
 
 
 @dataclass(frozen=True)
