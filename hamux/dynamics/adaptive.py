@@ -252,7 +252,7 @@ def _plain_steps(problem, held, path, ok, wanted):
     length = jnp.where(unseen & (length < slowest) & (not leaks), 4 * slowest, length)
     length = jnp.where(wanted, length, 0)
     xs = plain_step(problem, held, length, 1)
-    done = unseen & leaks | (length > 4.0**12 * slowest)
+    done = unseen & leaks | (length > problem.longest)
     return xs, length, (length > 0) & done
 
 # %% ../../nbs/api/dynamics/adaptive.ipynb #5e65f784

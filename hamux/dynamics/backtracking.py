@@ -36,11 +36,6 @@ class _Guarded(eqx.Module):
     again: Bool[Array, ""] # whether it began anew from the longest, here where it stands
 
 
-def _longest(problem, dtype):
-    "The longest step to begin with: the slowest time constant, and far beyond it without leak."
-    return (problem.slowest if problem.leaks else 4.0**12 * problem.slowest).astype(dtype)
-
-
 class Backtracking(AbstractSolver):
     "Gradient steps, accepted if the energy falls enough and shortened if not. Never climbs."
     dt: Any = 1.0 # length of the first step, in units of time
@@ -71,7 +66,7 @@ class Backtracking(AbstractSolver):
         length = self.next_length(problem, state.length, step, fine)
         unseen = same_states(plain_step(problem, held, length, 1), held.xs)
         stuck, again = unseen & state.again & ~fine, unseen | (state.again & ~fine)
-        length = jnp.where(unseen & ~stuck, _longest(problem, length.dtype), length)
+        length = jnp.where(unseen & ~stuck, problem.longest.astype(length.dtype), length)
         ahead = shortened(problem, plain_step(problem, held, length, 1))
         carried = _Guarded(held, least(state.lowest, held), length, again)
         return Move(held, ahead, carried, stuck | same_states(ahead, held.xs))
@@ -80,8 +75,8 @@ class Backtracking(AbstractSolver):
         "Longer after a step that was accepted, shorter after one that was not."
         factor = jnp.where(step == 0, 1, jnp.where(fine, self.grow, self.shrink))
         length = length * factor.astype(length.dtype)
-        endless = jnp.finfo(length.dtype).max / 8
-        return jnp.minimum(length, _longest(problem, length.dtype) if problem.leaks else endless)
+        most = problem.longest if problem.leaks else jnp.finfo(length.dtype).max / 8
+        return jnp.minimum(length, jnp.asarray(most, length.dtype))
 
     def descends(self, step): return True
     def cost(self, problem): return 1.0

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from fastcore.basics import patch
 from jaxtyping import Array, Float
 
 from ..lagrangians.conjugates import conjugate_of
@@ -143,6 +144,9 @@ class Problem(eqx.Module):
         dtype = jnp.result_type(jnp.float32, *self.start.values())
         return jnp.stack([jnp.asarray(t, dtype) for t in self.taus.values()]).max()
     @property
+    def longest(self): # the longest plain step worth a trial: without leak, long ones lead on
+        return self.slowest if self.leaks else 4.0**12 * self.slowest
+    @property
     def cut(self): # layers that a mask cuts through, and whose entries depend on each other
         return tuple(n for n in self.masks if not is_separable(self.ham.neurons[n]))
 
@@ -182,22 +186,28 @@ class Problem(eqx.Module):
             if not layer.leak: yield n, xhats[n]
             elif conjugate_of(layer.lagrangian) is None: yield n, xs[n]
 
-    def pull(self, n, x, current):
-        "∂E/∂x̂ of one layer, from its input current; 0 where clamped."
-        g = x - current if self.ham.neurons[n].leak else -current
-        return jnp.where(self.masks[n], 0, g) if n in self.masks else g
+# %% ../../nbs/api/dynamics/problem.ipynb #e42a5762
+@patch
+def pull(self: Problem, n, x, current):
+    "∂E/∂x̂ of one layer, from its input current; 0 where clamped."
+    g = x - current if self.ham.neurons[n].leak else -current
+    return jnp.where(self.masks[n], 0, g) if n in self.masks else g
 
-    def gradient(self, n, x, current):
-        "∂E/∂x̂ of one layer, from its input current; ∂E/∂x where a mask cuts, 0 where clamped."
-        if n not in self.cut: return self.pull(n, x, current)
-        layer = self.ham.neurons[n]
-        g = jax.vjp(layer.activations, x)[1](x - current if layer.leak else -current)[0]
-        return jnp.where(self.masks[n], 0, g)
 
-    def map(self, xs: dict) -> dict:
-        "The map whose fixed points are those of the dynamics: each state to its input current."
-        now = self.evaluate(xs)
-        return {n: now.xs[n] - now.grads[n] for n in self.free}
+@patch
+def gradient(self: Problem, n, x, current):
+    "∂E/∂x̂ of one layer, from its input current; ∂E/∂x where a mask cuts, 0 where clamped."
+    if n not in self.cut: return self.pull(n, x, current)
+    layer = self.ham.neurons[n]
+    g = jax.vjp(layer.activations, x)[1](x - current if layer.leak else -current)[0]
+    return jnp.where(self.masks[n], 0, g)
+
+
+@patch
+def map(self: Problem, xs: dict) -> dict:
+    "The map whose fixed points are those of the dynamics: each state to its input current."
+    now = self.evaluate(xs)
+    return {n: now.xs[n] - now.grads[n] for n in self.free}
 
 # %% ../../nbs/api/dynamics/problem.ipynb #34b2f99d
 def _still_to_come(layer, x, g, length=None):
