@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import jax
+import pytest
+
 THOROUGH = Path(__file__).parent / "thorough"
 
 
@@ -13,3 +16,12 @@ def pytest_ignore_collect(collection_path, config):
     "Whether a path is left out: None leaves it to others."
     inside = collection_path == THOROUGH or THOROUGH in collection_path.parents
     return True if inside and not config.getoption("--thorough") else None
+
+
+@pytest.fixture(autouse=True)
+def forget_programs():
+    """A process may hold some 65,000 pieces of memory (Linux, vm.max_map_count), a compiled program
+    takes ten and more of them, and a compiler that gets none ends the process."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000: jax.clear_caches()

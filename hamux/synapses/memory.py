@@ -46,7 +46,7 @@ def _similarities(x, Xi, similarity, mask=None):
     Xi = Xi.astype(x.dtype)
     if mask is not None: Xi = jnp.where(mask[:, None], Xi, 0)
     if similarity == "dot": return Xi @ x
-    origin = jax.lax.stop_gradient(Xi[0]) # distances do not change with it, and rounding does
+    origin = jax.lax.stop_gradient(Xi.mean(0)) # distances do not depend on it; their rounding does
     Xi, x = Xi - origin, x - origin
     return Xi @ x - 0.5 * (Xi * Xi).sum(1) - 0.5 * (x * x).sum()
 
