@@ -2,6 +2,7 @@
 
 from .problem import *
 from .solver import *
+from .programs import *
 from .euler import *
 from .backtracking import *
 from .adaptive import *

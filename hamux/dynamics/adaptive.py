@@ -23,9 +23,8 @@ from hamux.dynamics.solver import (
     choose,
     empty_point,
     least,
-    plain_step,
+    once,
     rounding,
-    same_states,
 )
 from ..lagrangians.facts import facts_of, setting_of
 
@@ -55,16 +54,18 @@ def _travel(rate, time):
 def _root(v): return jnp.where(v > 0, jax.lax.rsqrt(jnp.where(v > 0, v, 1)), 0)
 
 
-def _modes(dx, da, dg, tau, leak):
+def _eigh(M): return jnp.linalg.eigh(M, symmetrize_input=False)
+
+
+def _modes(rows, tau, leak):
     "Decay rates of the linearised flow among the last differences, currents and activations."
-    scale = _root((da * dx * tau).sum(1))[:, None]
-    dx, da, dg = dx * scale, da * scale, dg * scale
+    dx, da, dg = rows # of length one in ⟨dx̂, τ dx⟩, where it is positive
     M, K = da @ (dx * tau).T, da @ dg.T # both symmetric where the flow is linear
     skew = abs(K - K.T).max() / jnp.maximum(abs(K).max(), jnp.finfo(M.dtype).tiny)
-    w, U = jnp.linalg.eigh((M + M.T) / 2)
+    w, U = _eigh((M + M.T) / 2)
     sound = w > jnp.maximum(3 * skew**2, jnp.finfo(M.dtype).eps ** 0.5) * w.max()
     B = jnp.where(sound, U * _root(w), 0)
-    rates, Q = jnp.linalg.eigh(
+    rates, Q = _eigh(
         B.T @ (K + K.T) @ B / 2 + jnp.diag(jnp.where(sound, 0, 1.0).astype(M.dtype))
     )
     return rates, (B @ Q).T @ (leak * dx - dg), (B @ Q).T @ da
@@ -77,63 +78,107 @@ def _together(c, rates, tau, leak, ours, alone, same, currents):
     return c @ (jnp.where(near, same, (ours[:, None] - alone) / jnp.where(near, 1, gap)) * currents)
 
 # %% ../../nbs/api/dynamics/adaptive.ipynb #cb33f7ec
-class _Path(eqx.Module):
-    "What the solver carries from trial to trial."
-    held: Point # the last accepted point
-    lowest: jax.Array # what the energy was at most at the lowest point
-    dx: jax.Array # (m, N): the last differences of states
-    da: jax.Array # (m, N): of activations
-    dg: jax.Array # (m, N): of gradients
+class _Packed(NamedTuple):
+    "A point in few arrays, since a program of few operations is compiled soon."
+    lines: jax.Array # (3, N): states, coordinates, gradients
+    numbers: jax.Array # energy, size, parts
+    pulls: dict
+
+    @property
+    def energy(self): return self.numbers[0]
+    @property
+    def size(self): return self.numbers[1]
+
+
+def _packed(point, dtype):
+    "A point, packed."
+    numbers = jtu.tree_leaves((point.energy, point.size, point.parts))
+    lines = [_flat(t, dtype) for t in (point.xs, point.duals, point.grads)]
+    wide = jnp.result_type(*numbers)
+    return _Packed(jnp.stack(lines), jnp.stack([v.astype(wide) for v in numbers]), point.pulls)
+
+
+def _unpacked(packed, like):
+    "The point that was packed, in the shapes and dtypes of `like`."
+    xs, duals, grads = map(_unflat, packed.lines, (like.xs, like.duals, like.grads))
+    leaves, tree = jtu.tree_flatten((like.energy, like.size, like.parts))
+    numbers = [packed.numbers[i].astype(v.dtype) for i, v in enumerate(leaves)]
+    energy, size, parts = jtu.tree_unflatten(tree, numbers)
+    return Point(xs, duals, grads, energy, size, parts, packed.pulls)
+
+
+class _Counts(NamedTuple):
+    "Numbers that the solver carries from trial to trial."
     time: jax.Array # length of the trial under way
     last: jax.Array # length of the last accepted step
-    model: jax.Array # ∂E/∂x̂/τ expected at the trial, without the bend
-    expected: jax.Array # and with it
-    bend: jax.Array # second divided difference of what the model missed
+    plain: jax.Array # length of the plain step under way; 0 while the model leads
     count: jax.Array # points accepted
     missed: jax.Array # trials rejected since
-    plain: jax.Array # length of the plain step under way; 0 while the model leads
+
+
+class _Path(eqx.Module):
+    "What the solver carries from trial to trial."
+    held: _Packed # the last accepted point
+    lowest: jax.Array # what the energy was at most at the lowest point
+    rows: jax.Array # (3, m, N): the last differences of states, activations, gradients
+    # (3, N): ∂E/∂x̂/τ expected at the trial, without the bend; with it; and the bend, a second
+    # divided difference of what the model missed
+    guess: jax.Array
+    counts: jax.Array # `_Counts`
+
+    @property
+    def now(self): return _Counts(*self.counts)
 
 
 def _first_path(problem, xs, first, m):
     "Before the first evaluation."
-    dtype = jnp.result_type(jnp.float32, *xs.values())
-    size, held = sum(x.size for x in xs.values()), empty_point(problem, xs)
-    number, vector, rows = (jnp.zeros(shape, dtype) for shape in ((), size, (m, size)))
-    least = jnp.stack([jnp.asarray(problem.taus[n], dtype) for n in xs]).min()
-    return _Path(
-        held, jnp.full_like(held.energy, jnp.inf), rows, rows, rows, number + first * least, number,
-        model=vector, expected=vector, bend=vector, count=jnp.array(0, jnp.int32),
-        missed=jnp.array(0, jnp.int32), plain=number,
-    )
+    dtype, size = jnp.result_type(jnp.float32, *xs.values()), sum(x.size for x in xs.values())
+    held = _packed(empty_point(problem, xs), dtype)
+    shortest = jnp.stack([jnp.asarray(problem.taus[n], dtype) for n in xs]).min()
+    counts = jnp.zeros(len(_Counts._fields), dtype).at[0].set(first * shortest)
+    empty = jnp.zeros((3, m, size), dtype)
+    return _Path(held, jnp.full_like(held.energy, jnp.inf), empty, empty[:, 0], counts)
 
 # %% ../../nbs/api/dynamics/adaptive.ipynb #cb3f70e1
 class _Trial(NamedTuple):
     "The new point and the held one as flat vectors."
     tau: jax.Array
     leak: jax.Array # 1 where a neuron leaks, 0 where not
-    x: jax.Array # states, activations and gradients of the new point
-    a: jax.Array
-    g: jax.Array
-    x0: jax.Array # state and gradient of the held one
-    g0: jax.Array
-    dx: jax.Array # the differences
-    da: jax.Array
-    dg: jax.Array
+    new: jax.Array # (3, N): states, activations and gradients of the new point
+    old: jax.Array # of the held one
+    diff: jax.Array # the differences
 
 
-def _trial(problem, now, held, dtype):
-    "The trial as vectors."
-    neurons = problem.ham.neurons
-    taus = {
-        n: jnp.broadcast_to(jnp.asarray(problem.taus[n], dtype), x.shape) for n, x in now.xs.items()
-    }
-    leaks = {
-        n: jnp.full(x.shape, neurons[n].leak and n not in problem.cut, dtype)
-        for n, x in now.xs.items()
-    }
-    tau, leak, x, a, g = (_flat(t, dtype) for t in (taus, leaks, now.xs, now.duals, now.grads))
-    x0, a0, g0 = (_flat(t, dtype) for t in (held.xs, held.duals, held.grads))
-    return _Trial(tau, leak, x, a, g, x0, g0, x - x0, a - a0, g - g0)
+def _trial(problem, new, old):
+    "The trial as vectors, from the lines of two points."
+    free, dtype = {n: problem.start[n] for n in problem.free}, new.dtype
+    taus = {n: jnp.broadcast_to(jnp.asarray(problem.taus[n], dtype), x.shape)
+            for n, x in free.items()}
+    leaks = {n: jnp.full(x.shape, problem.ham.neurons[n].leak and n not in problem.cut, dtype)
+             for n, x in free.items()}
+    return _Trial(_flat(taus, dtype), _flat(leaks, dtype), new, old, new - old)
+
+
+class _Sums(NamedTuple):
+    "What the two ends of a trial say together."
+    work: jax.Array # by which the energy changed, after the trapezoid rule
+    noise: jax.Array # what that cannot resolve
+    slope: jax.Array # the squares of both gradients
+    slope0: jax.Array
+    path: jax.Array # the squares of how far it went, and of the flow's speed
+    speed0: jax.Array
+    seen: jax.Array # activations that changed
+    broken: jax.Array # numbers that are not finite
+
+
+def _sums(trial):
+    "All sums over the neurons, in one."
+    (x, a, g), (_, _, g0), (dx, da, _) = trial.new, trial.old, trial.diff
+    finite = jnp.isfinite(x) & jnp.isfinite(a) & jnp.isfinite(g)
+    noise = 4 * jnp.finfo(g.dtype).eps * (abs(g) + abs(g0)) * abs(a)
+    terms = [(g + g0) * da / 2, noise, g * g, g0 * g0, dx * dx, (g0 / trial.tau) ** 2]
+    flags = [(da != 0).astype(g.dtype), (~finite).astype(g.dtype)]
+    return _Sums(*jnp.stack(terms + flags).sum(1))
 
 # %% ../../nbs/api/dynamics/adaptive.ipynb #5dbebd2e
 def _resolved(old, new):
@@ -143,38 +188,34 @@ def _resolved(old, new):
     )
 
 
-def _fell(old, new, lowest, trial, plain):
+def _fell(old, new, lowest, sums, plain):
     "Whether the energy did not rise; after a plain step, whether it fell."
-    work = (trial.g + trial.g0) @ trial.da / 2
-    unseen = ~trial.da.any() & (trial.g @ trial.g < trial.g0 @ trial.g0)
-    noise = 4 * jnp.finfo(new.energy.dtype).eps * ((abs(trial.g) + abs(trial.g0)) @ abs(trial.a))
-    finite = jnp.stack([jnp.isfinite(v).all() for v in jtu.tree_leaves(new)]).all()
+    unseen = (sums.seen == 0) & (sums.slope < sums.slope0)
+    finite = jnp.isfinite(new.energy) & jnp.isfinite(new.size) & (sums.broken == 0)
     not_higher = finite & (new.energy <= lowest + rounding(new))
-    by_work = jnp.where(plain, (work < 0) | unseen, work <= noise)
+    by_work = jnp.where(plain, (sums.work < 0) | unseen, sums.work <= sums.noise)
     return not_higher & jnp.where(_resolved(old, new), new.energy < old.energy, by_work)
 
 
-def _steepness(problem, point):
+def _steepness(problem, xs, grads):
     "The square of what still moves activations without leak, in units of their states."
     total = jnp.zeros((), jnp.float32)
     for n in problem.free:
         layer = problem.ham.neurons[n]
         if layer.leak or n in problem.cut: continue
         axis = setting_of(layer.lagrangian, facts_of(layer.lagrangian).axis)
-        push = jax.jvp(layer.activations, (point.xs[n],), (point.grads[n],))[1]
-        total += ((push * abs(point.xs[n]).max(axis, keepdims=True)).astype(jnp.float32) ** 2).sum()
+        push = jax.jvp(layer.activations, (xs[n],), (grads[n],))[1]
+        total += ((push * abs(xs[n]).max(axis, keepdims=True)).astype(jnp.float32) ** 2).sum()
     return total
 
 # %% ../../nbs/api/dynamics/adaptive.ipynb #bd2b92a7
 def _remember(path, trial, goes):
     "The last differences, and the bend of the path, after a trial."
-    news, olds = (trial.dx, trial.da, trial.dg), (path.dx, path.da, path.dg)
-    rows = [
-        jnp.where(goes, jnp.concatenate([new[None], old[:-1]]), old)
-        for new, old in zip(news, olds, strict=True)
-    ]
-    missed = trial.g / trial.tau - path.model
-    return rows, jnp.where(goes, missed / (path.time * (path.time + path.last)), path.bend)
+    (dx, da, _), now = trial.diff, path.now
+    news = trial.diff * _root((da * dx * trial.tau).sum())
+    rows = jnp.where(goes, jnp.concatenate([news[:, None], path.rows[:, :-1]], 1), path.rows)
+    missed = trial.new[2] / trial.tau - path.guess[0]
+    return rows, jnp.where(goes, missed / (now.time * (now.time + now.last)), path.guess[2])
 
 # %% ../../nbs/api/dynamics/adaptive.ipynb #7f3006d7
 class _Ahead(NamedTuple):
@@ -202,58 +243,81 @@ def _ahead(r, trial, modes, h, last, bend, fade):
 # %% ../../nbs/api/dynamics/adaptive.ipynb #eeeee79e
 def _error(problem, now, dxs):
     "The relative error that `dxs` is, in the layer where it is largest; infinite for NaN."
-    size = lambda v: jnp.linalg.norm(v.astype(jnp.promote_types(v.dtype, jnp.float32)).ravel())
-    wrong = jax.jvp(problem.duals, (now.xs,), (dxs,))[1]
-    seen = [size(d) / (size(now.duals[n]) + 1e-6) for n, d in wrong.items()]
-    # a tenth of the error in states that no activation shows, as in a saturated layer
-    unseen = [0.1 * size(d) / (size(now.xs[n]) + 1e-6) for n, d in dxs.items()]
-    worst = jnp.stack(seen + unseen).max()
+    wrong, shares = jax.jvp(problem.duals, (now.xs,), (dxs,))[1], []
+    for n, d in wrong.items():
+        wide = jnp.promote_types(d.dtype, jnp.float32)
+        four = jnp.stack([v.astype(wide).ravel() for v in (d, now.duals[n], dxs[n], now.xs[n])])
+        seen, size, unseen, length = jnp.sqrt((four * four).sum(1))
+        # a tenth of the error in states that no activation shows, as in a saturated layer
+        shares += [seen / (size + 1e-6), 0.1 * unseen / (length + 1e-6)]
+    worst = jnp.stack(shares).max()
     return jnp.maximum(jnp.where(jnp.isfinite(worst), worst, jnp.inf), 1e-12)
 
 
-def _judge(problem, now, path, trial):
+def _judge(problem, now, path, packed, trial, sums):
     "The error of the trial, and whether the energy did not rise."
-    tau, h = trial.tau, path.time
-    unexpected = _travel(trial.leak / tau, h) / 2 * (trial.g / tau - path.expected)
+    tau, h = trial.tau, path.now.time
+    unexpected = _travel(trial.leak / tau, h) / 2 * (trial.new[2] / tau - path.guess[1])
     error = _error(problem, *jax.lax.stop_gradient((now, _unflat(unexpected, now.xs))))
-    fell = _fell(path.held, now, path.lowest, trial, path.plain > 0)
+    fell = _fell(path.held, packed, path.lowest, sums, path.now.plain > 0)
     if all(layer.leak for layer in problem.ham.neurons.values()): return error, fell
-    calmer = _steepness(problem, now) <= 1.5 * _steepness(problem, path.held)
-    return error, fell & (_resolved(path.held, now) | calmer)
+    held = [_unflat(path.held.lines[i], now.xs) for i in (0, 2)]
+    calmer = _steepness(problem, now.xs, now.grads) <= 1.5 * _steepness(problem, *held)
+    return error, fell & (_resolved(path.held, packed) | calmer)
 
 # %% ../../nbs/api/dynamics/adaptive.ipynb #ab395d7c
-def _next_length(tol, path, trial, modes, error, fell, ok):
+def _next_length(tol, path, trial, sums, rates, error, fell, ok):
     "The lengths of the step that was accepted last, and of the next."
-    still, h, tau = jax.lax.stop_gradient, path.time, trial.tau
-    later = path.count > 0 # the first point is accepted as it is
+    h, later = path.now.time, path.now.count > 0 # the first point is accepted as it is
     factor = jnp.clip(0.9 * jnp.sqrt(tol / error), 0.2, 3)
-    # the flow's time to go as far
-    reach = jnp.linalg.norm(still(trial.dx)) / jnp.linalg.norm(still(trial.g0 / tau))
+    reach = jnp.sqrt(sums.path) / jnp.sqrt(sums.speed0) # the flow's time to go as far
     shorter = jnp.where(fell, jnp.minimum(factor, 0.5) * h, jnp.fmin(h, reach) / 4)
-    last = jnp.where(later & ok, h, path.last)
+    last = jnp.where(later & ok, h, path.now.last)
     h = jnp.where(later & ok, factor * h, jnp.where(ok, h, shorter))
     # without leak a state may grow for ever, and time with it
     endless = float(jnp.finfo(h.dtype).max) ** 0.4
-    most = jnp.where(trial.leak.all(), 1e3 * tau.max(), endless)
-    growing = 2 / jnp.maximum(-modes[0][0], 1e-30)
+    most = jnp.where(trial.leak.all(), 1e3 * trial.tau.max(), endless)
+    growing = 2 / jnp.maximum(-rates[0], 1e-30)
     return last, jnp.clip(jnp.minimum(h, growing), jnp.finfo(h.dtype).eps ** 2, most)
 
 # %% ../../nbs/api/dynamics/adaptive.ipynb #f42dd016
 _PATIENCE = 6
 
 
-def _plain_steps(problem, held, path, ok, wanted):
-    "The next plain step, its length (0 where the model leads), and whether none is left."
-    slowest, leaks = problem.slowest.astype(path.plain.dtype), problem.leaks
-    next_one = jnp.where(path.plain > slowest, 4 * path.plain, path.plain / 4)
-    length = jnp.where((path.plain > 0) & ~ok, next_one, slowest)
-    unseen = same_states(plain_step(problem, held, length, 1), held.xs)
+def _as_kept(v, xs):
+    "A flat vector as it is after a stay in the dtypes of the layers."
+    alike = all(x.dtype == v.dtype for x in xs.values())
+    return v if alike else _flat(_unflat(v, xs), v.dtype)
+
+
+def _plain_move(problem, lines, xs, tau, length):
+    "The states after a plain step of a length, at most to the input current where a layer leaks."
+    leaks = {n: jnp.full(x.shape, problem.ham.neurons[n].leak) for n, x in xs.items()}
+    factor = length / tau
+    factor = jnp.where(_flat(leaks, bool), jnp.minimum(factor, 1), factor)
+    return _as_kept(lines[0] - factor * lines[2], xs)
+
+
+def _next_plain(problem, now, ok):
+    "The length of the next plain step, if one is wanted."
+    slowest = problem.slowest.astype(now.plain.dtype)
+    next_one = jnp.where(now.plain > slowest, 4 * now.plain, now.plain / 4)
+    return jnp.where((now.plain > 0) & ~ok, next_one, slowest)
+
+
+def _plain_steps(problem, lines, xs, tau, length, led, misses):
+    "Where to look next, the length of a plain step (0 where the model leads), and whether stuck."
+    slowest, leaks = problem.slowest.astype(length.dtype), problem.leaks
+    stepped = _plain_move(problem, lines, xs, tau, length)
+    still = (jnp.stack([stepped, led]) == lines[0]).all(1)
+    wanted = misses | still[1]
     # without leak longer steps lead on; tried last, for they leap
-    length = jnp.where(unseen & (length < slowest) & (not leaks), 4 * slowest, length)
-    length = jnp.where(wanted, length, 0)
-    xs = plain_step(problem, held, length, 1)
-    done = unseen & leaks | (length > problem.longest)
-    return xs, length, (length > 0) & done
+    if not leaks:
+        length = jnp.where(still[0] & (length < slowest), 4 * slowest, length)
+        stepped = _plain_move(problem, lines, xs, tau, length)
+    done = still[0] if leaks else length > problem.longest
+    ahead = jnp.where(wanted, stepped, led)
+    return ahead, jnp.where(wanted, length, 0), wanted & done
 
 # %% ../../nbs/api/dynamics/adaptive.ipynb #5e65f784
 class Adaptive(AbstractSolver):
@@ -263,6 +327,7 @@ class Adaptive(AbstractSolver):
     m: int = eqx.field(default=3, static=True) # differences remembered, at least 1
     compares_energies: ClassVar[bool] = True
     exact_steps: ClassVar[bool] = False
+    numbers: ClassVar[tuple] = ("tol", "first")
 
     def __check_init__(self):
         if not (isinstance(self.tol, float) and 0 < self.tol < 1):
@@ -278,26 +343,30 @@ class Adaptive(AbstractSolver):
 
     def step(self, problem, now, path, step, key):
         # no derivative goes through lengths and modes
-        still, dtype = jax.lax.stop_gradient, path.time.dtype
-        trial = _trial(problem, now, path.held, dtype)
-        error, fell = _judge(problem, now, path, trial)
-        ok = (path.count == 0) | (fell & ((error <= 4 * self.tol) | (path.plain > 0)))
-        goes = (path.count > 0) & ok
-        held = choose(ok, now, path.held)
-        x, r = jnp.where(ok, trial.x, trial.x0), jnp.where(ok, trial.g, trial.g0) / trial.tau
-        rows, bend = _remember(path, trial, goes)
-        modes = _modes(*still(rows), still(trial.tau), trial.leak)
-        last, h = _next_length(self.tol, path, trial, modes, error, fell, ok)
-        ahead = _ahead(r, trial, modes, h, last, bend, path.count >= 2)
-        led = _unflat(x - ahead.move, now.xs)
-        missed = jnp.where(ok, 0, path.missed + 1)
-        wanted = (missed > _PATIENCE) | same_states(led, held.xs) | (~ok & (path.plain > 0))
-        stepped, plain, stuck = _plain_steps(problem, held, path, ok, wanted)
-        xs = shortened(problem, choose(plain > 0, stepped, led))
-        path = _Path(
-            held, least(path.lowest, held), *rows, h, last,
-            ahead.model, ahead.expected, bend, path.count + ok, missed, plain)
-        return Move(held, xs, path, stuck)
+        still, dtype, count = jax.lax.stop_gradient, path.counts.dtype, path.now.count
+        packed, plain = _packed(now, dtype), path.now.plain
+        trial = _trial(problem, packed.lines, path.held.lines)
+        sums = still(_sums(trial))
+        error, fell = _judge(problem, now, path, packed, trial, sums)
+        ok = (count == 0) | (fell & ((error <= 4 * self.tol) | (plain > 0)))
+        ok = once(step, ok)
+        held = choose(ok, packed, path.held)
+        rows, bend = _remember(path, trial, (count > 0) & ok)
+        modes = _modes(*still((rows, trial.tau)), trial.leak)
+        last, h = _next_length(self.tol, path, trial, sums, modes[0], error, fell, ok)
+        last, h = once(step, (last, h))
+        ahead = _ahead(held.lines[2] / trial.tau, trial, modes, h, last, bend, count >= 2)
+        led = _as_kept(held.lines[0] - ahead.move, now.xs)
+        missed = jnp.where(ok, 0, path.now.missed + 1)
+        misses = (missed > _PATIENCE) | (~ok & (plain > 0))
+        length = _next_plain(problem, path.now, ok)
+        point = (held.lines, now.xs, trial.tau)
+        xs, plain, stuck = _plain_steps(problem, *point, length, led, misses)
+        xs = shortened(problem, _unflat(xs, now.xs))
+        counts = jnp.stack([h, last, plain, count + ok, missed.astype(dtype)])
+        guess = jnp.stack([ahead.model, ahead.expected, bend])
+        path = _Path(held, least(path.lowest, held), rows, guess, counts)
+        return Move(_unpacked(held, now), xs, path, stuck)
 
     def descends(self, step): return True
     def cost(self, problem): return 1.0

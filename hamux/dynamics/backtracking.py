@@ -44,6 +44,7 @@ class Backtracking(AbstractSolver):
     share: float = 0.1 # the part of the first-order decrease that is wanted
     compares_energies: ClassVar[bool] = True
     exact_steps: ClassVar[bool] = False
+    numbers: ClassVar[tuple] = ("dt", "grow", "shrink", "share")
 
     def __check_init__(self):
         if callable(check_setting(self.dt, "Backtracking", "dt")):

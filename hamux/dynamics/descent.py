@@ -24,6 +24,7 @@ from .adaptive import Adaptive
 from .adjoints import as_adjoint, energy_at
 from .loop import Setup, Trace, choose_rows, search, with_beta
 from .problem import read_start
+from .programs import cut_batch, fill_batch, network_as_data, solver_as_data
 from .results import CONVERGED, NONFINITE, SAMPLED, in_words, sentence
 from .solver import AbstractSolver
 from ..network.hypergraph import HAM, VectorizedHAM
@@ -188,12 +189,13 @@ def _arrived(setup, xs, last, records):
 
 # %% ../../nbs/api/dynamics/descent.ipynb #f522ef4a
 @eqx.filter_jit
-def _descend(start, settings, adjoint):
-    "The compiled part of `descend`."
+def _descend(start, settings, adjoint, rows):
+    "The compiled part of `descend`; of a batch the first `rows` are meant, or all."
     setup, finite = _setup(start, *settings)
+    meant = finite if rows is None else finite & (jnp.arange(len(finite)) < rows)
     begin = start.xs if start.batched else jtu.tree_map(lambda v: v[None], start.xs)
     if start.free and finite.size:
-        last, records = search(setup, ~finite)
+        last, records = search(setup, ~meant)
         ends = adjoint.ends(setup, last)
         whole = setup.over(lambda p, _, ends: p.states(ends), setup.max_steps, ends)
         out = _arrived(setup, choose_rows(finite, whole, begin), last, records)
@@ -226,8 +228,13 @@ def descend(
     if progress and importlib.util.find_spec("tqdm") is None:
         raise ImportError("progress=True shows a bar of tqdm: pip install 'hamux[train]'.")
     trace = Trace() if trace is True else trace or None
-    settings = solver, int(max_steps), tols, trace, key, anneal, bool(progress)
-    out = _descend(start, settings, as_adjoint(adjoint))
+    settings = solver_as_data(solver), int(max_steps), tols, trace, key, anneal, bool(progress)
+    wide = jnp.result_type(start.ham.dtype, jnp.float32, *start.xs.values())
+    filled = fill_batch(start._replace(ham=network_as_data(start.ham, wide)))
+    whole = filled.xs is start.xs
+    rows = None if whole else len(next(iter(start.xs.values())))
+    out = _descend(filled, settings, as_adjoint(adjoint), None if whole else np.int32(rows))
+    if not whole: out = cut_batch(out, rows)
     if not throw: return out
     return eqx.error_if(
         out,

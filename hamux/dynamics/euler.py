@@ -18,6 +18,7 @@ class Euler(AbstractSolver):
     # step in units of time, > 0: a number (a constant), an array (traced), a function of the step
     dt: Any = 0.1
     check_every: ClassVar[int] = 4
+    numbers: ClassVar[tuple] = ("dt",)
 
     def __check_init__(self): check_setting(self.dt, "Euler", "dt")
     def init(self, problem, xs): return None

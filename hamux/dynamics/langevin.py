@@ -44,6 +44,7 @@ class Langevin(AbstractSolver):
     dt: Any = 0.01 # step in units of time, > 0: a number, an array, or a function of the step
     temperature: Any = 1.0 # T ≥ 0, in units of the energy: likewise
     check_every: ClassVar[int] = 4
+    numbers: ClassVar[tuple] = ("dt", "temperature")
 
     def __check_init__(self):
         check_setting(self.dt, "Langevin", "dt")

@@ -164,27 +164,42 @@ class Problem(eqx.Module):
 
     def evaluate(self, xs: dict, layers=None) -> Point:
         "Energy and gradient at the free states `xs`; the gradient of some `layers` only, if named."
-        xs, layers = self.states(xs), self.free if layers is None else layers
-        xhats = self.ham.activations(xs)
-        currents, parts = _input_currents(self.ham, xhats, layers)
-        tree = {"neurons": self.ham.neuron_energies(xhats, xs), "connections": parts}
-        terms = jtu.tree_leaves(tree) + [(x * xhats[n]).sum() for n, x in self.hidden(xhats, xs)]
-        E = sum(jtu.tree_leaves(tree))
-        return Point(
-            {n: xs[n] for n in self.free},
-            {n: xs[n] if n in self.cut else xhats[n] for n in self.free},
-            {n: self.gradient(n, xs[n], I) for n, I in currents.items()},
-            E,
-            jax.lax.stop_gradient(jnp.minimum(sum(map(abs, terms)), jnp.finfo(E.dtype).max)),
-            tree,
-            {n: self.pull(n, xs[n], currents[n]) for n in self.cut if n in currents},
-        )
+        return _evaluate(self, xs, self.free if layers is None else tuple(layers))
 
     def hidden(self, xhats, xs):
         "What a layer's term of the energy does not show of its size: a state or activation."
         for n, layer in self.ham.neurons.items():
             if not layer.leak: yield n, xhats[n]
             elif conjugate_of(layer.lagrangian) is None: yield n, xs[n]
+
+# %% ../../nbs/api/dynamics/problem.ipynb #b13971da
+def _energy_of_pair(layer, xhat, x):
+    "The energy of a layer, of which it is known that the activation is the state's own."
+    conjugate = conjugate_of(layer.lagrangian)
+    if not layer.leak or conjugate is None: return layer.energy(xhat, x)
+    return conjugate(x).astype(x.dtype)
+
+
+def _evaluate(problem, xs, layers):
+    "What `Problem.evaluate` returns."
+    xs, ham = problem.states(xs), problem.ham
+    xhats = ham.activations(xs)
+    currents, parts = _input_currents(ham, xhats, layers)
+    still = jax.lax.stop_gradient
+    own = {n: _energy_of_pair(l, *still((xhats[n], xs[n]))) for n, l in ham.neurons.items()}
+    tree = still({"neurons": own, "connections": parts})
+    hidden = [still(x * xhats[n]).sum() for n, x in problem.hidden(xhats, xs)]
+    terms = jtu.tree_leaves(tree) + hidden
+    E = sum(jtu.tree_leaves(tree))
+    return Point(
+        {n: xs[n] for n in problem.free},
+        {n: xs[n] if n in problem.cut else xhats[n] for n in problem.free},
+        {n: problem.gradient(n, xs[n], I) for n, I in currents.items()},
+        E,
+        jnp.minimum(sum(map(abs, terms)), jnp.finfo(E.dtype).max),
+        tree,
+        {n: problem.pull(n, xs[n], currents[n]) for n in problem.cut if n in currents},
+    )
 
 # %% ../../nbs/api/dynamics/problem.ipynb #e42a5762
 @patch

@@ -6,7 +6,7 @@ Docs: https://hamux.github.io/hamux/api/dynamics/solver.html.md"""
 
 # %% auto #0
 __all__ = ['Move', 'AbstractSolver', 'check_setting', 'at_step', 'plain_step', 'inner', 'minus', 'rounding', 'least', 'lowers',
-           'empty_point', 'choose', 'same_states']
+           'empty_point', 'choose', 'same_states', 'once']
 
 # %% ../../nbs/api/dynamics/solver.ipynb #641e5c3b
 import abc
@@ -42,6 +42,8 @@ class AbstractSolver(eqx.Module):
     exact_steps: ClassVar[bool] = True
     # whether the gradients of the point it holds were computed there; if not, the loop looks again
     own_gradients: ClassVar[bool] = True
+    # settings that only enter as numbers, so that another value needs no other program
+    numbers: ClassVar[tuple] = ()
 
     @abc.abstractmethod
     def init(self,
@@ -162,3 +164,11 @@ def choose(flag, a, b):
 def same_states(a: dict, b: dict):
     "Whether two dictionaries of arrays are equal in every bit that counts."
     return jnp.stack([(a[n] == b[n]).all() for n in a]).all()
+
+# %% ../../nbs/api/dynamics/solver.ipynb #0c9cf461
+def once(
+    step, # number of steps taken so far
+    tree, # arrays on which much depends
+): # the same arrays
+    "What is computed once: else XLA computes numbers per row again wherever they are used."
+    return jax.lax.cond(step >= 0, lambda: tree, lambda: jtu.tree_map(jnp.zeros_like, tree))

@@ -6,7 +6,7 @@ Docs: https://hamux.github.io/hamux/api/lagrangians/facts.html.md"""
 
 # %% auto #0
 __all__ = ['FORMS', 'UNKNOWN', 'Facts', 'with_facts', 'taken_apart', 'facts_of', 'readable_name', 'setting_of',
-           'parameter_default', 'settings_for']
+           'parameter_default', 'with_setting', 'settings_for']
 
 # %% ../../nbs/api/lagrangians/facts.ipynb #1a488d2c
 import functools as ft
@@ -123,6 +123,23 @@ def parameter_default(function, name):
         return inspect.signature(function).parameters[name].default
     except (TypeError, ValueError, KeyError):
         return inspect.Parameter.empty
+
+def with_setting(
+    lagrangian: Callable, # a Lagrangian, with or without hyperparameters bound
+    name: str, # a hyperparameter
+    value, # its new value
+) -> Callable | None: # the Lagrangian with it; None where no value was given before
+    "The Lagrangian with another value of a hyperparameter."
+    if isinstance(lagrangian, ft.partial | eqx.Partial):
+        func, args, given = lagrangian.func, lagrangian.args, lagrangian.keywords
+        if name in given: return eqx.Partial(func, *args, **{**given, name: value})
+        inner = with_setting(func, name, value)
+        return inner and eqx.Partial(inner, *args, **given)
+    if isinstance(lagrangian, eqx.Module) and hasattr(lagrangian, name):
+        old = getattr(lagrangian, name)
+        at = lambda module: getattr(module, name)
+        return eqx.tree_at(at, lagrangian, value, is_leaf=lambda v: v is old)
+    return None
 
 # %% ../../nbs/api/lagrangians/facts.ipynb #b13ee015
 def settings_for(

@@ -25,7 +25,13 @@ from jaxtyping import Array, Float, PyTree
 from .. import lagrangians as lg
 from ..lagrangians.conjugates import conjugate_of
 from ..lagrangians.facts import readable_name
-from .parameters import refuse_masked, seal, unseal
+from hamux.network.parameters import (
+    lagrangian_as_data,
+    number_as_data,
+    refuse_masked,
+    seal,
+    unseal,
+)
 
 # %% ../../nbs/api/network/neurons.ipynb #d24dd3f1
 _ADVICE = "hamux.check_lagrangian(L, shape) says more."
@@ -205,6 +211,16 @@ def sigma(self: NeuronLayer, x):
 def E(self: NeuronLayer, xhat, x):
     "The short name of `energy`."
     return self.energy(xhat, x)
+
+# %% ../../nbs/api/network/neurons.ipynb #481e2a01
+@patch
+def as_data(self: NeuronLayer,
+            dtype, # of the arrays: that of the states, or float32 if it is wider
+            ) -> NeuronLayer: # the same, its tau and beta as arrays
+    "The layer as a compiled function takes it: its numbers are data, not part of the program."
+    new = lagrangian_as_data(self._lagrangian, dtype), number_as_data(self._tau)
+    parts = lambda layer: (layer._lagrangian, layer._tau)
+    return eqx.tree_at(parts, self, new, is_leaf=lambda v: v is self._lagrangian or v is self._tau)
 
 # %% ../../nbs/api/network/neurons.ipynb #7010392c
 def _layer(lagrangian, shape, tau, leak, **hyper):

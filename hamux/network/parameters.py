@@ -6,10 +6,11 @@ Docs: https://hamux.github.io/hamux/api/network/parameters.html.md"""
 
 # %% auto #0
 __all__ = ['is_parameter', 'Frozen', 'Sealed', 'seal', 'unseal', 'refuse_masked', 'as_weights', 'trained', 'as_mask', 'seal_mask',
-           'unseal_mask']
+           'unseal_mask', 'number_as_data', 'mask_as_data', 'lagrangian_as_data']
 
 # %% ../../nbs/api/network/parameters.ipynb #5fed1d5f
 import functools as ft
+import numbers
 
 import equinox as eqx
 import jax
@@ -18,6 +19,8 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
+
+from ..lagrangians.facts import UNKNOWN, facts_of, setting_of, with_setting
 
 # %% ../../nbs/api/network/parameters.ipynb #ec0ca9b6
 def is_parameter(
@@ -187,3 +190,35 @@ def unseal_mask(
     "The mask that was sealed."
     mask = unseal(sealed)
     return mask > 0.5 if is_parameter(mask) else mask
+
+# %% ../../nbs/api/network/parameters.ipynb #f53cf78a
+def _is_plain(value): return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def number_as_data(
+    sealed: PyTree, # a number or an array, as `seal` returned it
+) -> PyTree: # an array in its place
+    "A number as an array, weakly typed, so that it goes on behaving as a number."
+    value = unseal(sealed)
+    return jnp.asarray(float(value)) if _is_plain(value) else sealed
+
+
+def mask_as_data(
+    sealed: PyTree, # a mask, as `seal_mask` returned it
+    dtype, # of the zeros and ones
+) -> PyTree: # zeros and ones in its place; None for no mask
+    "A mask as an array of zeros and ones."
+    mask = unseal_mask(sealed)
+    return None if mask is None else jnp.asarray(mask, dtype)
+
+
+def lagrangian_as_data(
+    sealed: PyTree, # a Lagrangian, as `seal` returned it
+    dtype, # of its inverse temperature
+) -> PyTree: # the same, sealed
+    "A Lagrangian that declares an inverse temperature, with that as an array."
+    lagrangian = unseal(sealed)
+    facts = facts_of(lagrangian)
+    if facts is UNKNOWN or not _is_plain(beta := setting_of(lagrangian, facts.beta)): return sealed
+    hot = with_setting(lagrangian, facts.beta, jnp.asarray(beta, dtype))
+    return sealed if hot is None else seal(hot)

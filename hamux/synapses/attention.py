@@ -23,6 +23,8 @@ from ..numerics.derivatives import logsumexp, total, winners
 from hamux.network.parameters import (
     as_mask,
     as_weights,
+    mask_as_data,
+    number_as_data,
     seal,
     seal_mask,
     trained,
@@ -170,6 +172,17 @@ def attention(
     "Who looks at whom: softmax(β k·q) over the keys."
     scores, beta, seen, dtype = _scores(self, queries, keys)
     return jnp.where(seen, winners(scores, beta, (2,), False), 0).astype(dtype)
+
+# %% ../../nbs/api/synapses/attention.ipynb #56e8d698
+@patch
+def as_data(self: AttentionSynapse,
+            dtype, # of the arrays: that of the states, or float32 if it is wider
+            ) -> AttentionSynapse: # the same, its beta and its masks as arrays
+    "The synapse as a compiled function takes it: its numbers and masks are data."
+    masks = (mask_as_data(m, self.Wq.dtype) for m in (self._mask, self._key_mask))
+    parts = lambda a: (a._beta, a._mask, a._key_mask)
+    new, old = (number_as_data(self._beta), *masks), parts(self)
+    return eqx.tree_at(parts, self, new, is_leaf=lambda v: any(v is o for o in old))
 
 # %% ../../nbs/api/synapses/attention.ipynb #5d845b52
 @patch(cls_method=True)

@@ -31,6 +31,8 @@ from ..network.neurons import readable_name, scalar_lagrangian
 from hamux.network.parameters import (
     as_mask,
     as_weights,
+    lagrangian_as_data,
+    mask_as_data,
     seal,
     seal_mask,
     trained,
@@ -382,3 +384,15 @@ def config(self: MemorySynapse) -> dict:
 def alone(self: MemorySynapse, position: int) -> str | None:
     "How the energy depends on the layer, as `Relaxation` asks."
     return "concave" if self.similarity == "dot" and facts_of(self.lagrangian).convex else None
+
+# %% ../../nbs/api/synapses/memory.ipynb #30eaeeef
+@patch
+def as_data(self: MemorySynapse,
+            dtype, # of the arrays: that of the states, or float32 if it is wider
+            ) -> MemorySynapse: # the same, its beta and its mask as arrays
+    "The synapse as a compiled function takes it. One that does not stream is as it was."
+    if facts_of(self.lagrangian).form is None: return self
+    new = lagrangian_as_data(self._lagrangian, dtype), mask_as_data(self._mask, self.Xi.dtype)
+    parts = lambda m: (m._lagrangian, m._mask)
+    old = parts(self)
+    return eqx.tree_at(parts, self, new, is_leaf=lambda v: any(v is o for o in old))
