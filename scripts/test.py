@@ -92,24 +92,32 @@ def export(options) -> Iterator[Outcome]:
 
 
 def run_notebook(path: Path) -> tuple[bool, float]:
+    "Run one notebook, and leave the process as it was."
+    import jax
+    import matplotlib.pyplot as plt
     from nbdev.config import get_config
     from nbdev.test import test_nb
-    config = get_config(path)
-    return test_nb(
-        path,
-        skip_flags=config.tst_flags.split(),
-        basepath=str(ROOT),
-        cell_timeout=config.cell_timeout,
-    )
+    config, settings = get_config(path), dict(jax.config.values)
+    try:
+        return test_nb(
+            path,
+            skip_flags=config.tst_flags.split(),
+            basepath=str(ROOT),
+            cell_timeout=config.cell_timeout,
+        )
+    finally:
+        changed = {n: v for n, v in settings.items() if jax.config.values[n] != v}
+        for name, value in changed.items(): jax.config.update(name, value)
+        plt.close("all")
+        jax.clear_caches() # or what an open notebook compiled is kept
 
 
 def run_notebooks(options) -> Iterator[Outcome]:
-    """Every cell of every notebook runs; each in a process of its own, since an open one keeps its
-    compiled functions"""
+    "Every cell of every notebook runs, several notebooks in a process"
     paths = [p for p in notebooks() if not options.k or options.k in p.as_posix()]
     if not paths and not options.k: raise RuntimeError("there is no notebook under nbs/")
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.workers, mp_context=context, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(options.workers, mp_context=context, max_tasks_per_child=8) as pool:
         runs = {
             pool.submit(run_notebook, path): path.relative_to(ROOT).as_posix() for path in paths
         }
@@ -133,14 +141,17 @@ def pytest(options) -> Iterator[Outcome]:
             "-n",
             str(options.workers),
             "--dist",
-            "loadfile",
+            "worksteal",
             f"--junitxml={report}",
         ]
         if options.k: args += ["-k", options.k]
         if options.fast: args += ["-m", "not slow"]
         if options.thorough: args.append("--thorough")
         status = subprocess.run(
-            [sys.executable, *args, "tests"], cwd=ROOT, stdin=subprocess.DEVNULL
+            [sys.executable, *args, "tests"],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            timeout=None if options.thorough else 3600, # a run that hangs is one that fails
         ).returncode
         if status == 5 and options.k: return  # nothing here is called that, which is no failure
         cases = list(ET.parse(report).getroot().iter("testcase"))
@@ -188,6 +199,15 @@ def main() -> int:
     os.environ.setdefault(
         "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     )
+    # and a program that one process compiled, another reads
+    with tempfile.TemporaryDirectory() as tmp:
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tmp)
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+        return run_stages(options)
+
+
+def run_stages(options) -> int:
     os.environ["MPLBACKEND"] = "Agg"  # a run with no display must not need one
     os.environ.pop("IN_TEST", None)   # nbdev exports nothing while this is set
     passed, failed = 0, []

@@ -1,4 +1,5 @@
-"Campaigns that take long stand in tests/thorough; they are run when pytest is given --thorough."
+"""What takes long, tests/thorough and tests marked `thorough`, is run when pytest is given
+--thorough."""
 
 from pathlib import Path
 
@@ -9,13 +10,20 @@ THOROUGH = Path(__file__).parent / "thorough"
 
 
 def pytest_addoption(parser):
-    parser.addoption("--thorough", action="store_true", help="run tests/thorough, too: long")
+    parser.addoption("--thorough", action="store_true", help="run what takes long, too")
 
 
 def pytest_ignore_collect(collection_path, config):
     "Whether a path is left out: None leaves it to others."
     inside = collection_path == THOROUGH or THOROUGH in collection_path.parents
     return True if inside and not config.getoption("--thorough") else None
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--thorough"): return
+    long = [item for item in items if item.get_closest_marker("thorough")]
+    items[:] = [item for item in items if item not in long]
+    config.hook.pytest_deselected(items=long)
 
 
 @pytest.fixture(autouse=True)

@@ -402,7 +402,9 @@ def errors_of_the_steps(**settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [5, 10, 20, 40])
+@pytest.mark.parametrize(
+    "steps", [5, *(pytest.param(n, marks=pytest.mark.thorough) for n in (10, 20)), 40]
+)
 def test_unfinished_descents_of_the_default_solver_have_no_exact_gradient(steps):
     "What is left out is as large as the gradient; see *Lengths that are found*."
     error = errors_of_the_steps(max_steps=steps, atol=1e-12)

@@ -38,7 +38,8 @@ from hamux import (
 CONVERGED, MAX_STEPS, NONFINITE, UNBOUNDED, STUCK, SAMPLED = range(1, 7)
 # 100 is the full run: 10,000 networks per solver
 STRUCTURES = int(os.environ.get("HAMUX_STRUCTURES", 2))
-WIDTH = 100  # networks of one structure, each with weights and a start of its own
+# networks of one structure, each with weights and a start of its own
+WIDTH = 100 if "HAMUX_STRUCTURES" in os.environ else 12
 
 
 @pytest.fixture(autouse=True, scope="module")
