@@ -98,6 +98,7 @@ def run_notebook(path: Path) -> tuple[bool, float]:
     from nbdev.config import get_config
     from nbdev.test import test_nb
     config, settings = get_config(path), dict(jax.config.values)
+    main = sys.modules["__main__"] # a notebook puts itself there
     try:
         return test_nb(
             path,
@@ -108,6 +109,7 @@ def run_notebook(path: Path) -> tuple[bool, float]:
     finally:
         changed = {n: v for n, v in settings.items() if jax.config.values[n] != v}
         for name, value in changed.items(): jax.config.update(name, value)
+        sys.modules["__main__"] = main
         plt.close("all")
         jax.clear_caches() # or what an open notebook compiled is kept
 
