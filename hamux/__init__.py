@@ -30,24 +30,32 @@ from .dynamics import (
     Backtracking, Adaptive, Relaxation, Langevin, AbstractAdjoint, UnrolledAdjoint,
     CheckpointedAdjoint, ImplicitAdjoint, OneStepAdjoint,
 )
-from .learning import (
-    gradient, Gradient, AbstractMethod, EquilibriumPropagation, ContrastiveHebbian, RecallLoss,
-    denoising_loss, completion_loss, classification_loss, squared_error, cross_entropy,
-    hide_pixels, hide_half, hide_rectangle, fit, Fit, batches, unit_norm,
-)
-from .memories import recall, Memory, memory_ham
-from .analysis import (
-    which_memory, stability, Stability, basin_size, flip_signs, add_noise, erase, cover,
-    AbstractDiscreteMemory, DiscreteHopfield, DiscreteMemory, hebbian, pseudo_inverse,
-    recall_bits, flip_together,
-)
 from .display import plot_energy, plot_recall, plot_lagrangian, draw, describe
-from .storage import save, load, to_config, from_config, FileProblem
+
+# The same of the wings that not everybody enters: they are imported when one of these is asked for.
+_LATER = {
+    "learning": """
+        gradient Gradient AbstractMethod EquilibriumPropagation ContrastiveHebbian RecallLoss
+        denoising_loss completion_loss classification_loss squared_error cross_entropy
+        hide_pixels hide_half hide_rectangle fit Fit batches unit_norm
+    """,
+    "memories": "recall Memory memory_ham",
+    "analysis": """
+        which_memory stability Stability basin_size flip_signs add_noise erase cover
+        AbstractDiscreteMemory DiscreteHopfield DiscreteMemory hebbian pseudo_inverse
+        recall_bits flip_together
+    """,
+    "storage": "save load to_config from_config FileProblem",
+}
+_WING = {name: wing for wing, names in _LATER.items() for name in names.split()}
 
 __all__ = [
-    _n
-    for _n, _v in globals().items()
-    if not (_n.startswith("_") or isinstance(_v, _types.ModuleType))
+    *(
+        _n
+        for _n, _v in globals().items()
+        if not (_n.startswith("_") or isinstance(_v, _types.ModuleType))
+    ),
+    *_WING,
 ]
 
 # Modules of 0.3, and where what they held is now.
@@ -71,19 +79,22 @@ _MOVED = {
 }
 
 
-def _joined(old, parts):
-    "A module of several, under the name of the one that they were."
-    now = ", ".join(part.__name__ for part in parts)
-    module = _types.ModuleType(f"hamux.{old}", f"Moved: {now}.")
-    for part in reversed(parts):
-        vars(module).update({n: v for n, v in vars(part).items() if not n.startswith("__")})
-    module.__all__ = [n for part in parts for n in part.__all__]
-    return module
+class _Moved(_types.ModuleType):
+    "A module under its old name; what it held is looked for when it is asked for."
+
+    def __getattr__(self, name):
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        old = self.__name__.rpartition(".")[2]
+        parts = [_importlib.import_module(f"hamux.{part}") for part in _MOVED[old].split()]
+        if name == "__all__": return [n for part in parts for n in part.__all__]
+        for part in parts:
+            if name in vars(part): return vars(part)[name]
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
 
-for _old, _new in _MOVED.items():
-    _parts = [_importlib.import_module(f"hamux.{part}") for part in _new.split()]
-    _sys.modules[f"hamux.{_old}"] = _parts[0] if len(_parts) == 1 else _joined(_old, _parts)
+for _old in _MOVED:
+    _sys.modules[f"hamux.{_old}"] = _Moved(f"hamux.{_old}", f"Moved: hamux.{_MOVED[_old]}.")
 
 # Names that left this face. They go on working here for now.
 _LEFT = {
@@ -96,11 +107,18 @@ _LEFT = {
 
 
 def __getattr__(name):
+    if name in _WING:
+        value = getattr(_importlib.import_module(f"hamux.{_WING[name]}"), name)
+        globals()[name] = value
+        return value
     if name in _LEFT:
         wing = f"hamux.{_LEFT[name]}"
         said = f"hamux.{name} has moved: write {wing}.{name}."
         _warnings.warn(said, DeprecationWarning, stacklevel=2)
         return getattr(_importlib.import_module(wing), name)
-    if name in _MOVED:
-        return _sys.modules[f"hamux.{name}"]
+    if name in _MOVED: return _sys.modules[f"hamux.{name}"]
+    if name in _LATER: return _importlib.import_module(f"hamux.{name}")
     raise AttributeError(f"module 'hamux' has no attribute {name!r}")
+
+
+def __dir__(): return sorted({*globals(), *__all__, *_LATER})

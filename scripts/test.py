@@ -114,23 +114,38 @@ def run_notebook(path: Path) -> tuple[bool, float]:
         jax.clear_caches() # or what an open notebook compiled is kept
 
 
+def run_several(paths: list[Path]) -> list[tuple[bool, float]]:
+    "Run notebooks one after the other"
+    results = []
+    for path in paths:
+        try:
+            results.append(run_notebook(path))
+        except Exception:
+            traceback.print_exc()
+            results.append((False, 0.0))
+        passed, seconds = results[-1]
+        name = path.relative_to(ROOT).as_posix()
+        print(f"  {'pass' if passed else 'FAIL'} {seconds:6.1f} s  {name}", flush=True)
+    return results
+
+
 def run_notebooks(options) -> Iterator[Outcome]:
-    "Every cell of every notebook runs, several notebooks in a process"
+    "Every cell of every notebook runs, some five notebooks in a process"
     paths = [p for p in notebooks() if not options.k or options.k in p.as_posix()]
     if not paths and not options.k: raise RuntimeError("there is no notebook under nbs/")
+    count = max(options.workers, len(paths) // 5)
+    parts = [part for part in (paths[i::count] for i in range(count)) if part]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.workers, mp_context=context, max_tasks_per_child=8) as pool:
-        runs = {
-            pool.submit(run_notebook, path): path.relative_to(ROOT).as_posix() for path in paths
-        }
+    with ProcessPoolExecutor(options.workers, mp_context=context, max_tasks_per_child=1) as pool:
+        runs = {pool.submit(run_several, part): part for part in parts}
         for run in as_completed(runs):
             try:
-                passed, seconds = run.result()
-            except Exception:
+                results = run.result()
+            except Exception: # the process has died
                 traceback.print_exc()
-                passed, seconds = False, 0.0
-            print(f"  {'pass' if passed else 'FAIL'} {seconds:6.1f} s  {runs[run]}", flush=True)
-            yield runs[run], passed
+                results = [(False, 0.0)] * len(runs[run])
+            for path, (passed, _) in zip(runs[run], results, strict=True):
+                yield path.relative_to(ROOT).as_posix(), passed
 
 
 def pytest(options) -> Iterator[Outcome]:
