@@ -21,6 +21,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from platformdirs import user_cache_path
 
 from .display.plots import plot_energy, plot_recall
 from .dynamics.euler import Euler
@@ -100,6 +101,25 @@ def _caught_signals():
         for s, handler in old.items(): signal.signal(s, handler)
 
 
+@contextmanager
+def _kept_programs(wanted):
+    "Keep what is compiled in the user's cache folder, and read it there the next time."
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = [getattr(jax.config, name) for name in names]
+    path = user_cache_path("hamux") / "programs"
+    try:
+        if wanted and before[0] is None: # else the user has one
+            path.mkdir(parents=True, exist_ok=True)
+            for name, value in zip(names, (str(path), 0.1), strict=True):
+                jax.config.update(name, value)
+    except OSError:
+        pass # no place to keep them, which only costs time
+    try:
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True): jax.config.update(name, value)
+
+
 def _progress(items, total, what):
     "`items` with a progress bar on stderr, on a terminal, if it takes more than two seconds."
     if sys.stderr is None or importlib.util.find_spec("tqdm") is None: return items
@@ -122,7 +142,12 @@ def _number(kind, low, high, what):
 
 
 class _Parser(argparse.ArgumentParser):
-    "A parser whose errors are one line."
+    "A parser whose errors are one line, with the option that both commands share."
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        help = "compile anew, and keep nothing in the cache folder"
+        self.add_argument("--no-cache", dest="cache", action="store_false", help=help)
+
     def error(self, message): _fail(self.prog, f"{message} (see {self.prog} --help)")
     def print_help(self, file=None): _say(self.prog, self.format_help().rstrip())
 
@@ -250,7 +275,7 @@ def hamux_demo(
     "The command `hamux-demo`: recall corrupted handwritten digits, print a table, draw a picture."
     o = _demo_options(argv)
     lines, short, runs = [], [], {}
-    with _one_line_errors("hamux-demo"):
+    with _one_line_errors("hamux-demo"), _kept_programs(o.cache):
         if Path(o.output).suffix.lower() != ".png":
             raise ValueError(f"{o.output}: the picture is a PNG; name it something.png")
         # opened first, so that a place that cannot be written is known at once
@@ -387,5 +412,5 @@ def hamux_recall(
             what = f"a query has {theirs} numbers and a memory {ours}"
             raise ValueError(f"{o.queries}: {what}; they must have as many")
         wide = computing_dtype(source.dtype, queries.dtype) == np.float64
-        with jax.enable_x64(wide), _caught_signals() as signals:
+        with jax.enable_x64(wide), _kept_programs(o.cache), _caught_signals() as signals:
             return _recall_files(o, source, queries, signals)

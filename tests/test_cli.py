@@ -458,3 +458,16 @@ def test_hostile_files_are_one_line(folder, capsys, name, content):
     (folder / name).write_bytes(content)
     assert name in refused(folder, capsys, queries=name)
     assert name in refused(folder, capsys, memories=name) or name == "q.csv"
+
+
+def test_programs_are_kept_in_the_cache_folder(tmp_path):
+    "Read the second time; none with --no-cache."
+    code = "import sys, hamux.cli; sys.exit(hamux.cli.hamux_demo(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "-n", "5", "-c", "half"]
+    drop = {"JAX_COMPILATION_CACHE_DIR"}
+    env = {n: v for n, v in os.environ.items() if n not in drop} | {"XDG_CACHE_HOME": str(tmp_path)}
+    kept = []
+    for extra in (["--no-cache"], [], []):
+        subprocess.run(command + extra, cwd=tmp_path, env=env, check=True, capture_output=True)
+        kept.append(sorted(p.name for p in tmp_path.rglob("*-cache")))
+    assert not kept[0] and kept[1] and kept[2] == kept[1]

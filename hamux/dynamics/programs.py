@@ -76,7 +76,7 @@ def solver_as_data(
     solver, # a solver, which names in `numbers` the settings that only enter as numbers
 ): # the same, those settings as arrays
     "The solver with its numbers as arrays, weakly typed."
-    plain = {n: getattr(solver, n) for n in solver.numbers}
+    plain = {n: getattr(solver, n) for n in getattr(solver, "numbers", ())}
     plain = {n: v for n, v in plain.items() if isinstance(v, int | float)}
     if not plain: return solver
     new = object.__new__(type(solver))

@@ -14,12 +14,14 @@ import math
 import operator
 import warnings
 
+import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from ..dynamics.descent import Descent, descend
 from ..dynamics.euler import Euler
+from ..dynamics.programs import cut_batch, filled_size, solver_as_data
 from ..dynamics.solver import AbstractSolver
 from ..network.hypergraph import HAM
 from ..network.neurons import IdentityLayer, SoftmaxLayer
@@ -166,6 +168,19 @@ def _as_queries(queries, d):
     return queries
 
 # %% ../../nbs/api/memories/arrays.ipynb #5640f982
+@eqx.filter_jit
+def _recall_rows(ham, queries, noisy, solver, max_steps):
+    "The compiled part of `recall_states`."
+    many, known = ham.vectorize(), ~jnp.isnan(queries)
+    mean = ham.hypersynapses["patterns"].W.mean(1)
+    xs = {"pattern": jnp.where(known, queries, mean), "memory": _evidence(ham, queries, known)}
+    held = {"pattern": known, "memory": True}
+    filled = descend(many, xs, solver=Euler(1.0), clamp=held, max_steps=1)
+    clamp = None if noisy else {"pattern": known}
+    out = descend(many, filled.xs, solver=solver, clamp=clamp, max_steps=max_steps)
+    return _concatenate(filled, out)
+
+
 def recall_states(
     ham: HAM, # a network of `memory_ham`
     # one query per row; NaN (or masked, in a masked array of NumPy) where unknown
@@ -176,16 +191,8 @@ def recall_states(
     max_steps: int = 1000, # steps at most
 ) -> Descent: # of the layers "pattern" and "memory", one row per query
     "Recall each query: fill in what is unknown, then descend with what is known clamped or free."
-    d = ham.neurons["pattern"].shape[0]
-    queries = jnp.asarray(_as_queries(queries, d))
-    many, known = ham.vectorize(), ~jnp.isnan(queries)
-    mean = ham.hypersynapses["patterns"].W.mean(1)
-    xs = {"pattern": jnp.where(known, queries, mean), "memory": _evidence(ham, queries, known)}
-    held = {"pattern": known, "memory": True}
-    filled = descend(many, xs, solver=Euler(1.0), clamp=held, max_steps=1)
-    clamp = None if noisy else {"pattern": known}
-    out = descend(many, filled.xs, solver=solver, clamp=clamp, max_steps=max_steps)
-    return _concatenate(filled, out)
+    queries = jnp.asarray(_as_queries(queries, ham.neurons["pattern"].shape[0]))
+    return _recall_rows(ham, queries, bool(noisy), solver_as_data(solver), max_steps)
 
 # %% ../../nbs/api/memories/arrays.ipynb #8400b922
 def _as_patterns(memories):
@@ -301,7 +308,9 @@ class Memory:
         known, wide = ~np.isnan(queries), self.frame.centre.dtype
         scaled = self._scaled(queries.astype(np.promote_types(queries.dtype, wide), copy=False))
         _check_known(self.ham, self.ranges, known)
-        out = recall_states(self.ham, scaled, noisy, **settings)
+        n = len(scaled) # rows more, so that the next number of queries finds its program compiled
+        scaled = np.concatenate([scaled, np.repeat(scaled[:1], filled_size(n) - n, 0)])
+        out = cut_batch(recall_states(self.ham, scaled, noisy, **settings), n)
         answers = self.frame.outside(np.asarray(out.xs["pattern"]).astype(wide))
         return answers if noisy else np.where(known, queries, answers), out
 
