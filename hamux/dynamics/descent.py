@@ -24,7 +24,7 @@ from .adaptive import Adaptive
 from .adjoints import as_adjoint, energy_at
 from .loop import Setup, Trace, choose_rows, search, with_beta
 from .problem import read_start
-from .programs import cut_batch, fill_batch, network_as_data, solver_as_data
+from .programs import cut_batch, shared_program
 from .results import CONVERGED, NONFINITE, SAMPLED, in_words, sentence
 from .solver import AbstractSolver
 from ..network.hypergraph import HAM, VectorizedHAM
@@ -228,9 +228,8 @@ def descend(
     if progress and importlib.util.find_spec("tqdm") is None:
         raise ImportError("progress=True shows a bar of tqdm: pip install 'hamux[train]'.")
     trace = Trace() if trace is True else trace or None
-    settings = solver_as_data(solver), int(max_steps), tols, trace, key, anneal, bool(progress)
-    wide = jnp.result_type(start.ham.dtype, jnp.float32, *start.xs.values())
-    filled = fill_batch(start._replace(ham=network_as_data(start.ham, wide)))
+    filled, solver = shared_program(start, solver)
+    settings = solver, int(max_steps), tols, trace, key, anneal, bool(progress)
     whole = filled.xs is start.xs
     rows = None if whole else len(next(iter(start.xs.values())))
     out = _descend(filled, settings, as_adjoint(adjoint), None if whole else np.int32(rows))
