@@ -158,3 +158,12 @@ def test_only_what_is_compiled_inside_is_named():
         with compiled_programs() as inner: twice(np.ones(4))
     twice(np.ones(5))
     assert (len(outer), len(inner)) == (2, 1)
+
+
+def test_the_same_network_in_both_precisions():
+    "What is kept in single precision is not found in double, nor the other way round."
+    for wide in (False, True, False):
+        with jax.enable_x64(wide):
+            xs = {n: v.astype(float) for n, v in starts(3).items()}
+            out = recalled(pair(2.5, tau=1.5), xs, solver=hmx.Euler(0.25))
+            assert out.energy.dtype == out.xs["v"].dtype == jnp.result_type(float)

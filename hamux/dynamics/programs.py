@@ -55,8 +55,8 @@ def is_tracing() -> bool: # whether a program is being traced where this is call
 
 
 @ft.lru_cache(256)
-def _structure_as_data(tree, dtype):
-    "The structure of a network whose numbers are arrays; those arrays, with their places."
+def _structure_as_data(tree, dtype, default):
+    "The structure of a network whose numbers are arrays; those, with their places, by dtypes."
     hole = np.zeros(0, np.float32) # one for each array that is there already
     ham = tree.unflatten([hole] * tree.num_leaves)
     given = lambda part: part.as_data(dtype) if hasattr(part, "as_data") else part
@@ -73,7 +73,7 @@ def network_as_data(
 ) -> HAM: # the same; equal structures compile one program
     "The network with its numbers and masks as arrays."
     leaves, tree = jtu.tree_flatten(ham)
-    tree, data = _structure_as_data(tree, np.dtype(dtype))
+    tree, data = _structure_as_data(tree, np.dtype(dtype), jnp.result_type(float))
     for i, v in data: leaves.insert(i, v)
     return tree.unflatten(leaves)
 
@@ -87,13 +87,13 @@ def solver_as_data(
     if not plain or is_tracing(): return solver
     new = object.__new__(type(solver))
     for n, v in vars(solver).items():
-        object.__setattr__(new, n, _weak(float(v)) if n in plain else v)
+        object.__setattr__(new, n, _weak(float(v), jnp.result_type(float)) if n in plain else v)
     return new
 
 
 @ft.lru_cache
-def _weak(number):
-    "A number as an array that takes the dtype of what it meets."
+def _weak(number, default):
+    "A number as an array that takes the dtype of what it meets, in JAX's default of now."
     with jax.ensure_compile_time_eval(): return jnp.asarray(number)
 
 # %% ../../nbs/api/dynamics/programs.ipynb #5307f9c9
