@@ -211,17 +211,26 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     os.chdir(ROOT)
-    # nearly all the time is compilation of small programs, a fifth of it LLVM's optimisation; give
-    # XLA_FLAGS= to have it
-    os.environ.setdefault(
-        "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    )
+    if "XLA_FLAGS" not in os.environ: os.environ["XLA_FLAGS"] = quick_flags()
     # and a program that one process compiled, another reads
     with tempfile.TemporaryDirectory() as tmp:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tmp)
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
         return run_stages(options)
+
+
+def quick_flags() -> str:
+    """Flags of XLA under which small programs compile soon, which is nearly all that tests take;
+    give XLA_FLAGS= to have none"""
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    emitters = "--xla_cpu_use_fusion_emitters=false" # of some versions only; the others abort
+    known = subprocess.run(
+        [sys.executable, "-c", "import jax; jax.devices()"],
+        env=os.environ | {"XLA_FLAGS": emitters},
+        capture_output=True,
+    )
+    return flags if known.returncode else f"{flags} {emitters}"
 
 
 def run_stages(options) -> int:
