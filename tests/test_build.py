@@ -29,11 +29,16 @@ KINDS = {
 @jax.jit
 def mean_squares(ham, keys):
     "The mean over random states of each layer's mean squared input current."
+    return {n: v.mean() for n, v in currents_squared(ham, keys).items()}
+
+
+@jax.jit
+def currents_squared(ham, keys):
     def one(key):
         xs = ham.init_states(key=key)
         gradients = ham.dEdact(ham.activations(xs), xs)
         return {n: jnp.mean((xs[n] - gradients[n])**2) for n in xs}
-    return {n: v.mean() for n, v in jax.vmap(one)(keys).items()}
+    return jax.vmap(one)(keys)
 
 
 def chain(layers, key):

@@ -377,9 +377,11 @@ def test_the_one_step_adjoint_is_the_first_term_of_the_series():
 # through the steps of solvers that find their lengths, on twenty networks
 
 
-def errors_of_the_steps(**settings):
+@functools.partial(jax.jit, static_argnames=("solver", "max_steps"))
+def errors_of_the_steps(atol, solver=hmx.Adaptive(), max_steps=1000):
     """Relative errors of the default gradient, against central differences of the same descents,
     which change the lengths of the steps too."""
+    settings = dict(solver=solver, max_steps=max_steps, atol=atol)
     def loss(theta, begin, aim):
         ham = HAM(
             {"v": hmx.TanhLayer(4), "h": hmx.SoftmaxLayer(3, beta=2.0)},
@@ -397,7 +399,7 @@ def errors_of_the_steps(**settings):
     keys = jr.split(jr.key(0), 4)[1:] # the networks of the page
     at = [jr.normal(key, (20, size)) for key, size in zip(keys, (16, 7, 7), strict=True)]
     slopes = jax.vmap(differences)(*at)
-    size = lambda v: np.linalg.norm(v, axis=1)
+    size = lambda v: jnp.linalg.norm(v, axis=1)
     return size(jax.vmap(jax.grad(loss))(*at) - slopes) / size(slopes)
 
 
@@ -407,7 +409,7 @@ def errors_of_the_steps(**settings):
 )
 def test_unfinished_descents_of_the_default_solver_have_no_exact_gradient(steps):
     "What is left out is as large as the gradient; see *Lengths that are found*."
-    error = errors_of_the_steps(max_steps=steps, atol=1e-12)
+    error = np.asarray(errors_of_the_steps(1e-12, max_steps=steps))
     print(f"{steps} steps: median {np.median(error):.1e}, worst {error.max():.1e}")
     assert np.median(error) < (0.5 if steps < 40 else 0.01)
     assert error.max() < 10
@@ -415,7 +417,7 @@ def test_unfinished_descents_of_the_default_solver_have_no_exact_gradient(steps)
 
 
 def test_the_error_of_the_default_solver_dies_out_as_it_converges():
-    loose, close, rest = (errors_of_the_steps(atol=tol) for tol in (1e-3, 1e-6, 1e-11))
+    loose, close, rest = (np.asarray(errors_of_the_steps(tol)) for tol in (1e-3, 1e-6, 1e-11))
     print(*(f"median {np.median(e):.1e}, worst {e.max():.1e}" for e in (loose, close, rest)))
     assert np.median(loose) < 1e-2 and np.median(close) < 1e-5
     assert close.max() < 1e-2 and rest.max() < 1e-6
@@ -426,7 +428,7 @@ def test_the_error_of_the_default_solver_dies_out_as_it_converges():
 )
 def test_unfinished_descents_of_other_solvers_have_an_exact_gradient(solver):
     "Lengths that are given, or jump, do not change with the parameters."
-    assert errors_of_the_steps(solver=solver, max_steps=8, atol=1e-12).max() < 1e-6
+    assert errors_of_the_steps(1e-12, solver=solver, max_steps=8).max() < 1e-6
 
 
 # --------------------------------------------------------------------------------------------------

@@ -386,7 +386,7 @@ def test_is_executable(name):
     assert (ROOT / name).stat().st_mode & 0o111
 
 
-@pytest.mark.parametrize("name", ["tests", "docs", "release"])
+@pytest.mark.parametrize("name", ["tests", "docs", "release", "thorough"])
 def test_workflows(name):
     "They parse, and name the Python versions that the package says it runs on"
     workflow = yaml.safe_load((ROOT / f".github/workflows/{name}.yml").read_text(encoding="utf-8"))

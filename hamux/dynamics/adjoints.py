@@ -44,10 +44,11 @@ def _before_first_step(setup):
 
 
 def _one_more_step(setup, steps, state):
-    "One step more, of the rows that took it."
+    "One step more, of the rows that took it. One that took its last stands where the solver does."
     count, ahead, solver = state
     move = ask_solver(setup, count, ahead, solver)
-    return count + 1, *choose_rows(count < steps, (move.ahead, move.state), (ahead, solver))
+    stay = choose_rows(count == steps, move.held.xs, ahead)
+    return count + 1, *choose_rows(count < steps, (move.ahead, move.state), (stay, solver))
 
 
 def _check_retraceable(setup):
@@ -61,14 +62,6 @@ def _check_retraceable(setup):
             " solver=Euler(…)."
         )
 
-
-def _end_states(setup, steps, state):
-    "Where the rows stand after their last step."
-    one = lambda problem, key, ahead, solver, step: setup.solver.step(
-        problem, problem.evaluate(ahead), solver, step, key
-    ).held.xs
-    return setup.over(one, setup.max_steps, *state[1:], steps)
-
 # %% ../../nbs/api/dynamics/adjoints.ipynb #93111498
 @eqx.filter_custom_jvp
 def _unrolled(setup, ends, steps):
@@ -80,9 +73,9 @@ def _(primals, tangents):
         state, _ = jax.lax.scan(
             lambda state, _: (_one_more_step(setup, steps, state), None),
             _before_first_step(setup),
-            length=setup.max_steps,
+            length=setup.max_steps + 1,
         )
-        return _end_states(setup, steps, state)
+        return state[1]
     setup, _, steps = primals
     _check_retraceable(setup)
     return eqx.filter_jvp(end, (setup,), tangents[:1])
@@ -105,10 +98,10 @@ class _Steps(optx.AbstractFixedPointSolver):
 
     def step(self, fn, y, args, options, state, tags): return y, _one_more_step(*args, state), None
     def terminate(self, fn, y, args, options, state, tags):
-        return state[0] >= args[1].max(), optx.RESULTS.successful
+        return state[0] > args[1].max(), optx.RESULTS.successful
 
     def postprocess(self, fn, y, aux, args, options, state, tags, result):
-        return _end_states(*args, state), aux, {}
+        return state[1], aux, {}
 
 
 @eqx.filter_custom_vjp
@@ -126,7 +119,7 @@ def _(perturbed, setup, ends, steps, adjoint):
             _Steps(),
             jnp.zeros(()),
             (setup, steps),
-            max_steps=setup.max_steps,
+            max_steps=setup.max_steps + 1,
             adjoint=adjoint,
             throw=False,
         ).value

@@ -99,7 +99,7 @@ def _number(value, dtype):
 def _tolerances(start, rtol, atol):
     "Both tolerances as arrays; ε^⅔ of the states where none is given."
     rtol, atol = (start.epsilon ** (2 / 3) if t is None else t for t in (rtol, atol))
-    if not (rtol >= 0 and atol >= 0):
+    if not all(isinstance(t, jax.core.Tracer) or t >= 0 for t in (rtol, atol)):
         raise ValueError(f"The tolerances must not be negative, got rtol={rtol}, atol={atol}.")
     wide = jnp.result_type(float)
     return tuple(

@@ -9,6 +9,7 @@ __all__ = ['clamp_dict', 'read_clamp', 'Start', 'read_start', 'Point', 'is_separ
            'stationary']
 
 # %% ../../nbs/api/dynamics/problem.ipynb #641e5c3b
+import dataclasses
 import numbers
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -164,7 +165,10 @@ class Problem(eqx.Module):
 
     def evaluate(self, xs: dict, layers=None) -> Point:
         "Energy and gradient at the free states `xs`; the gradient of some `layers` only, if named."
-        return _evaluate(self, xs, self.free if layers is None else tuple(layers))
+        point = _evaluate(self, xs, self.free if layers is None else tuple(layers))
+        ordered = lambda tree: {n: tree[n] for n in self.free if n in tree} # JAX sorts names
+        by_layer = {f: ordered(getattr(point, f)) for f in ("xs", "duals", "grads", "pulls")}
+        return dataclasses.replace(point, **by_layer)
 
     def hidden(self, xhats, xs):
         "What a layer's term of the energy does not show of its size: a state or activation."

@@ -230,8 +230,13 @@ def activations(self: HAM,
                 xs: dict, # a state per layer
                 ) -> dict: # an activation per layer
     "The activations that belong to the states."
-    xs = check_states(xs, self.neurons, "states")
-    return {n: layer.activations(xs[n]) for n, layer in self.neurons.items()}
+    xhats = _activations(self, check_states(xs, self.neurons, "states"))
+    return {n: xhats[n] for n in self.neurons} # JAX sorts names
+
+
+@eqx.filter_jit # one program, where nobody compiles around it
+def _activations(ham, xs):
+    return {n: layer.activations(xs[n]) for n, layer in ham.neurons.items()}
 
 # %% ../../nbs/api/network/hypergraph.ipynb #80f99695
 @patch
@@ -261,9 +266,18 @@ def energy_tree(self: HAM,
                 xs: dict, # a state per layer
                 ) -> dict: # {"neurons": {layer: scalar}, "connections": [scalar, …]}
     "The energy of every part."
+    xhats, xs = check_states(xhats, self.neurons, "activations"), check_states(
+        xs, self.neurons, "states"
+    )
+    tree = _energy_tree(self, xhats, xs)
+    return tree | {"neurons": {n: tree["neurons"][n] for n in self.neurons}}
+
+
+@eqx.filter_jit
+def _energy_tree(ham, xhats, xs):
     return {
-        "neurons": self.neuron_energies(xhats, xs),
-        "connections": self.connection_energies(xhats),
+        "neurons": ham.neuron_energies(xhats, xs),
+        "connections": ham.connection_energies(xhats),
     }
 
 
@@ -284,8 +298,17 @@ def dEdact(
     return_energy=False,  # whether the energy is wanted too
 ):  # the gradient, a dictionary like `xhats`; with `return_energy` the pair (energy, gradient)
     "The gradient of the total energy in the activations: the state minus the input current."
-    xhats = check_states(xhats, self.neurons, "activations")
-    return (jax.value_and_grad if return_energy else jax.grad)(self.energy)(xhats, xs)
+    xhats, xs = check_states(xhats, self.neurons, "activations"), check_states(
+        xs, self.neurons, "states"
+    )
+    E, slope = _energy_and_slope(self, xhats, xs)
+    slope = {n: slope[n] for n in self.neurons}
+    return (E, slope) if return_energy else slope
+
+
+@eqx.filter_jit
+def _energy_and_slope(ham, xhats, xs):
+    return jax.value_and_grad(ham.energy)(xhats, xs)
 
 # %% ../../nbs/api/network/hypergraph.ipynb #3b8d8ef9
 def check_batch(tree, ham, what):

@@ -1,5 +1,7 @@
 """The campaign of `claims.py`: 10,080 networks, forty structures, every solver and dtype."""
 
+import os
+
 import jax
 import pytest
 from claims import campaign
@@ -11,7 +13,7 @@ def x64():
         yield
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(int(os.environ.get("NETWORKS", 40))))
 def test_what_is_claimed_holds(seed):
     said = []
     totals, codes, rose = campaign([seed], show=said.append)
