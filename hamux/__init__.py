@@ -26,8 +26,8 @@ from .synapses import (
     AttentionSynapse, MemorySynapse, RandomFeatureMemory,
 )
 from .dynamics import (
-    descend, Descent, Trace, with_beta, flow, Flow, AbstractSolver, Move, Point, Problem, Euler,
-    Backtracking, Adaptive, Relaxation, Langevin, AbstractAdjoint, UnrolledAdjoint,
+    descend, Descent, Trace, with_beta, flow, Flow, compiled_programs, AbstractSolver, Move, Point,
+    Problem, Euler, Backtracking, Adaptive, Relaxation, Langevin, AbstractAdjoint, UnrolledAdjoint,
     CheckpointedAdjoint, ImplicitAdjoint, OneStepAdjoint,
 )
 from .display import plot_energy, plot_recall, plot_lagrangian, draw, describe

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import hamux as hmx
-from hamux.dynamics import compiled_programs, filled_size
+from hamux import compiled_programs
+from hamux.dynamics import filled_size
 from hamux.dynamics.solver import plain_step
 
 W = 0.3 * jr.normal(jr.key(0), (7, 5))
