@@ -74,18 +74,18 @@ def wrong_fact(L, facts, at, eps):
     near = at.generic & (at.size >= 0.1) & (at.size <= 3)
     x, size = at.x[near], at.size[near]
     every = lambda f: jtu.tree_map(np.asarray, jax.jit(jax.vmap(f))(x))
+    if facts.form is not None:
+        name, written_out = WRITTEN_OUT[facts.form]
+        wanted, got = every(lambda x: (written_out(L, facts, x), L(x)))
+        if (i := _apart(wanted, got, eps)) is not None:
+            state = state_in_words(x[i], size[i])
+            return f"{name}, which at {state} is {wanted[i]:.4g}, but it is {got[i]:.4g}"
     if (conjugate := conjugate_of(L)) is not None:
         wanted, got = every(lambda x: (conjugate(x), (jax.grad(L)(x) * x).sum() - L(x)))
         if (i := _apart(wanted, got, eps)) is not None:
             state = state_in_words(x[i], size[i])
             return f"to have the energy {wanted[i]:.4g} at {state}, but it has {got[i]:.4g}"
-    if facts.form is None: return None
-    name, written_out = WRITTEN_OUT[facts.form]
-    wanted, got = every(lambda x: (written_out(L, facts, x), L(x)))
-    if (i := _apart(wanted, got, eps)) is not None:
-        state = state_in_words(x[i], size[i])
-        return f"{name}, which at {state} is {wanted[i]:.4g}, but it is {got[i]:.4g}"
-    if facts.log_slope is None: return None
+    if facts.form is None or facts.log_slope is None: return None
     wanted, got = every(lambda x: _log_slopes(L, facts, x))
     if (i := _apart(wanted, got, 1e-8)) is None: return None
     j = np.argmax(abs(wanted[i] - got[i]))

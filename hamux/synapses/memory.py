@@ -385,7 +385,7 @@ def alone(self: MemorySynapse, position: int) -> str | None:
     "How the energy depends on the layer, as `Relaxation` asks."
     return "concave" if self.similarity == "dot" and facts_of(self.lagrangian).convex else None
 
-# %% ../../nbs/api/synapses/memory.ipynb #30eaeeef
+
 @patch
 def as_data(self: MemorySynapse,
             dtype, # of the arrays: that of the states, or float32 if it is wider
