@@ -87,6 +87,20 @@ def test_numbers_are_data():
         assert list(map(len, counts)) == [1] + [0] * 9
 
 
+def test_numbers_are_data_of_flow_and_stability():
+    xs = starts(2)
+    for name, go in (
+        ("flow", lambda v: hmx.flow(pair(beta=v, tau=v).vectorize(), xs, 0.5)),
+        ("stability", lambda v: hmx.stability(pair(beta=v, tau=v).vectorize(), xs)),
+    ):
+        counts = []
+        jax.clear_caches()
+        for v in (1.0, 2.0, 3.0):
+            with compiled_programs() as names: jax.block_until_ready(jax.tree.leaves(go(v)))
+            counts.append(sum(name in n for n in names))
+        assert counts == [1, 0, 0]
+
+
 def test_masks_are_data():
     rng = np.random.default_rng(0)
     def bank(mask):

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..dynamics.descent import descend
 from ..dynamics.problem import Problem, read_start, check_rest
+from ..dynamics.programs import start_as_data
 from ..dynamics.results import in_words
 from ..network.hypergraph import HAM, VectorizedHAM
 from ..network.neurons import check_state
@@ -339,7 +340,7 @@ def stability(
     wide = jnp.result_type(jnp.float32, *start.xs.values())
     tol = float(jnp.finfo(wide).eps) ** 0.5 if tol is None else tol
     if not tol > 0: raise ValueError(f"stability: tol must be positive, got {tol}.")
-    return _stability(start, int(steps), tol, jr.key(0) if key is None else key)
+    return _stability(start_as_data(start), int(steps), tol, jr.key(0) if key is None else key)
 
 # %% ../../nbs/api/analysis/attractors.ipynb #1e45c9df
 def flip_signs(

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from .problem import Problem, read_start, check_rest
+from .programs import start_as_data
 from hamux.dynamics.results import (
     CONVERGED,
     FAILED,
@@ -318,7 +319,9 @@ def flow(
         if not isinstance(tools[name], kind):
             raise TypeError(f"flow: {name} must be a diffrax.{kind.__name__}, got {tools[name]!r}.")
     dt0 = None if dt0 is None else _as_time("dt0", dt0, dtype)
-    out = _flow(start, (t0, t1, dt0), tools, saveat, bool(steady), rtol, atol, int(max_steps))
+    times = (t0, t1, dt0)
+    start = start_as_data(start)
+    out = _flow(start, times, tools, saveat, bool(steady), rtol, atol, int(max_steps))
     if not throw: return out
     fine = out.code == CONVERGED if steady else (out.code == CONVERGED) | (out.code == MOVING)
     return eqx.error_if(out, ~fine, "The flow did not arrive. Look at `.result` with throw=False.")

@@ -6,7 +6,7 @@ Docs: https://hamux.github.io/hamux/api/dynamics/programs.html.md"""
 
 # %% auto #0
 __all__ = ['compiled_programs', 'is_tracing', 'network_as_data', 'solver_as_data', 'filled_size', 'fill_batch', 'cut_batch',
-           'shared_program']
+           'start_as_data', 'shared_program']
 
 # %% ../../nbs/api/dynamics/programs.ipynb #a0fa3b2e
 import functools as ft
@@ -134,16 +134,23 @@ def cut_batch(
     return jtu.tree_map(cut, tree)
 
 
+def start_as_data(
+    start: Start, # what a recall begins with
+) -> Start: # the same with a network whose numbers are arrays, unless a program is traced
+    "A start in the form that needs the fewest programs."
+    leaves = jtu.tree_leaves((start.ham, start.xs, start.masks))
+    if is_tracing() or any(isinstance(v, jax.core.Tracer) for v in leaves): return start
+    wide = jnp.result_type(start.ham.dtype, jnp.float32, *start.xs.values())
+    return start._replace(ham=network_as_data(start.ham, wide))
+
+
 def shared_program(
     start: Start, # what a recall begins with
     solver, # and how it steps
 ) -> tuple: # start and solver, as others have compiled them; the same where a program is traced
     "A network, states and a solver, in a form that needs the fewest programs."
-    leaves = jtu.tree_leaves((start.ham, start.xs, start.masks))
-    if is_tracing() or any(isinstance(v, jax.core.Tracer) for v in leaves): return start, solver
-    wide = jnp.result_type(start.ham.dtype, jnp.float32, *start.xs.values())
-    ham = network_as_data(start.ham, wide)
-    return fill_batch(start._replace(ham=ham)), solver_as_data(solver)
+    data = start_as_data(start)
+    return (start, solver) if data is start else (fill_batch(data), solver_as_data(solver))
 
 
 def _library(x):
