@@ -132,7 +132,7 @@ class Setup(eqx.Module):
 class Rows(eqx.Module):
     "What the loop knows of every row."
     ahead: dict # free states to evaluate next
-    before: dict # free states at which it was judged last and finite
+    before: dict # free states at which it was judged last, and finite: in the end, where it ended
     solver: PyTree # what the solver carries
     code: Int[Array, " rows"] # why it stopped, or 0
     steps: Int[Array, " rows"]
@@ -265,7 +265,7 @@ def _judge(setup, count, rows, move, energies):
     finite = whole & jnp.isfinite(residual)
     code = _reason(last, final, move.stuck & final, unbounded, at_rest & settled & finite, finite)
     code, keep = jnp.where(live, code, rows.code), live & (whole | (count == 0))
-    before = choose_rows(code == NONFINITE, rows.before, held.xs)
+    before = choose_rows(live & whole, held.xs, rows.before)
     return code, jnp.where(keep, residual, rows.residual), first, before
 
 # %% ../../nbs/api/dynamics/loop.ipynb #d0f75ca6
@@ -381,5 +381,4 @@ def search(setup: Setup, bad) -> tuple:
         state = dataclasses.replace(after, rows=_with_rows(state.rows, index, after.rows))
     if setup.progress:
         jax.debug.callback(ft.partial(_draw_bar, setup.max_steps), -1 - state.count, 0)
-    ends = choose_rows(state.rows.code == NONFINITE, state.rows.before, state.rows.ahead)
-    return dataclasses.replace(state.rows, ahead=ends), state.records
+    return dataclasses.replace(state.rows, ahead=state.rows.before), state.records
