@@ -185,3 +185,10 @@ def test_the_same_network_in_both_precisions():
             xs = {n: v.astype(float) for n, v in starts(3).items()}
             out = recalled(pair(2.5, tau=1.5), xs, solver=hmx.Euler(0.25))
             assert out.energy.dtype == out.xs["v"].dtype == jnp.result_type(float)
+
+
+def test_a_network_of_numpy_arrays():
+    "As `jax.device_get` makes it"
+    for ham in (pair(), jax.device_get(pair())):
+        out = recalled(ham, starts(5))
+        assert out.converged.all() and out.energy.shape == (5,)

@@ -162,7 +162,7 @@ def _trial(problem, new, old):
 class _Sums(NamedTuple):
     "What the two ends of a trial say together."
     work: jax.Array # by which the energy changed, after the trapezoid rule
-    noise: jax.Array # what that cannot resolve
+    size: jax.Array # of the terms of that
     slope: jax.Array # the squares of both gradients
     slope0: jax.Array
     path: jax.Array # the squares of how far it went, and of the flow's speed
@@ -175,8 +175,8 @@ def _sums(trial):
     "All sums over the neurons, in one."
     (x, a, g), (_, _, g0), (dx, da, _) = trial.new, trial.old, trial.diff
     finite = jnp.isfinite(x) & jnp.isfinite(a) & jnp.isfinite(g)
-    noise = 4 * jnp.finfo(g.dtype).eps * (abs(g) + abs(g0)) * abs(a)
-    terms = [(g + g0) * da / 2, noise, g * g, g0 * g0, dx * dx, (g0 / trial.tau) ** 2]
+    size = (abs(g) + abs(g0)) * abs(a)
+    terms = [(g + g0) * da / 2, size, g * g, g0 * g0, dx * dx, (g0 / trial.tau) ** 2]
     flags = [(da != 0).astype(g.dtype), (~finite).astype(g.dtype)]
     return _Sums(*jnp.stack(terms + flags).sum(1))
 
@@ -193,7 +193,8 @@ def _fell(old, new, lowest, sums, plain):
     unseen = (sums.seen == 0) & (sums.slope < sums.slope0)
     finite = jnp.isfinite(new.energy) & jnp.isfinite(new.size) & (sums.broken == 0)
     not_higher = finite & (new.energy <= lowest + rounding(new))
-    by_work = jnp.where(plain, (sums.work < 0) | unseen, sums.work <= sums.noise)
+    noise = 4 * jnp.finfo(new.energy.dtype).eps * sums.size
+    by_work = jnp.where(plain, (sums.work < 0) | unseen, sums.work <= noise)
     return not_higher & jnp.where(_resolved(old, new), new.energy < old.energy, by_work)
 
 

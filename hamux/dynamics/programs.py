@@ -107,6 +107,7 @@ def filled_size(
 
 def _is_here(x):
     "Whether an array is a plain one, where JAX puts arrays by itself."
+    if not isinstance(x, jax.Array): return True # one of NumPy
     return not isinstance(x, jax.core.Tracer) and x.devices() == {jax.devices()[0]}
 
 
