@@ -161,3 +161,13 @@ def test_a_mask_through_a_saturated_softmax_is_not_rest(solver):
     wrong, near = descend([300, 0, 0]), descend([1, 4, 0])
     assert wrong.code == STUCK and wrong.residual > 1
     assert near.code == CONVERGED
+
+
+@pytest.mark.parametrize("x0", [1.0, 1.1, 2.0, 5.0])
+def test_what_is_said_of_an_overflow_is_said_of_what_is_returned(x0):
+    "Euler is judged at every fourth step; this runs away in between."
+    ham = hmx.HAM([hmx.IdentityLayer(3)], [lambda x: -(x**4).sum()], [([0], 0)])
+    out = hmx.descend(ham, {0: jnp.full(3, x0)}, solver=hmx.Euler(0.3), max_steps=60)
+    E = ham.energy(ham.activations(out.xs), out.xs)
+    np.testing.assert_allclose([out.energy, out.energies[out.steps]], [E, E], rtol=1e-5)
+    assert np.isfinite(out.energies).sum() == out.steps + 1

@@ -135,9 +135,10 @@ class Rows(eqx.Module):
     before: dict # free states at which it was judged last, and finite: in the end, where it ended
     solver: PyTree # what the solver carries
     code: Int[Array, " rows"] # why it stopped, or 0
-    steps: Int[Array, " rows"]
+    steps: Int[Array, " rows"] # taken when it was judged last
     residual: Float[Array, " rows"]
-    energy: Float[Array, " rows"]
+    known: Float[Array, " rows"] # its energy then
+    energy: Float[Array, " rows"] # of the last step, judged or not
     noise: Float[Array, " rows"] # what that energy cannot resolve
     rises: Int[Array, " rows"]
     # at the start, the yardstick of growth: energy, size of its terms, largest state or residual
@@ -160,7 +161,7 @@ def first_rows(setup: Setup, bad) -> Rows:
     r = jnp.full(E.shape, jnp.nan, jnp.result_type(*xs.values()))
     solver = setup.over(lambda p, _, x: setup.solver.init(p, x), 0, xs)
     code, index = jnp.where(bad, NONFINITE, zero), jnp.arange(E.shape[0])
-    return Rows(xs, xs, solver, code, zero, r, nan, nan, zero, (nan, nan, r), index)
+    return Rows(xs, xs, solver, code, zero, r, nan, nan, nan, zero, (nan, nan, r), index)
 
 # %% ../../nbs/api/dynamics/loop.ipynb #d273b7bc
 def _void(dtype): return jnp.nan if jnp.issubdtype(dtype, jnp.inexact) else 0
@@ -254,7 +255,7 @@ def _look(setup, count, held, wanted):
 
 
 def _judge(setup, count, rows, move, energies):
-    "Who is done, and why: code, residual, and the yardstick of growth."
+    "What a judgement changes: who is done and why, where it stands, the yardstick of growth."
     (E, _, whole, _), held, live = energies, move.held, rows.code == RUNNING
     last, final = count >= setup.max_steps, setup.is_final(count)
     settled = final & jnp.logical_not(move.moving)
@@ -264,9 +265,14 @@ def _judge(setup, count, rows, move, energies):
     unbounded = _unbounded(E, largest, first, rows.energy, whole)
     finite = whole & jnp.isfinite(residual)
     code = _reason(last, final, move.stuck & final, unbounded, at_rest & settled & finite, finite)
-    code, keep = jnp.where(live, code, rows.code), live & (whole | (count == 0))
-    before = choose_rows(live & whole, held.xs, rows.before)
-    return code, jnp.where(keep, residual, rows.residual), first, before
+    keep = live & (whole | (count == 0))
+    changed = (held.xs, jnp.full_like(rows.steps, count), residual, E)
+    old = (rows.before, rows.steps, rows.residual, rows.known)
+    before, steps, residual, known = choose_rows(keep, changed, old)
+    return {
+        "code": jnp.where(live, code, rows.code), "before": before, "steps": steps,
+        "residual": residual, "known": known, "first": first,
+    }
 
 # %% ../../nbs/api/dynamics/loop.ipynb #d0f75ca6
 def one_step(setup: Setup, state: State, due) -> State:
@@ -276,25 +282,19 @@ def one_step(setup: Setup, state: State, due) -> State:
     held = move.held
     E, noise, whole, risen = energies = _energies(rows, held, live, setup.is_final(count))
     judge = lambda: _judge(setup, count, rows, move, energies)
-    as_before = lambda: (rows.code, rows.residual, rows.first, rows.before)
+    as_before = lambda: {n: getattr(rows, n) for n in (
+        "code", "before", "steps", "residual", "known", "first")}
     if isinstance(due, bool): judged = judge() if due else as_before()
     else: judged = jax.lax.cond(due, judge, as_before)
-    code, residual, first, before = judged
-
-    keep, goes = live & (whole | (count == 0)), code == RUNNING
-    back = due & live & ~whole & (count > 0)
-    new = Rows(
-        ahead=choose_rows(goes, move.ahead, held.xs),
-        before=before,
+    keep = live & (whole | (count == 0))
+    new = dataclasses.replace(
+        rows,
+        **judged,
+        ahead=choose_rows(judged["code"] == RUNNING, move.ahead, held.xs),
         solver=move.state,
-        code=code,
-        steps=rows.steps + (goes & whole) - back,
-        residual=residual,
         energy=jnp.where(keep, E, rows.energy),
         noise=jnp.where(keep, noise, rows.noise),
         rises=rows.rises + risen,
-        first=first,
-        index=rows.index,
     )
     return State(count + 1, new, _record(setup, state, held, keep))
 
@@ -381,4 +381,5 @@ def search(setup: Setup, bad) -> tuple:
         state = dataclasses.replace(after, rows=_with_rows(state.rows, index, after.rows))
     if setup.progress:
         jax.debug.callback(ft.partial(_draw_bar, setup.max_steps), -1 - state.count, 0)
-    return dataclasses.replace(state.rows, ahead=state.rows.before), state.records
+    rows = state.rows # each stands where it was judged last
+    return dataclasses.replace(rows, ahead=rows.before, energy=rows.known), state.records
