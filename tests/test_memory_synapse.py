@@ -10,7 +10,9 @@ import pytest
 from jax.tree_util import Partial
 
 import hamux as hmx
+from hamux.dynamics.programs import network_as_data
 from hamux.lagrangians.separation import log_sum_relu
+from hamux.storage.config import from_config, to_config
 from hamux.synapses.memory import MemorySynapse
 
 MASK = np.arange(23) % 3 > 0
@@ -213,3 +215,197 @@ def test_distances_do_not_depend_on_where_zero_is(L):
     (near, g), (far, there) = energy(jnp.float32(0)), energy(jnp.float32(2**12))
     np.testing.assert_allclose(far, near, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(there, g, rtol=2e-3, atol=2e-3) # x̂ itself resolves 5e-4 there
+
+
+# --- a bias per memory, and entries that a memory does not know -----------------------------------
+
+
+KNOWN = np.random.default_rng(5).random((23, 3)) < 0.6
+KNOWN[~KNOWN.any(1), 0] = True
+
+
+def in_one_piece_with_gaps(L, similarity, mask):
+    "The energy written plainly, a loop over entries, from what each memory knows."
+    def energy(Xi, hyper, x):
+        hyper = dict(hyper)
+        bias, s = hyper.pop("bias"), []
+        for k in range(len(Xi)) if mask is None else np.flatnonzero(mask):
+            j = np.flatnonzero(KNOWN[k])
+            if similarity == "dot": s.append(Xi[k, j] @ x[j] + bias[k])
+            else: s.append(bias[k] - 0.5 * len(x) / len(j) * ((x[j] - Xi[k, j]) ** 2).sum())
+        return -L(jnp.stack(s), **hyper)
+    return energy
+
+
+@pytest.mark.parametrize("L, hyper, similarity, mask", [
+    (hmx.lagr_softmax, {"beta": 0.7}, "dot", MASK),
+    (hmx.lagr_softmax, {"beta": 0.7}, "euclidean", MASK),
+    (hmx.lagr_ghostmax, {"beta": 0.7}, "euclidean", None),
+    (hmx.lagr_exp, {"beta": 0.7}, "euclidean", MASK),
+    (log_sum_relu, {"beta": 0.2}, "euclidean", MASK),
+    (lambda s, beta: jnp.log(jnp.exp(beta * s).sum()) / beta, {"beta": 0.7}, "dot", MASK),
+], ids=lambda v: getattr(v, "__name__", None))
+def test_biases_and_gaps_have_the_derivatives_of_the_plain_energy(L, hyper, similarity, mask):
+    with jax.enable_x64(True):
+        X, Xi = jr.normal(jr.key(1), (4, 3), float), jr.normal(jr.key(2), (23, 3), float)
+        hyper = {n: jnp.array(v) for n, v in hyper.items()}
+        hyper["bias"] = jr.normal(jr.key(3), (23,), float)
+
+        def ours(Xi, hyper, x):
+            hyper = dict(hyper)
+            given = dict(bias=hyper.pop("bias"), known=KNOWN, mask=mask, block=7)
+            return MemorySynapse(Xi, Partial(L, **hyper), similarity, **given)(x)
+
+        plain = in_one_piece_with_gaps(L, similarity, mask)
+        run = jax.jit(derivatives, static_argnums=0)
+        got, wanted = run(ours, Xi, hyper, X), run(plain, Xi, hyper, X)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-8)
+
+
+def test_distances_are_weighed_as_those_of_scikit_learn():
+    pairwise = pytest.importorskip("sklearn.metrics.pairwise")
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        Xi, x, bias = rng.normal(size=(23, 3)), rng.normal(size=3), rng.normal(size=23)
+        holes = np.where(KNOWN, Xi, np.nan)
+        s = bias - pairwise.nan_euclidean_distances(x[None], holes, squared=True)[0] / 2
+        for L in (Partial(hmx.lagr_softmax, beta=2.0), hmx.lagr_identity):
+            synapse = MemorySynapse(holes, L, "euclidean", bias=bias, known=KNOWN, block=6)
+            np.testing.assert_allclose(synapse(x), -L(s), rtol=1e-12)
+            step = 1e-6 * np.eye(3)
+            slope = [(synapse(x + h) - synapse(x - h)) / 2e-6 for h in step]
+            np.testing.assert_allclose(jax.grad(synapse)(x), slope, rtol=1e-6, atol=1e-7)
+
+
+def test_a_bias_is_a_number_of_copies():
+    "The logarithm of a weight, over β: a memory stored three times, and three of them as one."
+    with jax.enable_x64(True):
+        Xi, x = jr.normal(jr.key(0), (5, 3), float), jr.normal(jr.key(1), (3,), float)
+        copies = np.array([1, 3, 1, 2, 1])
+        L = Partial(hmx.lagr_softmax, beta=4.0)
+        for similarity in ("dot", "euclidean"):
+            stored = MemorySynapse(jnp.repeat(Xi, copies, axis=0), L, similarity)
+            weighed = MemorySynapse(Xi, L, similarity, bias=np.log(copies) / 4)
+            np.testing.assert_allclose(weighed(x), stored(x), rtol=1e-12)
+        lengths = MemorySynapse(Xi, L, bias=-0.5 * (Xi**2).sum(1))
+        distances = MemorySynapse(Xi, L, "euclidean")(x) - 0.5 * x @ x
+        np.testing.assert_allclose(lengths(x), distances, rtol=1e-12)
+
+
+@pytest.mark.parametrize("hole", [np.nan, 1e30])
+def test_what_stands_for_an_unknown_entry_does_not_matter(hole):
+    Xi, bias = jr.normal(jr.key(0), (23, 3)), jnp.zeros(23)
+    holes = jnp.where(KNOWN, Xi, hole)
+    put_back = lambda synapse: eqx.tree_at(lambda s: s.Xi, synapse, holes) # as a training might
+    for L in (hmx.lagr_softmax, hmx.lagr_relu):
+        for similarity in ("dot", "euclidean"):
+            make = lambda Xi: MemorySynapse(Xi, L, similarity, bias=bias, known=KNOWN, block=4)
+            loss = lambda s: (jax.grad(s)(jnp.ones(3)) ** 2).sum()
+            got = [jax.grad(loss)(s) for s in (make(Xi), make(holes), put_back(make(Xi)))]
+            for g in got:
+                np.testing.assert_allclose(g.Xi, got[0].Xi, rtol=1e-6)
+                np.testing.assert_allclose(g.bias, got[0].bias, rtol=1e-6)
+            assert (np.asarray(got[0].Xi)[~KNOWN] == 0).all()
+    assert jnp.isfinite(make(holes).Xi).all()
+
+
+def test_a_bias_learns_as_the_memories_do():
+    Xi, x = jr.normal(jr.key(0), (6, 3)), jnp.ones(3)
+    make = lambda trainable: MemorySynapse(Xi, bias=jnp.zeros(6), trainable=trainable)
+    slopes = {t: jax.grad(lambda s: s(x))(make(t)).bias for t in (True, False)}
+    np.testing.assert_allclose(slopes[True], -jax.nn.softmax(Xi @ x), rtol=1e-5)
+    assert (slopes[False] == 0).all()
+
+
+def test_gaps_are_data_of_a_compiled_program():
+    Xi, x = jr.normal(jr.key(0), (23, 3)), {"v": jnp.ones(3)}
+    layer = hmx.NeuronLayer(hmx.lagr_identity, 3, leak=False)
+    net = lambda known: hmx.HAM(
+        {"v": layer},
+        {"m": MemorySynapse(Xi, hmx.lagr_softmax, "euclidean", bias=jnp.zeros(23), known=known)},
+        [(("v",), "m")],
+    )
+    hmx.descend(net(KNOWN), x, max_steps=3)
+    with hmx.compiled_programs() as names: hmx.descend(net(KNOWN[:, ::-1]), x, max_steps=3)
+    assert "_descend" not in " ".join(names)
+    plain, data = net(KNOWN), network_as_data(net(KNOWN), jnp.float32)
+    assert data.dtype == plain.dtype == jnp.float32
+    np.testing.assert_allclose(data.energy(x, x), plain.energy(x, x), rtol=1e-6)
+
+
+def test_gaps_and_biases_are_described():
+    def net(known, dtype):
+        bias, layer = jnp.arange(23.0, dtype=dtype), hmx.IdentityLayer((3, 1))
+        Xi = jr.normal(jr.key(0), (23, 3, 1))
+        return hmx.HAM([layer], [MemorySynapse(Xi, bias=bias, known=known)], [([0], 0)])
+    for dtype in (jnp.float32, jnp.float16): # that of the memories, and another
+        ham = net(KNOWN[..., None], dtype)
+        made = from_config(to_config(ham), key=jr.key(1))
+        assert to_config(made) == to_config(ham)
+        assert jax.tree.structure(made) == jax.tree.structure(ham)
+        assert made.hypersynapses[0].bias.dtype == dtype
+        assert (made.hypersynapses[0].known == KNOWN[..., None]).all()
+    other = to_config(net(KNOWN[..., None], jnp.float32))["hypersynapses"][0]["known"]
+    for text in ("no", "AAAA", other):
+        with pytest.raises(ValueError, match="known must be booleans of shape"):
+            hmx.build(
+                [hmx.IdentityLayer(9)], [MemorySynapse.lazy(23, known=text)], [([0], 0)],
+                key=jr.key(0),
+            )
+
+
+@pytest.mark.parametrize("given, message", [
+    (dict(bias=np.zeros(3)), r"bias must have shape \(23,\)"),
+    (dict(bias=np.full(23, -np.inf)), "bias must be finite, got -inf for the memory 0"),
+    (dict(bias="large"), "bias must be an array"),
+    (dict(known=KNOWN[0]), r"known must have shape \(23, 3\), got \(3,\)"),
+    (dict(known=KNOWN.astype(float)), "known must be booleans"),
+    (dict(known=KNOWN & (np.arange(23) != 4)[:, None]), "none for 1 memories, the first of them 4"),
+])
+def test_unfit_biases_and_gaps_are_refused(given, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        MemorySynapse(np.ones((23, 3)), **given)
+
+
+def test_an_empty_slot_may_know_nothing():
+    Xi, x = jr.normal(jr.key(0), (23, 3)), jnp.ones(3)
+    known = KNOWN & MASK[:, None]
+    for L in (hmx.lagr_softmax, hmx.lagr_relu):
+        ours = MemorySynapse(Xi, L, "euclidean", mask=MASK, known=known)
+        rows = MemorySynapse(Xi[MASK], L, "euclidean", known=known[MASK])
+        np.testing.assert_allclose(jax.grad(ours)(x), jax.grad(rows)(x), rtol=1e-5)
+
+
+SOLVERS = [
+    hmx.Adaptive(), hmx.Backtracking(), hmx.Euler(0.5), hmx.Relaxation(),
+    hmx.Langevin(0.1, 0.01),
+]
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
+def test_a_batch_of_networks_descends_as_each_alone(solver):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        Xi, bias = rng.normal(size=(5, 6, 4)), 0.1 * rng.normal(size=(5, 6))
+        known, mask = rng.random((5, 6, 4)) < 0.8, rng.random((5, 6)) < 0.8
+        known[..., 0], mask[:, 0] = True, True
+        L = Partial(hmx.lagr_softmax, beta=3.0)
+        make = lambda Xi, bias, known, mask: MemorySynapse(
+            Xi, L, "euclidean", bias=bias, known=known, mask=mask, block=4
+        )
+
+        def end(synapse, x):
+            layer = hmx.NeuronLayer(hmx.lagr_identity, 4, leak=False)
+            ham = hmx.HAM({"pattern": layer}, {"bank": synapse}, [(("pattern",), "bank")])
+            key = jr.key(0) if isinstance(solver, hmx.Langevin) else None
+            out = hmx.descend(ham, {"pattern": x}, solver=solver, max_steps=40, key=key)
+            return out.xs["pattern"], out.energy, out.steps, out.code
+
+        x = Xi[:, 0] + 0.3 * rng.normal(size=(5, 4))
+        synapses = eqx.filter_vmap(make)(Xi, bias, known, mask)
+        together = eqx.filter_vmap(end)(synapses, jnp.asarray(x))
+        for i in range(5):
+            alone = end(make(Xi[i], bias[i], known[i], mask[i]), x[i])
+            for a, b in zip(together, alone, strict=True):
+                np.testing.assert_allclose(a[i], b, rtol=1e-9, atol=1e-9)

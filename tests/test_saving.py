@@ -125,6 +125,15 @@ def test_every_lagrangian(name, tmp_path):
     check_round_trip(hmx.HAM([hmx.NeuronLayer(hot, 4)], [memory], [([0], 0)]), tmp_path / "hot")
 
 
+@pytest.mark.parametrize("bias", [jnp.float32, jnp.float16])
+def test_a_memory_with_gaps(bias, tmp_path):
+    rng = np.random.default_rng(0)
+    known = rng.random((5, 3, 2)) < 0.7
+    Xi = np.where(known, rng.normal(size=known.shape), np.nan).astype("f4")
+    memory = hmx.MemorySynapse(Xi, bias=jnp.arange(5, dtype=bias), known=known, block=2)
+    check_round_trip(hmx.HAM([hmx.TanhLayer((3, 2))], [memory], [([0], 0)]), tmp_path / "n")
+
+
 PLACES = [(3,)], [(3,), (4,)], [(4, 3)], [(4, 4, 2), (2, 2, 2)], [(4, 4, 2), (4, 4, 6)]
 WHOLE = {  # what is not made by a recipe
     "RandomFeatureMemory": lambda: hmx.RandomFeatureMemory(jnp.ones(8), jnp.ones((4, 3)), 2.0),

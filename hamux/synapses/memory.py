@@ -8,12 +8,14 @@ Docs: https://hamux.github.io/hamux/api/synapses/memory.html.md"""
 __all__ = ['MemorySynapse']
 
 # %% ../../nbs/api/synapses/memory.ipynb #918ee614
+import base64
 import functools as ft
 import math
 import numbers
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -31,6 +33,7 @@ from ..network.neurons import readable_name, scalar_lagrangian
 from hamux.network.parameters import (
     as_mask,
     as_weights,
+    is_parameter,
     lagrangian_as_data,
     mask_as_data,
     seal,
@@ -43,29 +46,67 @@ from ..network.recipe import Lazy, trainable_config
 from ..numerics.streaming import stream, stream_tangent
 
 # %% ../../nbs/api/synapses/memory.ipynb #185a0a69
-def _similarities(x, Xi, similarity, mask=None):
-    "The similarity of the vector `x` to each row of `Xi`; masked rows count as zeros."
-    Xi = Xi.astype(x.dtype)
-    if mask is not None: Xi = jnp.where(mask[:, None], Xi, 0)
-    if similarity == "dot": return Xi @ x
-    origin = jax.lax.stop_gradient(Xi.mean(0)) # distances do not depend on it; their rounding does
-    Xi, x = Xi - origin, x - origin
-    return Xi @ x - 0.5 * (Xi * Xi).sum(1) - 0.5 * (x * x).sum()
+class _Rows(NamedTuple):
+    "What a block of memories is to a query."
+    s: Array # the similarity of each, its bias included
+    there: Array | None # which slots hold a memory
+    pulls: Array # ∂s/∂x̂ of each, less what `shares` takes off: ξ, where a memory is Euclidean too
+    shares: Array | None # of memories that know some entries only: what x̂ is multiplied by there
+
+
+@dataclass(frozen=True)
+class _Bank:
+    "How blocks are read: Ξ, then those arrays beside it that there are, in this order."
+    similarity: str
+    masked: bool = False # booleans (K,), whether a slot holds a memory
+    biased: bool = False # numbers (K,), added to the similarities
+    partial: bool = False # (K, d), whether a memory knows an entry; booleans, or zeros and ones
+
+    @property
+    def arrays(self): return 1 + self.masked + self.biased + self.partial
+    @property
+    def by_entry(self): return self.partial and self.similarity == "euclidean"
+
+    def read(self, x, blocks):
+        "The rows of a block as the query `x` sees them."
+        Xi, *rest = blocks[: self.arrays]
+        there = rest.pop(0) if self.masked else None
+        bias = rest.pop(0).astype(x.dtype) if self.biased else 0
+        filled = rest[0] > 0.5 if self.partial else None
+        if there is not None:
+            filled = there[:, None] if filled is None else filled & there[:, None]
+        Xi = (Xi if filled is None else jnp.where(filled, Xi, 0)).astype(x.dtype)
+        if self.similarity == "dot": return _Rows(Xi @ x + bias, there, Xi, None)
+        s, pulls, shares = _distances(x, Xi, filled, self.by_entry)
+        return _Rows(s + bias, there, pulls, shares)
+
+
+def _distances(x, Xi, filled, by_entry):
+    "−½ of squared distances, and the parts of their derivatives in `x`, as in `_Rows`."
+    n = len(Xi) if filled is None else jnp.maximum(filled.sum(0), 1)
+    # distances do not depend on the origin; their rounding does
+    origin = jax.lax.stop_gradient(Xi.sum(0) / n)
+    near, x = Xi - origin, x - origin
+    if not by_entry: return near @ x - 0.5 * (near * near).sum(1) - 0.5 * (x * x).sum(), Xi, None
+    ones = filled.astype(x.dtype)
+    worth = x.size / jnp.maximum(ones.sum(1), 1) # of each entry that a memory knows
+    near = near * ones
+    s = worth * (near @ x - 0.5 * (near * near).sum(1) - 0.5 * (ones @ (x * x)))
+    return s, worth[:, None] * Xi, worth[:, None] * ones
 
 
 @dataclass(frozen=True)
 class _Terms:
-    "Σ f(s_k): args are x̂ and shared numbers, blocks are Ξ, numbers per memory, the mask."
+    "Σ f(s_k): args are x̂ and shared numbers, blocks are the bank and numbers per memory."
     tree: Any # the function, without the numbers that it holds
     constants: tuple # pairs of a keyword and its value
     shared: tuple # keywords whose values are arrays
     per_memory: tuple # keywords with one value per memory
-    similarity: str
+    bank: _Bank
 
     def __call__(self, size, args, blocks):
-        (x, *numbers), (Xi, *rest) = args, blocks
-        own, mask = rest[:len(self.per_memory)], rest[len(self.per_memory):]
-        s = _similarities(x, Xi, self.similarity, *mask)
+        (x, *numbers), own = args, blocks[self.bank.arrays :]
+        rows = self.bank.read(x, blocks)
         keywords = dict(self.constants) | dict(
             zip(self.shared, numbers[: len(self.shared)], strict=True)
         )
@@ -73,115 +114,107 @@ class _Terms:
         one = lambda s, *own: function(
             s, **keywords, **dict(zip(self.per_memory, own, strict=True))
         )
-        terms = jax.vmap(one)(s, *own)
-        return ((jnp.where(mask[0], terms, 0) if mask else terms).sum(),), ()
+        terms = jax.vmap(one)(rows.s, *own)
+        return ((terms if rows.there is None else jnp.where(rows.there, terms, 0)).sum(),), ()
 
 
-def _sum_of(lagrangian, similarity, x, Xi, masks, block):
+def _sum_of(lagrangian, bank, x, blocks, block):
     "Σ L(s_k), a block at a time: arrays bound as keywords learn, also one per memory."
     function, keywords = taken_apart(lagrangian)
-    K, who = len(Xi), readable_name(function)
+    K, who = len(blocks[0]), readable_name(function)
     number = lambda n, v: hyperparameter(v, n, who, (K,), x.dtype, at_least=-math.inf)
     arrays = {n: number(n, v) for n, v in keywords.items() if isinstance(v, jax.Array | np.ndarray)}
     own = {n: jnp.broadcast_to(v, (K,)) for n, v in arrays.items() if v.size > 1}
     shared = {n: v.reshape(()) for n, v in arrays.items() if v.size == 1}
     constants = tuple((n, v) for n, v in keywords.items() if n not in arrays)
     held, tree = jtu.tree_flatten(seal(function))
-    terms = _Terms(tree, constants, tuple(shared), tuple(own), similarity)
-    return stream(terms, (x, *shared.values(), *held), (Xi, *own.values(), *masks), block=block)[0]
+    terms = _Terms(tree, constants, tuple(shared), tuple(own), bank)
+    return stream(terms, (x, *shared.values(), *held), (*blocks, *own.values()), block=block)[0]
 
 # %% ../../nbs/api/synapses/memory.ipynb #af641038
 @dataclass(frozen=True)
 class _Rivals:
-    "Of a block: the largest similarity, the sum of relative weights, the weighted sum."
-    similarity: str
+    "Of a block: the largest similarity, the sum of relative weights, and the weighted sums."
+    bank: _Bank
 
     def __call__(self, size, args, blocks):
-        (x, beta), (Xi, *mask) = args, blocks
-        s = _similarities(x, Xi, self.similarity, *mask)
+        x, beta = args
+        s, there, pulls, shares = self.bank.read(x, blocks)
         low = jnp.finfo(s.dtype).min
-        top = (jnp.where(mask[0], s, low) if mask else s).max()
+        top = (s if there is None else jnp.where(there, s, low)).max()
         p = jnp.exp(beta * (s - top))
-        if mask: p = jnp.where(mask[0], p, 0)
-        return (
-            top,
-            p.sum(),
-            p @ (jnp.where(mask[0][:, None], Xi, 0) if mask else Xi).astype(x.dtype),
-        ), ()
+        if there is not None: p = jnp.where(there, p, 0)
+        sums = top, p.sum(), p @ pulls
+        return (sums if shares is None else (*sums, p @ shares)), ()
 
 
 def _merge_rivals(args, old, new):
     "Two blocks relative to the larger of their maxima."
     top, beta = jnp.maximum(old[0], new[0]), args[1]
     a, b = jnp.exp(beta * (old[0] - top)), jnp.exp(beta * (new[0] - top))
-    return top, a * old[1] + b * new[1], a * old[2] + b * new[2]
+    return top, *(a * v + b * w for v, w in zip(old[1:], new[1:], strict=True))
 
 
 @dataclass(frozen=True)
 class _Weighted:
     "A sum with the weights p_k = exp(β(s_k − t) − z); args are x̂, β, z and t."
     what: str # "mass", "mean" or "heat"
-    similarity: str
+    bank: _Bank
 
     def __call__(self, size, args, blocks):
-        (x, beta, z, top), (Xi, *mask) = args, blocks
-        s = _similarities(x, Xi, self.similarity, *mask)
+        x, beta, z, top = args
+        s, there, pulls, shares = self.bank.read(x, blocks)
         gap = s - top
-        if mask: gap = jnp.where(mask[0], gap, 0)
+        if there is not None: gap = jnp.where(there, gap, 0)
         p = jnp.exp(beta * gap - z)
-        if mask: p = jnp.where(mask[0], p, 0)
-        if self.what == "mean":
-            return (p @ (jnp.where(mask[0][:, None], Xi, 0) if mask else Xi).astype(x.dtype),), ()
+        if there is not None: p = jnp.where(there, p, 0)
+        if self.what == "mean": return (p @ pulls, *(() if shares is None else (p @ shares,))), ()
         return ((p if self.what == "mass" else p * gap).sum(),), ()
 
 # %% ../../nbs/api/synapses/memory.ipynb #cc47288c
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _compete(how, x, beta, *blocks):
-    "z, the maximum t, the mean memory, the mass; `how` is (similarity, silent, block)."
-    similarity, silent, block = how
+    "z, the maximum t, the mean of the pulls, that of the shares; `how` is (bank, silent, block)."
+    bank, silent, block = how
     low = 0.0 if silent else float(jnp.finfo(x.dtype).min)
-    top, weight, mean = stream(
-        _Rivals(similarity),
-        (x, beta),
-        blocks,
-        fold=_merge_rivals,
-        start=(low, 0.0, 0.0),
-        block=block,
+    start = (low, 0.0, 0.0) + (0.0,) * bank.by_entry
+    top, weight, mean, *share = stream(
+        _Rivals(bank), (x, beta), blocks, fold=_merge_rivals, start=start, block=block
     )
     whole = weight + silent * jnp.exp(-beta * top) if silent else weight
-    return jnp.log(whole), top, mean / whole, weight / whole
+    return jnp.log(whole), top, mean / whole, (share[0] if share else weight) / whole
 
 
 @ft.partial(_compete.defjvp, symbolic_zeros=True)
 def _compete_jvp(how, primals, tangents):
-    (similarity, silent, block), (x, beta, *blocks) = how, primals
+    (bank, silent, block), (x, beta, *blocks) = how, primals
     given = lambda t: None if isinstance(t, SymbolicZero) or t.dtype == jax.dtypes.float0 else t
     dx, dbeta, *dblocks = map(given, tangents)
-    z, top, mean, mass = out = _compete(how, x, beta, *blocks)
+    z, top, mean, share = out = _compete(how, x, beta, *blocks)
     args, dz = (x, beta, z, top), jnp.zeros_like(z)
     unheard = silent * jnp.exp(-beta * top - z) if silent else 0
     if dx is not None:
-        dz = dz + beta * ((mean if similarity == "dot" else mean - mass * x) * dx).sum()
+        dz = dz + beta * ((mean if bank.similarity == "dot" else mean - share * x) * dx).sum()
     if dbeta is not None:
         dz = (
             dz
-            + (stream(_Weighted("heat", similarity), args, blocks, block=block)[0] - unheard * top)
+            + (stream(_Weighted("heat", bank), args, blocks, block=block)[0] - unheard * top)
             * dbeta
         )
-    if dblocks[0] is not None:
+    if any(d is not None for d in dblocks):
         dz = (
             dz
             + stream_tangent(
-                _Weighted("mass", similarity), args, blocks, (None,) * 4, dblocks, block=block
+                _Weighted("mass", bank), args, blocks, (None,) * 4, dblocks, block=block
             )[0]
         )
-    (dmean,) = stream_tangent(
-        _Weighted("mean", similarity), args, blocks, (dx, dbeta, dz, None), dblocks, block=block
+    dmean, *dshare = stream_tangent(
+        _Weighted("mean", bank), args, blocks, (dx, dbeta, dz, None), dblocks, block=block
     )
-    dmass = jnp.zeros_like(mass) + (
-        unheard * (dz + (0 if dbeta is None else top * dbeta)) if silent else 0
-    )
-    return out, (dz, jnp.zeros_like(top), dmean, dmass)
+    if not dshare:
+        ghost = unheard * (dz + (0 if dbeta is None else top * dbeta)) if silent else 0
+        dshare = [jnp.zeros_like(share) + ghost]
+    return out, (dz, jnp.zeros_like(top), dmean, *dshare)
 
 # %% ../../nbs/api/synapses/memory.ipynb #0350ecd1
 def _settings(lagrangian, names):
@@ -190,16 +223,16 @@ def _settings(lagrangian, names):
     return {n: v for n, v in values.items() if v is not None}
 
 
-def _separation(lagrangian, similarity, x, Xi, masks, block):
+def _separation(lagrangian, bank, x, blocks, block):
     "L(similarity(Ξ, x̂)) as a streaming sum, or None where the Lagrangian declares none."
     facts, (function, _) = facts_of(lagrangian), taken_apart(lagrangian)
     who = readable_name(function)
-    if facts.form == "sum": return _sum_of(lagrangian, similarity, x, Xi, masks, block)
+    if facts.form == "sum": return _sum_of(lagrangian, bank, x, blocks, block)
     if facts.form == "competition":
         reduced_axes(_settings(lagrangian, [facts.axis]).get(facts.axis, -1), 1, who)
         beta = _settings(lagrangian, [facts.beta]).get(facts.beta, 1.0)
         beta = hyperparameter(beta, facts.beta, who, (1,), x.dtype).reshape(())
-        z, top, *_ = _compete((similarity, facts.silent, block), x, beta, Xi, *masks)
+        z, top, *_ = _compete((bank, facts.silent, block), x, beta, *blocks)
         return top + z / beta
     if facts.form == "function of a sum":
         number = lambda n, v: hyperparameter(v, n, who, (), x.dtype, at_least=-math.inf)
@@ -207,27 +240,41 @@ def _separation(lagrangian, similarity, x, Xi, masks, block):
             {n: number(n, v) for n, v in settings_for(lagrangian, f).items()}
             for f in (facts.terms, facts.outer)
         )
-        total = _sum_of(eqx.Partial(facts.terms, **inner), similarity, x, Xi, masks, block)
+        total = _sum_of(eqx.Partial(facts.terms, **inner), bank, x, blocks, block)
         return facts.outer(total, **outer)
     return None
 
 
+def _bank_of(synapse):
+    "How the bank of a synapse is read, and its arrays: one memory per row."
+    K, entries = len(synapse.Xi), synapse._known
+    entries = entries if is_parameter(entries) else synapse.known # as it is, for each block to read
+    beside = {
+        "masked": synapse.mask,
+        "biased": None if synapse.bias is None else trained(synapse.bias, synapse.trainable),
+        "partial": None if entries is None else jax.lax.stop_gradient(entries.reshape(K, -1)),
+    }
+    arrays = {name: v for name, v in beside.items() if v is not None}
+    bank = _Bank(synapse.similarity, **dict.fromkeys(arrays, True))
+    return bank, (trained(synapse.Xi, synapse.trainable).reshape(K, -1), *arrays.values())
+
+
 def _energy(synapse, xhat):
     "The energy of one activation: streamed if declared, else from all similarities at once."
-    Xi, mask = trained(synapse.Xi, synapse.trainable).reshape(synapse.Xi.shape[0], -1), synapse.mask
-    dtype = jnp.promote_types(xhat.dtype, Xi.dtype)
+    bank, blocks = _bank_of(synapse)
+    dtype = jnp.promote_types(xhat.dtype, synapse.Xi.dtype)
     x = xhat.reshape(-1).astype(jnp.promote_types(dtype, jnp.float32))
-    masks = () if mask is None else (jnp.asarray(mask),)
-    L = _separation(synapse.lagrangian, synapse.similarity, x, Xi, masks, synapse.block)
+    L = _separation(synapse.lagrangian, bank, x, tuple(map(jnp.asarray, blocks)), synapse.block)
     if L is None:
+        mask, lagrangian = synapse.mask, synapse.lagrangian
         if isinstance(mask, jax.core.Tracer):
             raise TypeError(
                 "MemorySynapse: a traced mask needs a Lagrangian that says how it streams, got"
-                f" {readable_name(synapse.lagrangian)}, which declares no form. Declare it with"
+                f" {readable_name(lagrangian)}, which declares no form. Declare it with"
                 " hamux.with_facts."
             )
-        s = _similarities(x, Xi if mask is None else Xi[np.flatnonzero(mask)], synapse.similarity)
-        L = scalar_lagrangian(synapse.lagrangian, readable_name(synapse.lagrangian))(s)
+        here = slice(None) if mask is None else np.flatnonzero(mask)
+        L = scalar_lagrangian(lagrangian, readable_name(lagrangian))(bank.read(x, blocks).s[here])
     return -L.astype(dtype)
 
 # %% ../../nbs/api/synapses/memory.ipynb #d238abb1
@@ -270,6 +317,44 @@ def _memory_mask(mask, K):
     return mask
 
 
+def _memory_bias(bias, K):
+    "A number for each memory, checked, or None."
+    if bias is None: return None
+    bias = as_weights(bias, "bias", "MemorySynapse")
+    if bias.shape != (K,):
+        raise ValueError(
+            f"MemorySynapse: bias must have shape ({K},), one number per memory, got {bias.shape}."
+        )
+    seen = not isinstance(bias, jax.core.Tracer) and bias.is_fully_addressable
+    if seen and (odd := np.flatnonzero(~np.isfinite(np.asarray(bias, float)))).size:
+        raise ValueError(
+            f"MemorySynapse: bias must be finite, got {bias[odd[0]]} for the memory {odd[0]}. A"
+            " memory of weight 0 is an empty slot: give mask=."
+        )
+    return bias
+
+
+def _memory_known(known, shape, mask):
+    "Booleans of the shape of the memories, checked, or None."
+    if known is None: return None
+    known = as_mask(known, "MemorySynapse", "known", shape)
+    traced = any(isinstance(v, jax.core.Tracer) for v in (known, mask))
+    if traced: return known
+    nothing = ~known.reshape(shape[0], -1).any(1) & (True if mask is None else mask)
+    if nothing.any():
+        raise ValueError(
+            "MemorySynapse: each memory must know an entry, got known= with none for"
+            f" {nothing.sum()} memories, the first of them {nothing.argmax()}. Leave them out, or"
+            " give mask=."
+        )
+    return known
+
+
+def _narrow(dtype):
+    "Sixteen bits that keep the dtype of what they stand beside."
+    return jnp.float16 if dtype == jnp.float16 else jnp.bfloat16
+
+
 def _memory_tokens(synapse, xhat):
     "The activation, checked: the shape of a memory, or rows of tokens."
     shape, xhat = synapse.Xi.shape[1:], jnp.asarray(xhat)
@@ -297,6 +382,8 @@ class MemorySynapse(eqx.Module):
     Xi: Float[Array, "K ..."]
     _lagrangian: PyTree
     _mask: PyTree
+    bias: Float[Array, " K"] | None
+    _known: PyTree
     similarity: str = eqx.field(static=True)
     trainable: bool = eqx.field(static=True)
     block: int | None = eqx.field(static=True)
@@ -310,14 +397,23 @@ class MemorySynapse(eqx.Module):
                  similarity="dot", # "dot", ξ·x̂, or "euclidean", −½‖x̂ − ξ‖²
                  *,
                  mask=None, # booleans (K,), False for an empty slot; None where all are used
-                 trainable=True, # whether gradients reach the memories
+                 # numbers (K,) to add to the similarities, log(w_k)/β for weights w_k; they learn
+                 bias=None,
+                 # booleans of the shape of Xi, False for an entry that a memory does not know
+                 known=None,
+                 trainable=True, # whether gradients reach the memories and their bias
                  block=None, # memories to take at a time; None to choose
                  # axes of the layer over which a memory extends: "all", or "last" for each token by
                  # itself
                  over="all"):
         self.Xi = as_weights(Xi, "Xi", "MemorySynapse")
         _check_memories(self.Xi, lagrangian, similarity, block, over)
-        self._mask = seal_mask(_memory_mask(mask, len(self.Xi)), self.Xi.dtype)
+        K, dtype = len(self.Xi), self.Xi.dtype
+        mask = _memory_mask(mask, K)
+        known = _memory_known(known, self.Xi.shape, mask)
+        self._mask, self._known = seal_mask(mask, dtype), seal_mask(known, _narrow(dtype))
+        if known is not None: self.Xi = jnp.where(known, self.Xi, 0) # so that no parameter is NaN
+        self.bias = _memory_bias(bias, K)
         self._lagrangian, self.similarity, self.over = seal(lagrangian), similarity, over
         self.trainable, self.block = bool(trainable), block and int(block)
         scalar = scalar_lagrangian(
@@ -333,6 +429,10 @@ class MemorySynapse(eqx.Module):
     def mask(self):
         return unseal_mask(self._mask)
 
+    @property
+    def known(self):
+        return unseal_mask(self._known)
+
     def __call__(self,
                  # activation, the shape of one memory, after the axes of tokens if any
                  xhat: Float[Array, "..."],
@@ -346,6 +446,27 @@ class MemorySynapse(eqx.Module):
         )
 
 # %% ../../nbs/api/synapses/memory.ipynb #bfd8ee95
+def _known_as_text(known):
+    "Booleans as a word: their bits, compressed."
+    return base64.b64encode(zlib.compress(np.packbits(known).tobytes(), 9)).decode()
+
+
+def _known_from_text(text, shape):
+    "The booleans of a word. Raises ValueError for another one, or another number of them."
+    size = math.prod(shape)
+    try:
+        reader = zlib.decompressobj()
+        held = reader.decompress(base64.b64decode(text, validate=True), size // 8 + 2)
+    except (ValueError, zlib.error):
+        held = b""
+    if len(held) != -(-size // 8):
+        raise ValueError(
+            f"MemorySynapse: known must be booleans of shape {shape}, or the word that config()"
+            f" makes of them, got {text[:20]!r}."
+        )
+    return np.unpackbits(np.frombuffer(held, np.uint8), count=size).astype(bool).reshape(shape)
+
+
 @patch(cls_method=True)
 def lazy(cls: MemorySynapse,
          memories, # how many
@@ -354,14 +475,19 @@ def lazy(cls: MemorySynapse,
          scale=1.0, # standard deviation of the memories
          mask=None, # booleans, one per memory: False for an empty slot
          over="all", # axes of the layer over which a memory extends: "all" or "last"
+         *, bias=None, # numbers, one per memory, or True for zeros that learn
+         known=None, # booleans (memories, *shape of one), or the word that `config` makes of them
          **settings, # block, trainable
          ) -> Lazy: # for one layer
     "Random memories of the shape that `build` finds."
     mask = None if mask is None else np.asarray(mask)
 
     def make(key, shape, *, site):
-        Xi = site.normal(key, (memories, *(shape[-1:] if over == "last" else shape)), scale)
-        return cls(Xi, lagrangian, similarity, mask=mask, over=over, **settings)
+        rows = memories, *(shape[-1:] if over == "last" else shape)
+        Xi = site.normal(key, rows, scale)
+        more = settings | {"bias": jnp.zeros(memories, Xi.dtype) if bias is True else bias}
+        more["known"] = _known_from_text(known, rows) if isinstance(known, str) else known
+        return cls(Xi, lagrangian, similarity, mask=mask, over=over, **more)
 
     return Lazy(make, f"MemorySynapse.lazy({memories})")
 
@@ -375,6 +501,8 @@ def config(self: MemorySynapse) -> dict:
         "similarity": self.similarity,
     }
     if self.mask is not None: settings["mask"] = np.asarray(self.mask).tolist()
+    if self.bias is not None: settings["bias"] = True
+    if self.known is not None: settings["known"] = _known_as_text(self.known)
     if self.block: settings["block"] = self.block
     if self.over != "all": settings["over"] = self.over
     return trainable_config(self, **settings)
@@ -389,10 +517,12 @@ def alone(self: MemorySynapse, position: int) -> str | None:
 @patch
 def as_data(self: MemorySynapse,
             dtype, # of the arrays: that of the states, or float32 if it is wider
-            ) -> MemorySynapse: # the same, its beta and its mask as arrays
+            ) -> MemorySynapse: # the same, its beta and its booleans as arrays
     "The synapse as a compiled function takes it. One that does not stream is as it was."
     if facts_of(self.lagrangian).form is None: return self
-    new = lagrangian_as_data(self._lagrangian, dtype), mask_as_data(self._mask, self.Xi.dtype)
-    parts = lambda m: (m._lagrangian, m._mask)
+    own = self.Xi.dtype
+    masks = mask_as_data(self._mask, own), mask_as_data(self._known, _narrow(own))
+    parts = lambda m: (m._lagrangian, m._mask, m._known)
     old = parts(self)
+    new = lagrangian_as_data(self._lagrangian, dtype), *masks
     return eqx.tree_at(parts, self, new, is_leaf=lambda v: any(v is o for o in old))
