@@ -1,4 +1,4 @@
-"""Patterns in and out of `.npy`, `.npz` and `.csv`: read in batches, written whole or not at all.
+"""Patterns in and out of `.npy`, `.npz`, `.csv` and Parquet: read in batches, written whole or not at all.
 
 Docs: https://hamux.github.io/hamux/api/storage/files.html.md"""
 
@@ -23,6 +23,7 @@ from typing import BinaryIO
 import numpy as np
 
 from .formats import Csv, Layout, Npy, Npz, check_layout
+from .parquet import Parquet
 from .problems import FileProblem, as_path, file_problems
 
 # %% ../../nbs/api/storage/files.ipynb #b0239cce
@@ -84,6 +85,24 @@ class RowSource:
         rows, = self.batches(self.shape[0])
         return rows
 
+    def take(self,
+        rows: np.ndarray, # (n,) numbers of rows, in any order
+    ) -> np.ndarray: # (n, features); raises as `batches` does
+        "Some rows: read where they are, or picked from all where the format knows no places."
+        wanted, place = np.unique(rows, return_inverse=True)
+        out = np.empty((len(wanted), self.shape[1]), self.dtype)
+        if hasattr(self._format, "pick") and not self._layout.fortran:
+            with file_problems(self.path), open(self.path, "rb") as file:
+                self._check_unchanged(file)
+                self._format.pick(file, self.path, self._layout, wanted, out)
+            return out[place]
+        first = 0
+        for batch in self._stream(max(2**20 // self.shape[1], 1)):
+            here = slice(*np.searchsorted(wanted, [first, first + len(batch)]))
+            out[here] = batch[wanted[here] - first]
+            first += len(batch)
+        return out[place]
+
     def _stream(self, size):
         "A generator over a file that is open while it runs."
         with file_problems(self.path), open(self.path, "rb") as file:
@@ -103,15 +122,16 @@ def _stamp(file):
     return (s := os.fstat(file.fileno())).st_dev, s.st_ino, s.st_size, s.st_mtime_ns
 
 # %% ../../nbs/api/storage/files.ipynb #209bab9d
-_FORMATS = {".npy": Npy, ".npz": Npz, ".csv": Csv}
-_MAGIC = {b"\x93NUMPY": ".npy", b"PK\x03\x04": ".npz", b"PK\x05\x06": ".npz"}
+_FORMATS = {".npy": Npy, ".npz": Npz, ".csv": Csv, ".parquet": Parquet}
+_MAGIC = {b"\x93NUMPY": ".npy", b"PK\x03\x04": ".npz", b"PK\x05\x06": ".npz", b"PAR1": ".parquet"}
 
 
 def _suffix(path):
     "The extension of a path. Raises `FileProblem` if it names no format."
     if (suffix := path.suffix.lower()) in _FORMATS: return suffix
     named = suffix or "a name without extension"
-    raise FileProblem.at(path, f"{named} is no known format; name a .npy, .npz or .csv file")
+    what = f"{named} is no known format"
+    raise FileProblem.at(path, f"{what}; name a .npy, .npz, .csv or .parquet file")
 
 
 def _check_content(path, suffix, start):
@@ -127,7 +147,7 @@ def _check_content(path, suffix, start):
 
 # %% ../../nbs/api/storage/files.ipynb #1c777e98
 def open_rows(
-    path: str | os.PathLike, # a .npy, .npz or .csv file of at least two dimensions, rows first
+    path: str | os.PathLike, # a .npy, .npz, .csv or .parquet file of at least two dimensions, rows first
     *,
     # which array of a .npz file; needed if it holds several and none is called `rows`
     name: str | None = None,
@@ -253,6 +273,8 @@ def write_rows(
     "Write a file of rows in batches. Raises ValueError if fewer rows came than were announced."
     path = as_path(path, "write_rows")
     form = _FORMATS[_suffix(path)]
+    if form is Parquet:
+        raise FileProblem.at(path, ".parquet is read only; name a .npy, .npz or .csv file")
     shape = tuple(int(n) for n in (n_rows, *np.atleast_1d(row_shape)))
     layout = check_layout(Layout(shape, np.dtype(dtype).newbyteorder("=")), path)
     with atomic_file(path) as file:

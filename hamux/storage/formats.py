@@ -177,6 +177,15 @@ class Npy:
             yield rows.reshape(-1, layout.features)
 
     @staticmethod
+    def pick(file: BinaryIO, path: Path, layout: Layout, rows: np.ndarray, out: np.ndarray) -> None:
+        "Read some rows, in ascending order, into `out`: neighbours together."
+        ends = np.flatnonzero(np.diff(rows, append=-2) != 1) + 1
+        for start, end in zip(np.r_[0, ends[:-1]], ends):
+            file.seek(layout.offset + int(rows[start]) * layout.row_bytes)
+            raw = read_exactly(file, int(end - start) * layout.row_bytes)
+            out[start:end] = raw.view(layout.dtype).reshape(-1, layout.features)
+
+    @staticmethod
     def in_order(file: BinaryIO, layout: Layout, size: int) -> Iterator[np.ndarray]:
         "Batches of rows that follow one another from here."
         for start in range(0, layout.shape[0], size):
