@@ -39,7 +39,7 @@ _LATER = {
         denoising_loss completion_loss classification_loss squared_error cross_entropy
         hide_pixels hide_half hide_rectangle fit Fit batches unit_norm
     """,
-    "memories": "recall Memory memory_ham",
+    "memories": "recall Memory Recalled memory_ham",
     "analysis": """
         which_memory stability Stability basin_size flip_signs add_noise erase cover
         AbstractDiscreteMemory DiscreteHopfield DiscreteMemory hebbian pseudo_inverse

@@ -188,9 +188,9 @@ def corrupt(
 # %% ../nbs/api/cli.ipynb #5805bbec
 def _recall_timed(memory, queries, noisy):
     "The answers, the descent, and the milliseconds of a second, compiled run."
-    memory.recall(queries, noisy)
+    memory.recall(queries, noisy=noisy)
     begin = time.perf_counter()
-    answers, out = memory.recall(queries, noisy)
+    answers, out = memory.recall(queries, noisy=noisy)
     jax.block_until_ready(out)
     return answers, out, 1e3 * (time.perf_counter() - begin)
 
@@ -281,7 +281,7 @@ def hamux_demo(
         # opened first, so that a place that cannot be written is known at once
         with atomic_file(o.output) as picture, _remarks_of("hamux-demo") as remarks:
             patterns = load_patterns(o.digits, o.seed)
-            memory = Memory(patterns, o.beta, "euclidean")
+            memory = Memory(patterns, beta=o.beta)
             hows = list(GOALS) if o.corruption == "all" else [o.corruption]
             for how in _progress(hows, len(hows), "recalling"):
                 queries = corrupt(patterns, how, o.noise, o.seed)
@@ -324,7 +324,7 @@ def _recall_batches(memory, source, batch, noisy, settings):
         n = len(rows)
         padded = np.concatenate([rows, np.repeat(rows[-1:], batch - n, 0)]) if n < batch else rows
         try:
-            answers, out = memory.recall(padded, noisy, **settings)
+            answers, out = memory.recall(padded, noisy=noisy, **settings)
         except ValueError as e:
             raise FileProblem.at(source.path, f"in the rows from {first} on: {e}") from e
         yield rows, answers[:n], out
@@ -386,7 +386,7 @@ def _recall_files(o, source, queries, signals):
         patterns = source.read()
         check_finite(patterns, allow_nan=False, what=source.path)
         with _remarks_of("hamux-recall") as said:
-            memory = Memory(patterns, o.beta, o.similarity, dtype)
+            memory = Memory(patterns, beta=o.beta, similarity=o.similarity, dtype=dtype)
         batch = _batch_size(o.batch, n, *source.shape)
         settings = dict(solver=Euler(o.dt), max_steps=o.max_steps)
         batches = _recall_batches(memory, queries, batch, o.noisy, settings)

@@ -29,7 +29,8 @@ FLOORS = [
     ("lagrangians",),
     ("network",),
     ("synapses", "dynamics", "display"),
-    ("storage", "analysis", "memories"),
+    ("storage",),
+    ("analysis", "memories"),
     ("learning", "cli"),
 ]
 FLOOR = {wing: i for i, wings in enumerate(FLOORS) for wing in wings}
