@@ -49,7 +49,8 @@ def test_masked_patterns_are_unknown():
     mask = np.zeros_like(HIDDEN)
     mask[[4, 9], 2] = True
     masked, unknown = np.ma.masked_array(PATTERNS, mask), np.where(mask, np.nan, PATTERNS)
-    answers = [hmx.recall(m, np.where(HIDDEN, np.nan, PATTERNS)).patterns for m in (masked, unknown)]
+    queries = np.where(HIDDEN, np.nan, PATTERNS)
+    answers = [hmx.recall(m, queries).patterns for m in (masked, unknown)]
     np.testing.assert_array_equal(*answers)
     with pytest.raises(ValueError, match="in 2 rows, the first of them row 4. Fill"):
         memory_ham(masked)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from fastcore.basics import patch
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from ..dynamics.adaptive import Adaptive
 from ..dynamics.descent import Descent, descend
@@ -31,7 +31,7 @@ from .candidates import Settled, bank_network, settle
 from .frames import Frame
 from .looking import Look, look
 from .novelty import Calibration
-from .reading import Table, as_table
+from .reading import as_table
 from .temperature import choose_beta
 from ..network.hypergraph import HAM
 
@@ -61,16 +61,20 @@ def _check_patterns(rows, columns=True):
         if np.isinf(part).any():
             row, column = np.argwhere(np.isinf(part))[0]
             raise ValueError(
-                f"The memories must be finite, or NaN for what is unknown, got inf in row {start + row},"
-                f" column {column}."
+                "The memories must be finite, or NaN for what is unknown, got inf in row"
+                f" {start + row}, column {column}."
             )
         if not (some := finite.any(1)).all():
             row = start + int(np.argmin(some))
-            raise ValueError(f"A pattern must know some entry, got only NaN in row {row}. Leave it out.")
+            raise ValueError(
+                f"A pattern must know some entry, got only NaN in row {row}. Leave it out."
+            )
     if columns and not known.all():
         bad = np.flatnonzero(~known)
-        raise ValueError(f"A column must be known to some pattern, got only NaN in {len(bad)} columns,"
-                         f" the first of them {bad[0]}. Leave them out.")
+        raise ValueError(
+            f"A column must be known to some pattern, got only NaN in {len(bad)} columns,"
+            f" the first of them {bad[0]}. Leave them out."
+        )
 
 
 def _sampled(source, most=20_000):
@@ -131,7 +135,9 @@ class Recalled:
     weights: np.ndarray # (n, k) their weights at the answer; all together weigh 1
     energy: np.ndarray # (n,) of the answer, in the units of the data
     descent: Descent # how the answers were reached from the first step on, in the frame
-    label_weights: np.ndarray | None = None # (n, classes) of labels, in the order of `memory.classes`
+    label_weights: np.ndarray | None = (
+        None  # (n, classes) of labels, in the order of `memory.classes`
+    )
     alpha: float | None = None # the level at which a query is called unknown
     _p_values: Any = dataclasses.field(default=None, repr=False)
 
@@ -193,16 +199,17 @@ def _check_known(inside, ranges, beta, dtype, known, K):
         raise ValueError(
             f"All {K} patterns weigh the same for {len(bad)} of {len(known)} queries, the"
             f" first of them row {bad[0]}: in {dtype} and at this inverse temperature, what is"
-            " known does not tell them apart. Scale the columns alike (scale='std'), take a larger beta,"
-            " the Euclidean similarity, or 64 bits (jax.config.update('jax_enable_x64', True))."
+            " known does not tell them apart. Scale the columns alike (scale='std'), take a larger"
+            " beta, the Euclidean similarity, or 64 bits"
+            " (jax.config.update('jax_enable_x64', True))."
         )
 
 # %% ../../nbs/api/memories/arrays.ipynb #c3a753e6
 class Memory:
-    "Patterns ready for recall, with values, ids and weights; scale and temperature chosen unless given."
+    "Patterns ready for recall, with values, ids and weights; a temperature is chosen."
     def __init__(self,
-                 # the patterns, one per row, NaN where unknown: an array, a data frame, a tensor, an
-                 # Arrow table, or the path of a .npy or .parquet file, which stays on the disk
+                 # the patterns, one per row, NaN where unknown: an array, a data frame, a
+                 # tensor, an Arrow table, or the path of a file of rows, which stays on the disk
                  patterns: Float[Array, "K d"],
                  values=None, # (K, …) what is stored with each: numbers, or labels
                  *,
@@ -219,7 +226,11 @@ class Memory:
         source, table = _checked_source(patterns)
         if similarity not in (None, "euclidean", "dot"):
             raise ValueError(f"similarity must be 'euclidean' or 'dot', got {similarity!r}.")
-        self.dtype, self.similarity, self.block = np.dtype(dtype or jnp.result_type(float)), similarity or "euclidean", block
+        self.dtype, self.similarity, self.block = (
+            np.dtype(dtype or jnp.result_type(float)),
+            similarity or "euclidean",
+            block,
+        )
         self.columns = None if table is None else table.columns
         sample = _sampled(source)
         sample = sample.astype(np.promote_types(sample.dtype, self.dtype), copy=False)
@@ -228,7 +239,9 @@ class Memory:
         self._read, coded = (None, None) if values is None else Values.read(values, source.shape[0])
         self.bank = Bank(source, self.frame, self.dtype, coded, ids, weights)
         # of each column in the frame: as it came, and as the computing dtype has it
-        self._ranges = [np.nanmax(v, 0) - np.nanmin(v, 0) for v in (sample, sample.astype(self.dtype))]
+        self._ranges = [
+            np.nanmax(v, 0) - np.nanmin(v, 0) for v in (sample, sample.astype(self.dtype))
+        ]
         self._choose(sample, beta, noise)
         _warn_of_scale(sample, self._inner, self.dtype)
 
@@ -333,7 +346,7 @@ def _scaled(self: Memory, queries):
 
 @patch
 def network(self: Memory) -> HAM: # of the layer "pattern" (d,), in the frame
-    "The network of the patterns, with room for more. Raises ValueError for a bank that is too large."
+    "The network of the patterns, with room for more. Raises ValueError for a bank too large."
     if self._kept.get("version") != self.bank.version:
         K, d = self.bank.shape
         if K * d > 2**28: raise ValueError(f"A bank of {K} patterns of {d} numbers is no network.")
@@ -351,7 +364,7 @@ def network(self: Memory) -> HAM: # of the layer "pattern" (d,), in the frame
 @patch
 def _settled(self: Memory, x, free, k, solver, max_steps):
     "Descend from the first step."
-    values, solver = self.bank.values is not None, solver or Adaptive()
+    values = self.bank.values is not None
     if not max_steps or not len(x): return self._stopped(x, free, k, values)
     if not self._is_small():
         return settle(self.bank, x, free, self._inner, solver=solver, max_steps=max_steps, k=k,
@@ -359,15 +372,20 @@ def _settled(self: Memory, x, free, k, solver, max_steps):
     ham = self.network().vectorize()
     x, held = jax.device_put((x, ~free)) # which compiles nothing for another number of rows
     clamp = None if free.all() else {"pattern": held}
-    out = descend(ham, {"pattern": x}, solver=solver, clamp=clamp, max_steps=max_steps)
-    seen = look(self.bank, np.asarray(out.xs["pattern"]), self._inner, k, values=values, block=self.block)
+    out = descend(
+        ham, {"pattern": x}, solver=solver or Adaptive(), clamp=clamp, max_steps=max_steps
+    )
+    seen = look(
+        self.bank, np.asarray(out.xs["pattern"]), self._inner, k, values=values, block=self.block
+    )
     return Settled(out, seen, np.ones(len(x), bool))
 
 
 @patch
 def _is_small(self: Memory):
     "Whether the bank descends as one network."
-    return isinstance(self.bank.source, ArrayRows) and math.prod(self.bank.shape) <= _SMALL
+    held = isinstance(self.bank.source, ArrayRows) and not self.bank.holes
+    return held and math.prod(self.bank.shape) <= _SMALL
 
 
 @patch
@@ -376,19 +394,23 @@ def _stopped(self: Memory, x, free, k, values):
     if not len(x):
         d, wide = x.shape[1], self.dtype
         v = self.bank.values.shape[1] if values else 0
-        seen = Look(*(np.zeros((0, *s), wide) for s in ((), (k,), (k,), (), (k, d))), None, np.zeros((0, v)))
-        seen = seen._replace(slots=np.zeros((0, k), int), values=seen.values if values else None)
+        seen = Look(*(np.zeros((0, *s), wide) for s in ((), (k,), (k,), (), (k, d))))
+        seen = seen._replace(
+            slots=np.zeros((0, k), int), values=np.zeros((0, v)) if values else None
+        )
         mean = x
     else:
         seen = look(self.bank, x, self._inner, k, averages=True, values=values, block=self.block)
-        mean = np.where(np.isnan(seen.mean), x, seen.mean)
+        mean = x + seen.mass * (np.where(np.isnan(seen.mean), x, seen.mean) - x)
     residual = np.abs(np.where(free, mean - x, 0)).max(1, initial=0)
     zero, energy = np.zeros(len(x), np.int32), (-seen.log_sum / self._inner).astype(self.dtype)
     tol = float(np.finfo(self.dtype).eps) ** (2 / 3)
     code = np.where(residual <= tol * (1 + np.abs(x).max(1, initial=0)), CONVERGED, MAX_STEPS)
     xs = {"pattern": x}
-    out = Descent(xs, xs, energy, energy[:, None], zero, residual, code.astype(np.int32), zero, energy * 0 + 1)
-    return Settled(out, seen._replace(mean=None), np.ones(len(x), bool))
+    out = Descent(
+        xs, xs, energy, energy[:, None], zero, residual, code.astype(np.int32), zero, energy * 0 + 1
+    )
+    return Settled(out, seen._replace(mean=None, mass=None), np.ones(len(x), bool))
 
 
 @patch
@@ -419,7 +441,7 @@ def _joined(parts):
 
 @patch
 def _rows_at_a_time(self: Memory): # a power of two
-    "How many queries are answered together: among their nearest patterns they take some ten megabytes."
+    "How many queries are answered together: with their nearest patterns, some megabytes."
     d = self.bank.shape[1]
     return 2**14 if self._is_small() else max(2 ** ((2**24 // (32 * d)).bit_length() - 1), 64)
 
@@ -434,7 +456,7 @@ def recall(self: Memory,
            solver: AbstractSolver | None = None, # how to step; None for the default solver
            max_steps: int = 1000, # steps at most after the first; 0 to stop there
            ) -> Recalled:
-    "Recall queries. Known entries come back as they were, unless they are noisy. Raises ValueError."
+    "Recall queries; known entries come back as they were, unless noisy. Raises ValueError."
     _check_recall(k, len(self), alpha, max_steps)
     table = self._as_queries(queries)
     x, known = self._scaled(table.rows), ~np.isnan(table.rows)
@@ -469,14 +491,14 @@ def _answer(self: Memory, table, kept, out, seen, alpha, p_values):
         self.bank.name(seen.slots), np.exp(seen.logits - seen.log_sum[:, None]), energy, out,
         values if self.classes is not None else None, alpha, p_values,
     )
-    if alpha is not None: answer.p_value # while the memory is as it was
+    if alpha is not None: _ = answer.p_value # while the memory is as it was
     return answer
 
 # %% ../../nbs/api/memories/arrays.ipynb #f73640ab
 @patch
 def energy(self: Memory,
            queries: Float[Array, "n d"], # one query per row, NaN where unknown
-           ) -> Float[np.ndarray, "n"]: # in the units of the data
+           ) -> np.ndarray: # (n,) # in the units of the data
     "The energy of each query as it is, over what is known of it."
     with np.errstate(all="ignore"): return -self._log_sums(queries)[1].astype(float) / self.beta
 
@@ -484,20 +506,22 @@ def energy(self: Memory,
 @patch
 def score_samples(self: Memory,
                   queries: Float[Array, "n d"], # one query per row, all known
-                  ) -> Float[np.ndarray, "n"]:
+                  ) -> np.ndarray: # (n,)
     "Logarithm of the density that the patterns make, a Gaussian of standard deviation 1/√β each."
     x, log_sum = self._log_sums(queries)
     if np.isnan(x).any(): raise ValueError("A density is of whole rows, got NaN. Use `energy`.")
     scales = 0.0 if self.frame.scales is None else np.log(self.frame.scales).sum()
     whole = np.logaddexp.reduce(self.bank.logs(slice(0, self.bank.size)))
-    return log_sum - whole + 0.5 * x.shape[1] * (math.log(self.beta) - math.log(2 * math.pi)) - scales
+    return (
+        log_sum - whole + 0.5 * x.shape[1] * (math.log(self.beta) - math.log(2 * math.pi)) - scales
+    )
 
 
 @patch
 def p_values(self: Memory,
              x, # (n, d) in the frame
              log_sum, # (n,)
-             ) -> Float[np.ndarray, "n"]:
+             ) -> np.ndarray: # (n,)
     "The p-values of queries in the frame, by the patterns that are there now."
     key = self.bank.version, self._inner
     if self._kept.get("calibrated") != key:
@@ -536,11 +560,15 @@ def _new_rows(self: Memory, patterns, values):
         raise ValueError(f"The patterns must have {d} columns, got {table.rows.shape[1]}.")
     if (values is None) != (self._read is None):
         held = "no values" if self._read is None else "values"
-        raise ValueError(f"The memory holds {held}: {'leave out' if values is not None else 'give'} values.")
+        raise ValueError(
+            f"The memory holds {held}: {'leave out' if values is not None else 'give'} values."
+        )
     if values is None: return table.rows, None
     coded = self._read.coded(values)
     if len(coded) != len(table.rows):
-        raise ValueError(f"values must hold one for each of {len(table.rows)} patterns, got {len(coded)}.")
+        raise ValueError(
+            f"values must hold one for each of {len(table.rows)} patterns, got {len(coded)}."
+        )
     return table.rows, coded
 
 

@@ -130,8 +130,13 @@ class Bank:
     def lens(self): # size, centre (d,), widths (d,)
         "By what a block is brought into the frame on the device."
         d = self.source.shape[1]
-        if not (self.raw and self.exact): return 1.0, np.zeros(d, self.dtype), np.ones(d, self.dtype)
-        return self.frame.size, self.frame.centre.astype(self.dtype), self.frame.widths.astype(self.dtype)
+        if not (self.raw and self.exact):
+            return 1.0, np.zeros(d, self.dtype), np.ones(d, self.dtype)
+        return (
+            self.frame.size,
+            self.frame.centre.astype(self.dtype),
+            self.frame.widths.astype(self.dtype),
+        )
 
     def _clear(self): self._held, self.version = {}, getattr(self, "version", -1) + 1
 
@@ -186,7 +191,8 @@ def _objects(things):
 def _checked_ids(ids, n):
     "Ids as a list of hashable things, all different."
     ids = [v.item() if isinstance(v, np.generic) else v for v in ids]
-    if len(ids) != n: raise ValueError(f"ids must hold one for each of {n} patterns, got {len(ids)}.")
+    if len(ids) != n:
+        raise ValueError(f"ids must hold one for each of {n} patterns, got {len(ids)}.")
     seen = {None}
     for v in ids:
         if v is None: raise ValueError("An id must not be None.")
@@ -291,15 +297,23 @@ def add(self: Bank,
         ids=None, # new ids; None for numbers that are free
         weights=1.0): # a number, or one for each
     "Put patterns into new slots. Raises ValueError for an id that is there."
-    n, used, end = len(rows), self.size - self.source.shape[0], self.size - self.source.shape[0] + len(rows)
+    n, used, end = (
+        len(rows),
+        self.size - self.source.shape[0],
+        self.size - self.source.shape[0] + len(rows),
+    )
     if ids is None and self.ids is not None:
         first = 1 + max((v for v in self.ids if isinstance(v, int)), default=-1)
         ids = range(first, first + n)
     if ids is not None:
-        ids, self.ids = _checked_ids(ids, n), list(range(self.size)) if self.ids is None else self.ids
+        ids, self.ids = (
+            _checked_ids(ids, n),
+            list(range(self.size)) if self.ids is None else self.ids,
+        )
         self.slots([]) # so that the places are known
         for v in ids:
-            if v in self.place: raise ValueError(f"There is a pattern with id {v!r} already: replace it.")
+            if v in self.place:
+                raise ValueError(f"There is a pattern with id {v!r} already: replace it.")
         self.place.update({v: self.size + i for i, v in enumerate(ids)})
         self.ids.extend(ids)
     log_weights = _log_weights(weights, n)
@@ -321,7 +335,7 @@ def add(self: Bank,
 
 @patch
 def remove(self: Bank, ids): # ids that are there
-    "Empty the slots of some patterns. Raises ValueError for an unknown id, or if none would be left."
+    "Empty the slots of some patterns. Raises ValueError for an unknown id, or for the last."
     slots = np.unique(self.slots(ids))
     if np.isfinite(self.log_weights[slots]).sum() >= len(self):
         raise ValueError("A memory must keep at least one pattern with a weight above 0.")

@@ -11,13 +11,13 @@ __all__ = ['bank_network', 'Settled', 'settle']
 import dataclasses
 import functools as ft
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..dynamics.adaptive import Adaptive
 from ..dynamics.descent import Descent, descend
 from ..dynamics.programs import filled_size, solver_as_data
 from ..dynamics.results import CONVERGED, MAX_STEPS
@@ -49,32 +49,94 @@ def bank_network(
     return HAM({"pattern": layer}, {"bank": synapse}, [(("pattern",), "bank")])
 
 # %% ../../nbs/api/memories/candidates.ipynb #829eff36
+_LEAST = 1e-30 # of a weight
+
+
+@ft.partial(jax.jit, static_argnames="alone")
+def _with_others(rows, log_weights, x, logits, log_sum, mean, beta, alone):
+    "The m patterns, and the others as one; the logarithm of the others' weight."
+    if alone: # unknown entries: the others have no one centre
+        others = jnp.log(jnp.maximum(-jnp.expm1(jax.nn.logsumexp(logits, 1) - log_sum), _LEAST))
+        return rows, log_weights, others + log_sum
+    p = jnp.exp(logits - log_sum[:, None]) # relative to the whole sum
+    away = jnp.where(p[:, :, None] > 0, rows - x[:, None], 0)
+    force = (mean - x) - jnp.einsum("nm,nmd->nd", p, away)
+    distance = jnp.sqrt((away**2).sum(2).max(1))
+    size = jnp.sqrt((force**2).sum(1))
+    # the rest of the sum is known to its rounding error, and the force better
+    weight = jnp.maximum(
+        jnp.maximum(1 - p.sum(1), size / jnp.maximum(2 * distance, _LEAST)), _LEAST
+    )
+    centre = x + force / weight[:, None]
+    log_weight = jnp.log(weight) + log_sum + 0.5 * beta * (force**2).sum(1) / weight**2
+    rows = jnp.concatenate([rows, centre[:, None]], 1)
+    return rows, jnp.concatenate([log_weights, log_weight[:, None]], 1), jnp.log(weight) + log_sum
+
+
 @ft.partial(jax.jit, static_argnames=("holes", "max_steps"))
 def _descend_few(rows, log_weights, x, free, beta, holes, solver, max_steps):
     "A descent in a network of its own for every row."
     def one(rows, log_weights, x, free):
         ham = bank_network(rows, log_weights, beta, holes)
-        held = {"pattern": ~free}
-        return descend(ham, {"pattern": x}, solver=solver, clamp=held, max_steps=max_steps, trace=False)
+        settings = dict(solver=solver, clamp={"pattern": ~free}, max_steps=max_steps, trace=False)
+        return descend(ham, {"pattern": x}, **settings)
 
     return jax.vmap(one)(rows, log_weights, x, free)
 
 
-@ft.partial(jax.jit, static_argnames="holes")
-def _bounds(x, begin, rows, log_weights, rivals, beta, others, heaviest, holes):
-    "What the others can weigh at most, relative to these, and what they add to the gradient."
-    d = x.shape[1]
+@jax.jit
+def _slide(rows, log_weights, x, free, beta, tol, max_steps):
+    "Steps of length one among the patterns of every row, with unknown entries, until they rest."
+    known = ~jnp.isnan(rows)
+    c = (x.shape[1] / jnp.maximum(known.sum(2), 1))[:, :, None].astype(x.dtype)
+    weighed, known = jnp.where(known, rows, 0) * c, known * c
+
+    def measure(x):
+        s = exact_logits(x, None, rows, log_weights, beta)
+        log_sum = jax.nn.logsumexp(s, 1)
+        p = jnp.exp(s - log_sum[:, None])
+        sums = jnp.einsum("nm,nmd->nd", p, weighed), jnp.einsum("nm,nmd->nd", p, known)
+        goal = jnp.where(free & (sums[1] > 0), sums[0] / jnp.maximum(sums[1], _LEAST), x)
+        residual = jnp.abs(sums[1] * (goal - x)).max(1)
+        return goal, -log_sum / beta, residual
+
+    def step(state):
+        x, goal, _, residual, steps, count = state
+        move = residual > tol * (1 + jnp.abs(x).max(1))
+        x = jnp.where(move[:, None], goal, x)
+        return x, *measure(x), steps + move, count + 1
+
+    def goes_on(state):
+        x, _, _, residual, _, count = state
+        return (count < max_steps) & (residual > tol * (1 + jnp.abs(x).max(1))).any()
+
+    zero = jnp.zeros(len(x), jnp.int32)
+    x, _, energy, residual, steps, _ = jax.lax.while_loop(goes_on, step, (x, *measure(x), zero, 0))
+    rest = residual <= tol * (1 + jnp.abs(x).max(1))
+    xs, code = {"pattern": x}, jnp.where(rest, CONVERGED, MAX_STEPS).astype(jnp.int32)
+    return Descent(xs, xs, energy, None, steps, residual, code, zero, (steps + 1).astype(x.dtype))
+
+
+@ft.partial(jax.jit, static_argnames=("holes", "alone"))
+def _bounds(x, begin, rows, log_weights, others, rivals, beta, count, heaviest, holes, alone):
+    "Similarities at the end, and bounds: of the others' weight, gradient and similarities."
     s = exact_logits(x, None, rows, log_weights, beta)
     # a pattern that knows one entry only counts d times its distance there
-    stretch = math.sqrt(d) if holes else 1.0
+    stretch = math.sqrt(x.shape[1]) if holes else 1.0
     r = 2 * stretch * jnp.sqrt(((x - begin)**2).sum(1)) # with room for the way
-    R = jnp.sqrt(jnp.maximum(2 * (heaviest - rivals) / beta, 0))
-    least = jnp.maximum(R - r, 0)
-    exponent = heaviest + jnp.log(others) - 0.5 * beta * least**2 - jax.nn.logsumexp(s, 1)
-    weight = jnp.where(jnp.isneginf(rivals) | (others <= 0), 0, jnp.exp(exponent))
-    far = least * math.sqrt(beta) >= 1 if isinstance(beta, float) else least * jnp.sqrt(beta) >= 1
-    reach = stretch * (least + stretch * jnp.sqrt(((x - begin)**2).sum(1)) + 1 / jnp.sqrt(beta))
-    return s, jnp.where(far | (weight == 0), weight, jnp.inf), jnp.where(weight > 0, weight * reach, 0)
+    D = 2 * jnp.sqrt(jnp.maximum(2 * (heaviest - rivals) / beta, 0)) + r + 1 / jnp.sqrt(beta)
+    whole = jax.nn.logsumexp(s, 1)
+    near = jnp.exp(others - whole + beta * r * D)
+    far = jnp.exp(heaviest + jnp.log(count) - 0.5 * beta * (D - r) ** 2 - whole)
+    changed = near if alone else jnp.exp(others - whole) * jnp.expm1(beta * r * D)
+    none = jnp.isneginf(rivals) | (count <= 0)
+    error = jnp.where(none, 0, stretch * (2 * changed * D + far * D))
+    return (
+        s,
+        jnp.where(none, 0, near + far),
+        error,
+        jnp.where(none, -jnp.inf, rivals + beta * r * D),
+    )
 
 # %% ../../nbs/api/memories/candidates.ipynb #f2f3e8ca
 class Settled(NamedTuple):
@@ -90,7 +152,8 @@ def settle(
     free: np.ndarray, # (n, d) booleans: what may move
     beta: float, # inverse temperature, in the frame
     *,
-    solver, # how to step
+    # how to step; None for the default solver, or, with unknown entries, for steps of length one
+    solver=None,
     max_steps: int, # steps at most
     m=32, # among how many patterns to descend
     k=1, # how many of the nearest to look for at the end
@@ -99,62 +162,69 @@ def settle(
 ) -> Settled:
     "Descend in the energy of a whole bank, among the nearest patterns wherever that is enough."
     n, tol = len(x), float(np.finfo(bank.dtype).eps) ** (2 / 3)
-    near = look(bank, x, beta, max(m, k), block=block)
+    near = look(bank, x, beta, max(m, k), averages=not bank.holes, block=block)
     weights = np.where(near.slots < 0, -np.inf, bank.logs(near.slots)).astype(bank.dtype)
-    fill = lambda v: np.concatenate([v, np.repeat(v[:1], filled_size(n) - n, 0)])
-    few = [fill(v) for v in (near.rows, weights, x, free)]
-    b = np.asarray(beta, bank.dtype)
-    out = _descend_few(*few, b, bank.holes, solver_as_data(solver), max_steps)
+    fill = lambda v: (
+        None if v is None else np.concatenate([v, np.repeat(v[:1], filled_size(n) - n, 0)])
+    )
+    b, alone = bank.dtype.type(beta), bank.holes
+    few = [fill(v) for v in (near.rows, weights, x, near.logits, near.log_sum, near.mean)]
+    rows, log_weights, others = _with_others(*few, b, alone)
+    if alone and solver is None:
+        out = _slide(rows, log_weights, few[2], fill(free), b, tol, np.int32(max_steps))
+    else:
+        step = solver_as_data(solver or Adaptive())
+        out = _descend_few(rows, log_weights, few[2], fill(free), b, bank.holes, step, max_steps)
+    count, heaviest = (
+        bank.dtype.type(len(bank) - near.slots.shape[1]),
+        bank.logs(slice(0, bank.size)).max(),
+    )
+    args = out.xs["pattern"], few[2], few[0], few[1], others, fill(near.rivals)
+    found = _bounds(*args, b, count, bank.dtype.type(heaviest), bank.holes, alone)
+    s, share, error, rivals = (np.asarray(v)[:n] for v in found)
     out = jax.tree_util.tree_map(lambda v: np.asarray(v)[:n], out)
-    others, heaviest = bank.dtype.type(len(bank) - near.slots.shape[1]), bank.logs(slice(0, bank.size)).max()
-    args = out.xs["pattern"], x, near.rows, weights, near.rivals
-    s, weight, error = (np.asarray(v) for v in _bounds(*args, b, others, heaviest, bank.holes))
     size = np.abs(out.xs["pattern"]).max(1)
-    streamed = ~((error <= 0.1 * tol * (1 + size)) & (weight <= 1e-6))
-    ends = _resorted(near, s, k, bank)
-    if streamed.any():
-        out = _stream(bank, out, free, beta, streamed, max_steps, tol, block)
-    again = streamed if not values else streamed | True
-    if again.any(): ends = _looked(bank, out, ends, again, beta, k, values, block)
+    streamed = ~(error <= 0.1 * tol * (1 + size))
+    whole = np.where(share > 0, np.asarray(others)[:n], -np.inf)
+    ends = _resorted(near, s, k, whole, bank.values if values else None)
+    # what is returned of the others must not depend on how they changed, either
+    again = streamed | (np.sort(s, 1)[:, -k] < rivals) | (share > 1e-6 if values else False)
     out = dataclasses.replace(out, residual=out.residual + np.where(streamed, 0, error))
+    if again.any():
+        out, ends = _stream(bank, out, ends, free, beta, again, max_steps, tol, k, values, block)
     return Settled(out, ends, streamed)
 
 
-def _resorted(near, s, k, bank):
+def _resorted(near, s, k, others, values):
     "The nearest patterns in the order of their similarities at the end."
     order = np.argsort(-s, 1, kind="stable")[:, :k]
     pick = lambda v: np.take_along_axis(v, order if v.ndim == 2 else order[:, :, None], 1)
-    log_sum = np.logaddexp.reduce(s.astype(float), 1)
-    return Look(log_sum, pick(near.slots), pick(s), near.rivals, pick(near.rows))
+    log_sum = np.logaddexp(np.logaddexp.reduce(s.astype(float), 1), others)
+    p = np.exp(s - log_sum[:, None])
+    means = None if values is None else np.einsum("nm,nmv->nv", p, values[near.slots])
+    return Look(log_sum, pick(near.slots), pick(s), near.rivals, pick(near.rows), None, None, means)
 
 # %% ../../nbs/api/memories/candidates.ipynb #b7dda674
-def _stream(bank, out, free, beta, which, max_steps, tol, block):
+def _stream(bank, out, ends, free, beta, which, max_steps, tol, k, values, block):
     "Steps of length one in the whole bank, for some rows, until they rest."
     x, todo = out.xs["pattern"].copy(), np.flatnonzero(which)
-    fields = {f: np.array(getattr(out, f)) for f in ("energy", "residual", "code", "steps", "evaluations")}
-    fields["code"][todo] = MAX_STEPS
-    for _ in range(max_steps):
-        seen = look(bank, x[todo], beta, averages=True, block=block)
+    names = "energy", "residual", "code", "steps", "evaluations"
+    fields = {f: np.array(getattr(out, f)) for f in names}
+    ends = [None if v is None else np.array(v) for v in ends]
+    for _ in range(max_steps + 1):
+        seen = look(bank, x[todo], beta, k, averages=True, values=values, block=block)
         goal = np.where(free[todo] & ~np.isnan(seen.mean), seen.mean, x[todo])
-        residual = np.abs(goal - x[todo]).max(1)
-        fields["energy"][todo] = -seen.log_sum / beta
-        fields["residual"][todo] = residual
-        fields["evaluations"][todo] += 1
+        residual = np.abs(seen.mass * (goal - x[todo])).max(1)
         rest = residual <= tol * (1 + np.abs(x[todo]).max(1))
-        fields["code"][todo[rest]] = CONVERGED
-        todo, goal = todo[~rest], goal[~rest]
+        fields["energy"][todo], fields["residual"][todo] = -seen.log_sum / beta, residual
+        fields["code"][todo] = np.where(rest, CONVERGED, MAX_STEPS)
+        fields["evaluations"][todo] += 1
+        for old, new in zip(ends, seen._replace(mean=None, mass=None)):
+            if old is not None: old[todo] = new
+        last = rest | (fields["steps"][todo] >= max_steps)
+        todo, goal = todo[~last], goal[~last]
         if not len(todo): break
         x[todo] = goal
         fields["steps"][todo] += 1
-    return dataclasses.replace(out, xs={"pattern": x}, xhats={"pattern": x}, **fields)
-
-
-def _looked(bank, out, ends, which, beta, k, values, block):
-    "The ends with a look at the whole bank for some rows."
-    seen = look(bank, out.xs["pattern"][which], beta, k, values=values, block=block)
-    def put(old, new):
-        if new is None: return None
-        old = np.zeros((len(which), *new.shape[1:]), new.dtype) if old is None else np.array(old)
-        old[which] = new
-        return old
-    return Look(*map(put, ends, seen))
+    out = dataclasses.replace(out, xs={"pattern": x}, xhats={"pattern": x}, **fields)
+    return out, Look(*ends)

@@ -9,7 +9,6 @@ __all__ = ['Query', 'Look', 'distances2', 'look_at_block', 'exact_logits', 'bloc
 
 # %% ../../nbs/api/memories/looking.ipynb #37f90eec
 import functools as ft
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +34,9 @@ class Look(NamedTuple):
     rivals: Any # (n,) the similarity that no other pattern exceeds
     rows: Any # (n, m, d) the nearest patterns, in the frame, NaN where unknown
     mean: Any = None # (n, d) average of all patterns, NaN where no pattern with weight knows
+    mass: Any = (
+        None  # (n, d) Σ p c m: how much weight each entry of the average has; 1 where all is known
+    )
     values: Any = None # (n, v) average of all values
 
 # %% ../../nbs/api/memories/looking.ipynb #5a5381b8
@@ -69,7 +71,9 @@ def _logits(rows, log_weights, query, beta, holes, start):
     "Similarities (B, n) of a block."
     r2, common = distances2(rows, query, holes)
     s = log_weights[:, None] - 0.5 * beta * r2
-    if common is not None and query.known is not None: # nothing in common is no evidence, except for a query without any
+    if (
+        common is not None and query.known is not None
+    ):  # nothing in common is no evidence, except for a query without any
         s = jnp.where(common | ~query.known.any(1), s, -jnp.inf)
     slots = start + jnp.arange(len(rows))[:, None]
     return jnp.where(slots == query.own, -jnp.inf, s)
@@ -205,7 +209,9 @@ def _members(bank, query, kept, beta, m):
         few = Query(query.x[part], known, query.own[part])
         rows = bank.take(slots[part])
         parts.append(_nearest(few, rows, log_weights[part], slots[part].astype(np.int32), beta, m))
-    slots, logits, rest, rows = (np.concatenate([np.asarray(p[i]) for p in parts]) for i in range(4))
+    slots, logits, rest, rows = (
+        np.concatenate([np.asarray(p[i]) for p in parts]) for i in range(4)
+    )
     beyond = best[:, -1] # of groups that were not chosen
     return slots, logits, np.maximum(rest, np.where(np.isneginf(beyond), -np.inf, beyond)), rows
 
@@ -241,16 +247,17 @@ def look(
     known = ~np.isnan(x)
     query = Query(np.where(known, x, 0), None if known.all() else known, own.astype(np.int32))
     query = jax.device_put(query)
-    m = min(m, max(bank.size, 1))
     kept = _pass(bank, query, beta, m, averages, values, block)
     slots, logits, rivals, rows = _members(bank, query, kept, beta, m)
-    mean = average = None
+    mean = average = mass = None
     total = np.asarray(kept.total)[:, None]
     with np.errstate(divide="ignore", invalid="ignore"):
-        if averages: mean = np.asarray(kept.mean) / (total if kept.mass is None else np.asarray(kept.mass))
+        if averages:
+            mass = np.ones_like(kept.mean) if kept.mass is None else np.asarray(kept.mass) / total
+            mean = np.asarray(kept.mean) / total / mass
         if values: average = np.asarray(kept.values) / total
         log_sum = np.log(total[:, 0]) + np.asarray(kept.top)
-    found = Look(log_sum, slots, logits, rivals, rows, mean, average)
+    found = Look(log_sum, slots, logits, rivals, rows, mean, mass, average)
     return Look(*(None if v is None else v[:n] for v in found))
 
 

@@ -58,9 +58,9 @@ class Calibration:
 
     def p_values(self,
                  x: Float[np.ndarray, "n d"], # queries in the frame, NaN where unknown
-                 log_sum: Float[np.ndarray, "n"], # of their weights, as `look` says
-                 ) -> Float[np.ndarray, "n"]:
-        "How unusual each query is: small where hardly a pattern is as unusual. 1 where nothing is known."
+                 log_sum: np.ndarray, # (n,) of their weights, as `look` says
+                 ) -> np.ndarray: # (n,)
+        "How unusual each query is: small where hardly a pattern is; 1 where nothing is known."
         x, known = np.asarray(x), ~np.isnan(x)
         out, whole = np.ones(len(x)), known.all(1)
         if whole.any():

@@ -42,7 +42,9 @@ def _numbers(array, what):
 def _from_objects(array, what):
     "Objects as numbers, None as NaN."
     try:
-        return np.array([np.nan if v is None else v for v in array.reshape(-1)], float).reshape(array.shape)
+        return np.array([np.nan if v is None else v for v in array.reshape(-1)], float).reshape(
+            array.shape
+        )
     except (TypeError, ValueError):
         bad = next(v for v in array.reshape(-1) if not _is_number(v))
         raise TypeError(f"The {what} must be real numbers, got {bad!r} among them.") from None
@@ -59,7 +61,9 @@ def _is_number(v):
 def _from_mask(masked, what):
     "A masked array, NaN where it is masked."
     floating = np.issubdtype(masked.dtype, np.inexact)
-    return Table(_numbers((masked if floating else masked.astype(float)).filled(np.nan), what), _same)
+    return Table(
+        _numbers((masked if floating else masked.astype(float)).filled(np.nan), what), _same
+    )
 
 
 def _from_pandas(frame, what):
@@ -92,9 +96,17 @@ def _from_arrow(table, what):
     table = pyarrow.table(table) if isinstance(table, pyarrow.RecordBatch) else table
     columns = []
     for field, column in zip(table.schema, table.columns):
-        if not any(test(field.type) for test in (pyarrow.types.is_integer, pyarrow.types.is_floating,
-                                                 pyarrow.types.is_boolean)):
-            raise TypeError(f"The {what} must have columns of numbers, got {field.name!r} of {field.type}.")
+        if not any(
+            test(field.type)
+            for test in (
+                pyarrow.types.is_integer,
+                pyarrow.types.is_floating,
+                pyarrow.types.is_boolean,
+            )
+        ):
+            raise TypeError(
+                f"The {what} must have columns of numbers, got {field.name!r} of {field.type}."
+            )
         values = column.to_numpy()
         columns.append(_from_objects(values, what) if values.dtype.kind == "O" else values)
     rows = np.column_stack(columns) if columns else np.empty((table.num_rows, 0))

@@ -9,7 +9,6 @@ __all__ = ['RULES', 'squared_distances', 'near_distance2', 'weighted_means', 'ch
 
 # %% ../../nbs/api/memories/temperature.ipynb #80d18b76
 import math
-from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Float
@@ -103,7 +102,9 @@ def _hide(rows, rng):
     "The rows with some known entries hidden, and where."
     share = np.where(np.arange(len(rows)) % 2, 0.5, 0.2)[:, None]
     hidden = (rng.random(rows.shape) < share) & ~np.isnan(rows)
-    hidden[np.arange(len(rows)), rng.integers(0, rows.shape[1], len(rows))] = False # one stays known
+    hidden[np.arange(len(rows)), rng.integers(0, rows.shape[1], len(rows))] = (
+        False  # one stays known
+    )
     return np.where(hidden, np.nan, rows), hidden
 
 

@@ -147,7 +147,8 @@ def _check_content(path, suffix, start):
 
 # %% ../../nbs/api/storage/files.ipynb #1c777e98
 def open_rows(
-    path: str | os.PathLike, # a .npy, .npz, .csv or .parquet file of at least two dimensions, rows first
+    # a .npy, .npz, .csv or .parquet file of at least two dimensions, rows first
+    path: str | os.PathLike,
     *,
     # which array of a .npz file; needed if it holds several and none is called `rows`
     name: str | None = None,

@@ -33,7 +33,12 @@ class _damage_said:
     def __enter__(self): return self
 
     def __exit__(self, kind, error, _):
-        if kind is None or not issubclass(kind, Exception) or kind.__module__.split(".")[0] != "pyarrow": return
+        if (
+            kind is None
+            or not issubclass(kind, Exception)
+            or kind.__module__.split(".")[0] != "pyarrow"
+        ):
+            return
         what = f"cannot be read as Parquet ({error}); make it or copy it again"
         raise FileProblem.at(self.path, what) from error
 
@@ -55,7 +60,9 @@ def _number_dtype(kind, name, path):
 
 def _may_be_missing(parquet, i):
     "Whether a column may have a missing value, by what the file says of itself."
-    groups = [parquet.metadata.row_group(g).column(i) for g in range(parquet.metadata.num_row_groups)]
+    groups = [
+        parquet.metadata.row_group(g).column(i) for g in range(parquet.metadata.num_row_groups)
+    ]
     known = [c.statistics is not None and c.statistics.has_null_count for c in groups]
     return not all(known) or any(c.statistics.null_count for c in groups)
 
@@ -73,7 +80,9 @@ class Parquet:
             return check_layout(Layout((rows, width), dtype), path)
         dtypes = [_number_dtype(t, n, path) for t, n in zip(schema.types, schema.names)]
         holes = any(d.kind != "f" and _may_be_missing(parquet, i) for i, d in enumerate(dtypes))
-        dtype = np.result_type(*dtypes, *([np.float32] if holes else [])) if dtypes else np.dtype("f4")
+        dtype = (
+            np.result_type(*dtypes, *([np.float32] if holes else [])) if dtypes else np.dtype("f4")
+        )
         return check_layout(Layout((rows, len(dtypes)), dtype), path)
 
     @staticmethod
