@@ -182,3 +182,14 @@ def test_no_rise_is_counted_that_comes_after_the_state_that_is_returned(dt):
     solver, start = hmx.Euler(dt), {0: jnp.ones(2, jnp.float32)}
     out = hmx.descend(ham, start, solver=solver, max_steps=300)
     assert out.code == NONFINITE and out.rises == out.steps < 300
+
+
+@GUARDED
+def test_a_step_that_lowers_the_energy_is_found_however_large_the_state(solver):
+    "From a kink at 100, up a slope of 1, and beyond 110 down one of 3; half precision, no leak."
+    def kink(x): return jnp.maximum(x - 100, 0) - 4 * jnp.maximum(x - 110, 0)
+    pit = lambda x: (2 * jnp.maximum(100 - x, 0) + kink(x)).sum()
+    ham = hmx.HAM([hmx.IdentityLayer(1, leak=False)], [pit], [([0], 0)])
+    start = {0: jnp.full(1, 100, jnp.bfloat16)}
+    out = hmx.descend(ham, start, solver=solver, max_steps=100)
+    assert out.code != STUCK and out.energy < -1000
