@@ -23,7 +23,8 @@ with atheris.instrument_imports(include=["hamux"]):
     import numpy as np
     import test_changed_files as given
 
-    from hamux.storage.saving import load
+    from hamux.network.hypergraph import HAM
+    from hamux.storage.saving import load, save
 
 DATA = Path(__file__).parents[1] / "data"
 MOST = 2**15 # bytes of a file
@@ -42,13 +43,24 @@ def bytes_of(save, *args, **kwargs):
 def array(v, version): return bytes_of(np.lib.format.write_array, v, version)
 
 
+def pieces(path):
+    "Each hypersynapse of a network that has all, with the layers that it joins."
+    whole, out = load(DATA / "everything.hamux"), []
+    for s, synapse in whole.hypersynapses.items():
+        joined = [c for c in whole.connections if c[1] == s]
+        layers = {n: whole.neurons[n] for names, _ in joined for n in names}
+        save(path, HAM(layers, {s: synapse}, joined))
+        out.append(path.read_bytes())
+    return out
+
+
 def seeds(target, folder):
     "Files of the kind that a target reads."
     given.files(folder)
     mine, rows = lambda *names: [(folder / n).read_bytes() for n in names], given.ROWS
     data = lambda pattern: [p.read_bytes() for p in sorted(DATA.glob(pattern))]
-    if target.startswith("network"):
-        return mine("network") + data("*.hamux") + data("given/*.hamux")
+    if target == "network like": return mine("network") + data("given/*.hamux")
+    if target == "network": return mine("network") + data("[!e]*.hamux") + pieces(folder / "piece")
     if target == "training": return mine("training") + data("given/training*.hamux")
     if target == "rows.npz":
         several = {"a": rows, "b": rows[:2], "rows": np.asfortranarray(rows > 0)}
@@ -151,6 +163,7 @@ def main(target, wanted, folder):
         suffix = target if target.startswith("rows") else "file"
         count = Count(target, int(wanted), Path(tmp) / suffix, {b"", b"\n", *files})
         options = ["-seed=1", f"-max_len={MOST}", "-timeout=100", "-rss_limit_mb=0"]
+        options += ["-report_slow_units=100"]
         options += [f"-artifact_prefix={folder}/failed-", str(new), str(begin)]
         atheris.Setup(["fuzz", *options], count, custom_mutator=mutate)
         warnings.simplefilter("error")

@@ -13,7 +13,7 @@ import pytest
 
 FILES = int(os.environ.get("FILES", 100_000))
 SHARES = { # of a hundred thousand; to read the description of a network takes long
-    "network": 4_000, "network like": 3_000, "training": 13_000, "rows.npy": 25_000,
+    "network": 4_000, "network like": 4_000, "training": 12_000, "rows.npy": 25_000,
     "rows.npz": 30_000, "rows.csv": 25_000,
 }
 HERE = Path(__file__).parent
