@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import hamux as hmx
-from hamux.dynamics.results import CONVERGED, STUCK, UNBOUNDED
+from hamux.dynamics.results import CONVERGED, NONFINITE, STUCK, UNBOUNDED
 
 SOLVERS = hmx.Adaptive(), hmx.Backtracking(), hmx.Relaxation()
 GUARDED = pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
@@ -167,7 +167,29 @@ def test_a_mask_through_a_saturated_softmax_is_not_rest(solver):
 def test_what_is_said_of_an_overflow_is_said_of_what_is_returned(x0):
     "Euler is judged at every fourth step; this runs away in between."
     ham = hmx.HAM([hmx.IdentityLayer(3)], [lambda x: -(x**4).sum()], [([0], 0)])
-    out = hmx.descend(ham, {0: jnp.full(3, x0)}, solver=hmx.Euler(0.3), max_steps=60)
+    how = {"solver": hmx.Euler(0.3), "max_steps": 60, "trace": hmx.Trace(states=True)}
+    out = hmx.descend(ham, {0: jnp.full(3, x0)}, **how)
     E = ham.energy(ham.activations(out.xs), out.xs)
     np.testing.assert_allclose([out.energy, out.energies[out.steps]], [E, E], rtol=1e-5)
     assert np.isfinite(out.energies).sum() == out.steps + 1
+    assert np.isfinite(out.records["states"][0]).all(1).sum() == out.steps + 1
+
+
+@pytest.mark.parametrize("dt", [0.8, 0.9, 1.0, 1.1, 1.2, 1.3])
+def test_no_rise_is_counted_that_comes_after_the_state_that_is_returned(dt):
+    "With steps this long a bowl is climbed at every step, until the energy leaves the dtype."
+    ham = hmx.HAM([hmx.IdentityLayer(2)], [lambda x: (x**2).sum()], [([0], 0)])
+    solver, start = hmx.Euler(dt), {0: jnp.ones(2, jnp.float32)}
+    out = hmx.descend(ham, start, solver=solver, max_steps=300)
+    assert out.code == NONFINITE and out.rises == out.steps < 300
+
+
+@GUARDED
+def test_a_step_that_lowers_the_energy_is_found_however_large_the_state(solver):
+    "From a kink at 100, up a slope of 1, and beyond 110 down one of 3; half precision, no leak."
+    def kink(x): return jnp.maximum(x - 100, 0) - 4 * jnp.maximum(x - 110, 0)
+    pit = lambda x: (2 * jnp.maximum(100 - x, 0) + kink(x)).sum()
+    ham = hmx.HAM([hmx.IdentityLayer(1, leak=False)], [pit], [([0], 0)])
+    start = {0: jnp.full(1, 100, jnp.bfloat16)}
+    out = hmx.descend(ham, start, solver=solver, max_steps=100)
+    assert out.code != STUCK and out.energy < -1000

@@ -173,9 +173,6 @@ def _arrived(setup, xs, last, records):
     xhats = setup.over(lambda p, _, xs: p.ham.activations(xs), setup.max_steps, xs)
     steps_first = (None, None) if records is None else records
     energies, kept = jtu.tree_map(lambda v: jnp.moveaxis(v, 0, 1), steps_first)
-    if energies is not None:
-        past = jnp.arange(energies.shape[1]) > last.steps[:, None]
-        energies = jnp.where(past, jnp.nan, energies)
     one = lambda problem, _: jnp.asarray(setup.solver.cost(problem), jnp.result_type(float))
     return Descent(
         xs=xs,

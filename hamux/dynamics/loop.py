@@ -140,7 +140,8 @@ class Rows(eqx.Module):
     known: Float[Array, " rows"] # its energy then
     energy: Float[Array, " rows"] # of the last step, judged or not
     noise: Float[Array, " rows"] # what that energy cannot resolve
-    rises: Int[Array, " rows"]
+    rises: Int[Array, " rows"] # steps in which it rose, until then
+    risen: Int[Array, " rows"] # the same, until the last step
     # at the start, the yardstick of growth: energy, size of its terms, largest state or residual
     first: tuple
     index: Int[Array, " rows"] # its place in the whole batch
@@ -161,7 +162,7 @@ def first_rows(setup: Setup, bad) -> Rows:
     r = jnp.full(E.shape, jnp.nan, jnp.result_type(*xs.values()))
     solver = setup.over(lambda p, _, x: setup.solver.init(p, x), 0, xs)
     code, index = jnp.where(bad, NONFINITE, zero), jnp.arange(E.shape[0])
-    return Rows(xs, xs, solver, code, zero, r, nan, nan, nan, zero, (nan, nan, r), index)
+    return Rows(xs, xs, solver, code, zero, r, nan, nan, nan, zero, zero, (nan, nan, r), index)
 
 # %% ../../nbs/api/dynamics/loop.ipynb #d273b7bc
 def _void(dtype): return jnp.nan if jnp.issubdtype(dtype, jnp.inexact) else 0
@@ -199,6 +200,13 @@ def _record(setup, state, held, keep):
         slot = jnp.where(due, count // every, buffer.shape[0])
         return buffer.at[slot, index].set(v, mode="drop")
     return energies, jtu.tree_map(write, kept, values)
+
+
+def _until(steps, buffer, every=1):
+    "What was recorded of each row until its last step, and nothing of what came after it."
+    past = jnp.arange(len(buffer))[:, None] * every > steps
+    past = past.reshape(past.shape + (1,) * (buffer.ndim - 2))
+    return jnp.where(past, jnp.asarray(_void(buffer.dtype), buffer.dtype), buffer)
 
 # %% ../../nbs/api/dynamics/loop.ipynb #7d185dbb
 def ask_solver(setup, count, ahead, solver):
@@ -256,7 +264,7 @@ def _look(setup, count, held, wanted):
 
 def _judge(setup, count, rows, move, energies):
     "What a judgement changes: who is done and why, where it stands, the yardstick of growth."
-    (E, _, whole, _), held, live = energies, move.held, rows.code == RUNNING
+    (E, _, whole, risen), held, live = energies, move.held, rows.code == RUNNING
     last, final = count >= setup.max_steps, setup.is_final(count)
     settled = final & jnp.logical_not(move.moving)
     residual, largest, at_rest = _look(setup, count, held, live & settled)
@@ -266,13 +274,12 @@ def _judge(setup, count, rows, move, energies):
     finite = whole & jnp.isfinite(residual)
     code = _reason(last, final, move.stuck & final, unbounded, at_rest & settled & finite, finite)
     keep = live & (whole | (count == 0))
-    changed = (held.xs, jnp.full_like(rows.steps, count), residual, E)
-    old = (rows.before, rows.steps, rows.residual, rows.known)
-    before, steps, residual, known = choose_rows(keep, changed, old)
-    return {
-        "code": jnp.where(live, code, rows.code), "before": before, "steps": steps,
-        "residual": residual, "known": known, "first": first,
+    new = {
+        "before": held.xs, "steps": jnp.full_like(rows.steps, count), "residual": residual,
+        "known": E, "rises": rows.risen + risen,
     }
+    judged = choose_rows(keep, new, {n: getattr(rows, n) for n in new})
+    return judged | {"code": jnp.where(live, code, rows.code), "first": first}
 
 # %% ../../nbs/api/dynamics/loop.ipynb #d0f75ca6
 def one_step(setup: Setup, state: State, due) -> State:
@@ -283,7 +290,7 @@ def one_step(setup: Setup, state: State, due) -> State:
     E, noise, whole, risen = energies = _energies(rows, held, live, setup.is_final(count))
     judge = lambda: _judge(setup, count, rows, move, energies)
     as_before = lambda: {n: getattr(rows, n) for n in (
-        "code", "before", "steps", "residual", "known", "first")}
+        "code", "before", "steps", "residual", "known", "rises", "first")}
     if isinstance(due, bool): judged = judge() if due else as_before()
     else: judged = jax.lax.cond(due, judge, as_before)
     keep = live & (whole | (count == 0))
@@ -294,7 +301,7 @@ def one_step(setup: Setup, state: State, due) -> State:
         solver=move.state,
         energy=jnp.where(keep, E, rows.energy),
         noise=jnp.where(keep, noise, rows.noise),
-        rises=rows.rises + risen,
+        risen=rows.risen + risen,
     )
     return State(count + 1, new, _record(setup, state, held, keep))
 
@@ -382,4 +389,8 @@ def search(setup: Setup, bad) -> tuple:
     if setup.progress:
         jax.debug.callback(ft.partial(_draw_bar, setup.max_steps), -1 - state.count, 0)
     rows = state.rows # each stands where it was judged last
-    return dataclasses.replace(rows, ahead=rows.before, energy=rows.known), state.records
+    done = dataclasses.replace(rows, ahead=rows.before, energy=rows.known)
+    if setup.trace is None: return done, None
+    energies, kept = state.records
+    every = ft.partial(_until, rows.steps, every=setup.trace.every)
+    return done, (_until(rows.steps, energies), jtu.tree_map(every, kept))

@@ -296,11 +296,25 @@ def judge_one(what, numbers, dtype, out, path, tols):
                 drop=drops.max(), best=lengths[drops.argmax()], size=size_of(what, ham, xs, eps))
 
 
+def tolerance(dtype): return float(jnp.finfo(dtype).eps) ** (2 / 3)
+
+
+@ft.lru_cache(3) # of any solver
+def judge(what, dtype):
+    "`judge_one` of all rows, compiled."
+    tol = tolerance(dtype)
+    return jax.jit(jax.vmap(lambda *a: judge_one(what, a[0], dtype, a[1], a[2], (tol, tol))))
+
+
+@ft.lru_cache(1)
+def draws(what, seed, rows):
+    "The networks of some rows."
+    return jax.vmap(ft.partial(draw, what))(jr.split(jr.key(seed), rows))
+
+
 def run(what: Structure, solver, dtype, seed=0, rows=21, max_steps=300):
     "Descend from every draw, and judge."
-    keys = jr.split(jr.key(seed), rows)
-    numbers = jax.vmap(ft.partial(draw, what))(keys)
-    tol = float(jnp.finfo(dtype).eps) ** (2 / 3)
+    numbers, tol = draws(what, seed, rows), tolerance(dtype)
 
     @jax.jit
     def descend(numbers):
@@ -312,11 +326,8 @@ def run(what: Structure, solver, dtype, seed=0, rows=21, max_steps=300):
         return out, d.records["states"]
 
     out, path = jax.vmap(descend)(numbers)
-    first = jax.tree_util.tree_map(lambda v: v[0], numbers)
-    out["alone"] = descend(first)[0]
-    judge = jax.jit(jax.vmap(lambda *a: judge_one(what, a[0], dtype, a[1], a[2], (tol, tol))))
-    alone = out.pop("alone")
-    judged = judge(numbers, out, path)
+    alone, _ = descend(jax.tree_util.tree_map(lambda v: v[0], numbers))
+    judged = judge(what, dtype)(numbers, out, path)
     return numbers, {**out, "alone": alone}, judged
 
 

@@ -77,21 +77,33 @@ def other_entry(tree, rng):
     else: tree[key] = WORDS[int(rng.integers(0, len(WORDS)))]
 
 
-def repacked(data, rng):
-    "An archive with a change in what its members hold, and checksums of its own that agree."
+def members_of(data):
+    "What an archive holds, by name."
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        members = {n: archive.read(n) for n in archive.namelist()}
+        return {n: archive.read(n) for n in archive.namelist()}
+
+
+def archive_of(members, kind=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(out := io.BytesIO(), "w", kind) as archive:
+        for n, content in members.items(): archive.writestr(n, content)
+    return out.getvalue()
+
+
+def as_json(header): return json.dumps(header).encode("utf-8", "surrogatepass")
+
+
+def repacked(data, rng, change=changed):
+    "An archive with a change in what its members hold, and checksums of its own that agree."
+    members = members_of(data)
     name = str(rng.choice(list(members)))
     if name == "hamux.json" and rng.random() < 0.8:
         header = json.loads(members[name])
         for _ in range(int(rng.integers(1, 3))): other_entry(header, rng)
-        members[name] = json.dumps(header).encode("utf-8", "surrogatepass")
+        members[name] = as_json(header)
     else:
-        members[name] = changed(members[name], rng)
+        members[name] = change(members[name], rng)
     kinds = [zipfile.ZIP_STORED] * 3 + [zipfile.ZIP_DEFLATED]
-    with zipfile.ZipFile(out := io.BytesIO(), "w", kinds[int(rng.integers(0, 4))]) as archive:
-        for n, content in members.items(): archive.writestr(n, content)
-    return out.getvalue()
+    return archive_of(members, kinds[int(rng.integers(0, 4))])
 
 
 # --- files, and how they are read -----------------------------------------------------------------
