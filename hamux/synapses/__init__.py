@@ -4,4 +4,5 @@ from .linear import *
 from .grids import *
 from .attention import *
 from .memory import *
+from .similarities import *
 from .random_features import *
