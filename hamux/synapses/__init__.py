@@ -5,4 +5,5 @@ from .grids import *
 from .attention import *
 from .memory import *
 from .similarities import *
+from .sharding import *
 from .random_features import *

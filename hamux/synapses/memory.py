@@ -13,11 +13,13 @@ import math
 import numbers
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
 from fastcore.basics import patch
 from jaxtyping import Array, Float, PyTree
@@ -31,6 +33,7 @@ from hamux.network.parameters import (
     is_parameter,
     lagrangian_as_data,
     mask_as_data,
+    refuse_masked,
     seal,
     seal_mask,
     trained,
@@ -38,6 +41,7 @@ from hamux.network.parameters import (
     unseal_mask,
 )
 from ..network.recipe import Lazy, trainable_config
+from ..numerics.streaming import Spread, gather_rows, spread_rows
 from .similarities import Bank, separation_of
 
 # %% ../../nbs/api/synapses/memory.ipynb #d238abb1
@@ -159,7 +163,8 @@ def _energy(synapse, xhat):
     bank, blocks = _bank_of(synapse)
     dtype = jnp.promote_types(xhat.dtype, synapse.Xi.dtype)
     x = xhat.reshape(-1).astype(jnp.promote_types(dtype, jnp.float32))
-    L = separation_of(synapse.lagrangian, bank, x, tuple(map(jnp.asarray, blocks)), synapse.block)
+    loop = {"block": synapse.block, "spread": synapse.spread}
+    L = separation_of(synapse.lagrangian, bank, x, tuple(map(jnp.asarray, blocks)), **loop)
     if L is None:
         mask, lagrangian = synapse.mask, synapse.lagrangian
         if isinstance(mask, jax.core.Tracer):
@@ -171,6 +176,33 @@ def _energy(synapse, xhat):
         here = slice(None) if mask is None else np.flatnonzero(mask)
         L = scalar_lagrangian(lagrangian, readable_name(lagrangian))(bank.read(x, blocks).s[here])
     return -L.astype(dtype)
+
+# %% ../../nbs/api/synapses/memory.ipynb #b04ceddd
+def _spread(Xi, spread):
+    "Memories on the devices that share them, in a dtype that JAX has."
+    refuse_masked(Xi, "MemorySynapse: Xi")
+    Xi = Xi if isinstance(Xi, jax.Array | np.ndarray) else np.asarray(Xi)
+    weights = as_weights(Xi[:1], "Xi", "MemorySynapse")
+    return spread_rows(Xi, spread, dtype=weights.dtype) if weights.ndim else weights
+
+
+def _spread_beside(synapse, mask, known):
+    "Put on the devices what stands beside the memories of a new synapse."
+    spread, K, dtype = synapse.spread, synapse.spread.rows, synapse.Xi.dtype
+    if facts_of(synapse.lagrangian).form is None:
+        raise ValueError(
+            "MemorySynapse: memories on many devices need a Lagrangian that says how it streams,"
+            f" got {readable_name(synapse.lagrangian)}, which declares no form. Declare it with"
+            " hamux.with_facts."
+        )
+    if mask is None and len(synapse.Xi) > K: mask = np.ones(K, bool)
+    put = lambda v, dtype=None, fill=0: None if v is None else spread_rows(v, spread, fill, dtype)
+    per_memory = lambda v: v.shape == (K,) and K > 1
+    synapse._mask, synapse._known = put(mask, dtype), put(known, _narrow(dtype))
+    synapse.bias = put(synapse.bias)
+    synapse._lagrangian = jtu.tree_map( # a number for each memory, if there is one
+        lambda v: put(v, None, np.asarray(v[-1])) if per_memory(v) else v, synapse._lagrangian
+    )
 
 # %% ../../nbs/api/synapses/memory.ipynb #f5adaa8e
 class MemorySynapse(eqx.Module):
@@ -184,7 +216,9 @@ class MemorySynapse(eqx.Module):
     trainable: bool = eqx.field(static=True)
     block: int | None = eqx.field(static=True)
     over: str = eqx.field(static=True)
+    spread: Spread | None = eqx.field(static=True)
     config_name: ClassVar[str] = "memory"
+    data_fields: ClassVar[tuple] = "mask", "known" # which are never trained, also as arrays
 
     def __init__(self,
                  # memories, one per row, each of the layer's shape (or of a token's)
@@ -201,16 +235,20 @@ class MemorySynapse(eqx.Module):
                  block=None, # memories to take at a time; None to choose
                  # axes of the layer over which a memory extends: "all", or "last" for each token by
                  # itself
-                 over="all"):
-        self.Xi = as_weights(Xi, "Xi", "MemorySynapse")
+                 over="all",
+                 spread: Spread | None = None): # the devices that share the memories; None for one
+        self.Xi = as_weights(Xi, "Xi", "MemorySynapse") if spread is None else _spread(Xi, spread)
         _check_memories(self.Xi, lagrangian, similarity, block, over)
-        K, dtype = len(self.Xi), self.Xi.dtype
+        K, dtype = len(Xi), self.Xi.dtype
         mask = _memory_mask(mask, K)
-        known = _memory_known(known, self.Xi.shape, mask)
+        known = _memory_known(known, (K, *self.Xi.shape[1:]), mask)
+        bias, self._lagrangian = _memory_bias(bias, K), seal(lagrangian)
         self._mask, self._known = seal_mask(mask, dtype), seal_mask(known, _narrow(dtype))
-        if known is not None: self.Xi = jnp.where(known, self.Xi, 0) # so that no parameter is NaN
-        self.bias = _memory_bias(bias, K)
-        self._lagrangian, self.similarity, self.over = seal(lagrangian), similarity, over
+        self.bias, self.spread = bias, spread and replace(spread, rows=K)
+        if spread is not None: _spread_beside(self, mask, known)
+        if known is not None: # so that no parameter is NaN
+            self.Xi = jnp.where(self.known, self.Xi, 0)
+        self.similarity, self.over = similarity, over
         self.trainable, self.block = bool(trainable), block and int(block)
         scalar = scalar_lagrangian(
             self.lagrangian, f"MemorySynapse: the Lagrangian {readable_name(self.lagrangian)}"
@@ -289,8 +327,33 @@ def lazy(cls: MemorySynapse,
 
 
 @patch
+def on(self: MemorySynapse,
+       spread: Spread | None, # devices that share the memories; None for one device
+       ) -> MemorySynapse: # the same memories there, without slots that filled up other devices
+    "The synapse on other devices. Not inside jit."
+    Xi, beside, lagrangian = self.Xi, {"bias": self.bias}, self.lagrangian
+    beside |= {"mask": self.mask, "known": self.known}
+    if self.spread is not None:
+        K, padded = self.spread.rows, len(Xi)
+        host = lambda v: None if v is None else gather_rows(v, self.spread)
+        Xi, beside = host(Xi), {name: host(v) for name, v in beside.items()}
+        if padded > K and beside["mask"].all(): beside["mask"] = None
+        cut = lambda v: jnp.asarray(host(v)) if v.shape == (padded,) and padded > 1 else v
+        lagrangian = unseal(jtu.tree_map(cut, self._lagrangian))
+    settings = dict(trainable=self.trainable, block=self.block, over=self.over, spread=spread)
+    return MemorySynapse(Xi, lagrangian, self.similarity, **beside, **settings)
+
+
+@patch
+def as_saved(self: MemorySynapse) -> MemorySynapse: # of one device
+    "The synapse as a file has it, without devices."
+    return self if self.spread is None else self.on(None)
+
+
+@patch
 def config(self: MemorySynapse) -> dict:
     "What `MemorySynapse.lazy` needs to make it again."
+    if self.spread is not None: return self.as_saved().config()
     settings = {
         "memories": len(self.Xi),
         "lagrangian": self.lagrangian,

@@ -101,7 +101,7 @@ class _Terms:
         return ((terms if rows.there is None else jnp.where(rows.there, terms, 0)).sum(),), ()
 
 
-def _sum_of(lagrangian, bank, x, blocks, block):
+def _sum_of(lagrangian, bank, x, blocks, **loop):
     "Σ L(s_k), a block at a time: arrays bound as keywords learn, also one per memory."
     function, keywords = taken_apart(lagrangian)
     K, who = len(blocks[0]), readable_name(function)
@@ -112,7 +112,7 @@ def _sum_of(lagrangian, bank, x, blocks, block):
     constants = tuple((n, v) for n, v in keywords.items() if n not in arrays)
     held, tree = jtu.tree_flatten(seal(function))
     terms = _Terms(tree, constants, tuple(shared), tuple(own), bank)
-    return stream(terms, (x, *shared.values(), *held), (*blocks, *own.values()), block=block)[0]
+    return stream(terms, (x, *shared.values(), *held), (*blocks, *own.values()), **loop)[0]
 
 # %% ../../nbs/api/synapses/similarities.ipynb #af641038
 @dataclass(frozen=True)
@@ -131,11 +131,18 @@ class _Rivals:
         return (sums if shares is None else (*sums, p @ shares)), ()
 
 
-def _merge_rivals(args, old, new):
-    "Two blocks relative to the larger of their maxima."
-    top, beta = jnp.maximum(old[0], new[0]), args[1]
-    a, b = jnp.exp(beta * (old[0] - top)), jnp.exp(beta * (new[0] - top))
-    return top, *(a * v + b * w for v, w in zip(old[1:], new[1:], strict=True))
+@dataclass(frozen=True)
+class _Merge:
+    "Sums of several blocks, relative to the largest of their maxima."
+    def __call__(self, args, old, new):
+        top, beta = jnp.maximum(old[0], new[0]), args[1]
+        a, b = jnp.exp(beta * (old[0] - top)), jnp.exp(beta * (new[0] - top))
+        return top, *(a * v + b * w for v, w in zip(old[1:], new[1:], strict=True))
+
+    def across(self, args, sums, axes):
+        top, beta = jax.lax.pmax(sums[0], axes), args[1]
+        a = jnp.exp(beta * (sums[0] - top))
+        return top, *jax.lax.psum(tuple(a * v for v in sums[1:]), axes)
 
 
 @dataclass(frozen=True)
@@ -157,12 +164,12 @@ class _Weighted:
 # %% ../../nbs/api/synapses/similarities.ipynb #cc47288c
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _compete(how, x, beta, *blocks):
-    "z, the maximum t, the mean of the pulls, that of the shares; `how` is (bank, silent, block)."
-    bank, silent, block = how
+    "z, the maximum t, the mean of the pulls, that of the shares; `how` is (bank, silent, loop)."
+    bank, silent, loop = how
     low = 0.0 if silent else float(jnp.finfo(x.dtype).min)
     start = (low, 0.0, 0.0) + (0.0,) * bank.by_entry
     top, weight, mean, *share = stream(
-        _Rivals(bank), (x, beta), blocks, fold=_merge_rivals, start=start, block=block
+        _Rivals(bank), (x, beta), blocks, fold=_Merge(), start=start, **dict(loop)
     )
     whole = weight + silent * jnp.exp(-beta * top) if silent else weight
     return jnp.log(whole), top, mean / whole, (share[0] if share else weight) / whole
@@ -170,7 +177,8 @@ def _compete(how, x, beta, *blocks):
 
 @ft.partial(_compete.defjvp, symbolic_zeros=True)
 def _compete_jvp(how, primals, tangents):
-    (bank, silent, block), (x, beta, *blocks) = how, primals
+    (bank, silent, loop), (x, beta, *blocks) = how, primals
+    loop = dict(loop)
     given = lambda t: None if isinstance(t, SymbolicZero) or t.dtype == jax.dtypes.float0 else t
     dx, dbeta, *dblocks = map(given, tangents)
     z, top, mean, share = out = _compete(how, x, beta, *blocks)
@@ -181,18 +189,18 @@ def _compete_jvp(how, primals, tangents):
     if dbeta is not None:
         dz = (
             dz
-            + (stream(_Weighted("heat", bank), args, blocks, block=block)[0] - unheard * top)
+            + (stream(_Weighted("heat", bank), args, blocks, **loop)[0] - unheard * top)
             * dbeta
         )
     if any(d is not None for d in dblocks):
         dz = (
             dz
             + stream_tangent(
-                _Weighted("mass", bank), args, blocks, (None,) * 4, dblocks, block=block
+                _Weighted("mass", bank), args, blocks, (None,) * 4, dblocks, **loop
             )[0]
         )
     dmean, *dshare = stream_tangent(
-        _Weighted("mean", bank), args, blocks, (dx, dbeta, dz, None), dblocks, block=block
+        _Weighted("mean", bank), args, blocks, (dx, dbeta, dz, None), dblocks, **loop
     )
     if not dshare:
         ghost = unheard * (dz + (0 if dbeta is None else top * dbeta)) if silent else 0
@@ -211,17 +219,17 @@ def separation_of(
     bank: Bank, # how the blocks are read
     x: Float[Array, " d"], # the state, float32 or wider
     blocks, # a tuple of arrays with one row per memory: those that the bank names, in its order
-    block=None, # memories to take at a time; None to choose
+    **loop, # `block` and `spread`, as for `stream`
 ) -> Float[Array, ""] | None: # L(s); None where the Lagrangian does not declare how it streams
     "A separation function of similarities, as a streaming sum."
     facts, (function, _) = facts_of(lagrangian), taken_apart(lagrangian)
     who = readable_name(function)
-    if facts.form == "sum": return _sum_of(lagrangian, bank, x, blocks, block)
+    if facts.form == "sum": return _sum_of(lagrangian, bank, x, blocks, **loop)
     if facts.form == "competition":
         reduced_axes(_settings(lagrangian, [facts.axis]).get(facts.axis, -1), 1, who)
         beta = _settings(lagrangian, [facts.beta]).get(facts.beta, 1.0)
         beta = hyperparameter(beta, facts.beta, who, (1,), x.dtype).reshape(())
-        z, top, *_ = _compete((bank, facts.silent, block), x, beta, *blocks)
+        z, top, *_ = _compete((bank, facts.silent, tuple(loop.items())), x, beta, *blocks)
         return top + z / beta
     if facts.form == "function of a sum":
         number = lambda n, v: hyperparameter(v, n, who, (), x.dtype, at_least=-math.inf)
@@ -229,6 +237,6 @@ def separation_of(
             {n: number(n, v) for n, v in settings_for(lagrangian, f).items()}
             for f in (facts.terms, facts.outer)
         )
-        total = _sum_of(eqx.Partial(facts.terms, **inner), bank, x, blocks, block)
+        total = _sum_of(eqx.Partial(facts.terms, **inner), bank, x, blocks, **loop)
         return facts.outer(total, **outer)
     return None
