@@ -160,6 +160,12 @@ class Spread:
 
     def __deepcopy__(self, memo): return self
 
+    def __reduce__(self):
+        raise TypeError(
+            "Memories that are spread over devices cannot be pickled: devices have no name outside"
+            " of their process. Gather them first, with hamux.synapses.gather_memories."
+        )
+
 
 def spread_over(
     mesh: Mesh, # devices, with names for its axes
