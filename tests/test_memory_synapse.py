@@ -314,8 +314,13 @@ def test_a_bias_learns_as_the_memories_do():
     Xi, x = jr.normal(jr.key(0), (6, 3)), jnp.ones(3)
     make = lambda trainable: MemorySynapse(Xi, bias=jnp.zeros(6), trainable=trainable)
     slopes = {t: jax.grad(lambda s: s(x))(make(t)).bias for t in (True, False)}
-    np.testing.assert_allclose(slopes[True], -jax.nn.softmax(Xi @ x), rtol=1e-5)
+    p = jax.nn.softmax(Xi @ x)
+    np.testing.assert_allclose(slopes[True], -p, rtol=1e-5)
     assert (slopes[False] == 0).all()
+    alone = lambda bias: MemorySynapse(Xi, bias=bias)(x) # nothing else has a derivative
+    np.testing.assert_allclose(jax.grad(alone)(jnp.zeros(6)), -p, rtol=1e-5)
+    curvature = jnp.outer(p, p) - jnp.diag(p)
+    np.testing.assert_allclose(jax.hessian(alone)(jnp.zeros(6)), curvature, rtol=1e-4, atol=1e-6)
 
 
 def test_gaps_are_data_of_a_compiled_program():

@@ -267,7 +267,9 @@ def _fill(tree, name, arrays):
     "A pytree like this one, with the arrays of a file."
     def one(where, like):
         v, typed = arrays[f"{name}{where}"], jnp.issubdtype(like.dtype, jax.dtypes.prng_key)
-        return jr.wrap_key_data(v, impl=jr.key_impl(like)) if typed else v
+        if typed: return jr.wrap_key_data(v, impl=jr.key_impl(like))
+        spread = isinstance(like, jax.Array) and len(like.devices()) > 1
+        return jax.device_put(v, like.sharding) if spread else v
     leaves = [one(where, like) for where, like in named_parameters(tree).items()]
     return jtu.tree_unflatten(jtu.tree_structure(tree), leaves)
 

@@ -82,9 +82,12 @@ def trainable_mask(ham, trainable):
         names = [_check_part(ham, name) for name in trainable]
         flags = [place.part in names for place in places]
     else: flags = _filter_flags(ham, True if trainable is None else trainable)
+    data = {n: getattr(s, "data_fields", ()) for n, s in ham.hypersynapses.items()}
     frozen = [n for n, s in ham.hypersynapses.items() if getattr(s, "trainable", True) is False]
     flags = [
-        flag and (place.part not in frozen or place.in_layer or place.in_lagrangian)
+        flag
+        and (place.part not in frozen or place.in_layer or place.in_lagrangian)
+        and (place.in_layer or place.name not in data[place.part]) # masks that are arrays
         for flag, place in zip(flags, places, strict=True)
     ]
     if not any(flags):

@@ -26,7 +26,7 @@ import numpy as np
 
 from ..lagrangians.facts import taken_apart
 from ..network.hypergraph import HAM, VectorizedHAM
-from .config import architecture, from_config
+from .config import architecture, as_saved, from_config
 from .descriptions import available_dtype
 from .files import atomic_file
 from .formats import check_member, open_archive, read_npy_header
@@ -100,7 +100,7 @@ def save(
     "Save a network, architecture and weights, in one file, which is replaced whole or not at all."
     if not isinstance(ham, HAM | VectorizedHAM):
         raise TypeError(f"save: ham must be a HAM or a VectorizedHAM, got {type(ham).__name__}.")
-    ham = ham.unvectorize()
+    ham = as_saved(ham)
     write_saved(path, "hamux network", architecture(ham, strict=False), named_parameters(ham))
 
 # %% ../../nbs/api/storage/saving.ipynb #e2819a9f
@@ -313,7 +313,7 @@ def _skeleton(header, path, like, known, trust):
     "The network of the file with shapes for weights."
     if like is not None:
         difference = network_difference(like, header["network"])
-        if difference is None: return like.unvectorize()
+        if difference is None: return as_saved(like)
         advice = "load it without like=, or give one like it"
         raise FileProblem.at(path, f"holds another network: {difference}; {advice}")
     try:

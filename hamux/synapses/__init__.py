@@ -4,4 +4,6 @@ from .linear import *
 from .grids import *
 from .attention import *
 from .memory import *
+from .similarities import *
+from .sharding import *
 from .random_features import *

@@ -69,6 +69,7 @@ class AttentionSynapse(eqx.Module):
     include_self: bool = eqx.field(static=True)
     trainable: bool = eqx.field(static=True)
     config_name: ClassVar[str] = "attention"
+    data_fields: ClassVar[tuple] = "mask", "key_mask" # which are never trained, also as arrays
 
     def __init__(self,
                  Wq: Float[Array, "heads d_head d_query"], # query projections, one matrix per head

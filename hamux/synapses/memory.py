@@ -9,13 +9,12 @@ __all__ = ['MemorySynapse']
 
 # %% ../../nbs/api/synapses/memory.ipynb #918ee614
 import base64
-import functools as ft
 import math
 import numbers
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import replace
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -23,12 +22,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from fastcore.basics import patch
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, PyTree
 
-from ..lagrangians.arguments import hyperparameter, reduced_axes
 from ..lagrangians.competitions import lagr_softmax
-from ..lagrangians.facts import facts_of, setting_of, settings_for, taken_apart
+from ..lagrangians.facts import facts_of
 from ..network.neurons import readable_name, scalar_lagrangian
 from hamux.network.parameters import (
     as_mask,
@@ -36,6 +33,7 @@ from hamux.network.parameters import (
     is_parameter,
     lagrangian_as_data,
     mask_as_data,
+    refuse_masked,
     seal,
     seal_mask,
     trained,
@@ -43,239 +41,8 @@ from hamux.network.parameters import (
     unseal_mask,
 )
 from ..network.recipe import Lazy, trainable_config
-from ..numerics.streaming import stream, stream_tangent
-
-# %% ../../nbs/api/synapses/memory.ipynb #185a0a69
-class _Rows(NamedTuple):
-    "What a block of memories is to a query."
-    s: Array # the similarity of each, its bias included
-    there: Array | None # which slots hold a memory
-    pulls: Array # ∂s/∂x̂ of each, less what `shares` takes off: ξ, where a memory is Euclidean too
-    shares: Array | None # of memories that know some entries only: what x̂ is multiplied by there
-
-
-@dataclass(frozen=True)
-class _Bank:
-    "How blocks are read: Ξ, then those arrays beside it that there are, in this order."
-    similarity: str
-    masked: bool = False # booleans (K,), whether a slot holds a memory
-    biased: bool = False # numbers (K,), added to the similarities
-    partial: bool = False # (K, d), whether a memory knows an entry; booleans, or zeros and ones
-
-    @property
-    def arrays(self): return 1 + self.masked + self.biased + self.partial
-    @property
-    def by_entry(self): return self.partial and self.similarity == "euclidean"
-
-    def read(self, x, blocks):
-        "The rows of a block as the query `x` sees them."
-        Xi, *rest = blocks[: self.arrays]
-        there = rest.pop(0) if self.masked else None
-        bias = rest.pop(0).astype(x.dtype) if self.biased else 0
-        filled = rest[0] > 0.5 if self.partial else None
-        if there is not None:
-            filled = there[:, None] if filled is None else filled & there[:, None]
-        Xi = (Xi if filled is None else jnp.where(filled, Xi, 0)).astype(x.dtype)
-        if self.similarity == "dot": return _Rows(Xi @ x + bias, there, Xi, None)
-        s, pulls, shares = _distances(x, Xi, filled, self.by_entry)
-        return _Rows(s + bias, there, pulls, shares)
-
-
-def _distances(x, Xi, filled, by_entry):
-    "−½ of squared distances, and the parts of their derivatives in `x`, as in `_Rows`."
-    n = len(Xi) if filled is None else jnp.maximum(filled.sum(0), 1)
-    # distances do not depend on the origin; their rounding does
-    origin = jax.lax.stop_gradient(Xi.sum(0) / n)
-    near, x = Xi - origin, x - origin
-    if not by_entry: return near @ x - 0.5 * (near * near).sum(1) - 0.5 * (x * x).sum(), Xi, None
-    ones = filled.astype(x.dtype)
-    worth = x.size / jnp.maximum(ones.sum(1), 1) # of each entry that a memory knows
-    near = near * ones
-    s = worth * (near @ x - 0.5 * (near * near).sum(1) - 0.5 * (ones @ (x * x)))
-    return s, worth[:, None] * Xi, worth[:, None] * ones
-
-
-@dataclass(frozen=True)
-class _Terms:
-    "Σ f(s_k): args are x̂ and shared numbers, blocks are the bank and numbers per memory."
-    tree: Any # the function, without the numbers that it holds
-    constants: tuple # pairs of a keyword and its value
-    shared: tuple # keywords whose values are arrays
-    per_memory: tuple # keywords with one value per memory
-    bank: _Bank
-
-    def __call__(self, size, args, blocks):
-        (x, *numbers), own = args, blocks[self.bank.arrays :]
-        rows = self.bank.read(x, blocks)
-        keywords = dict(self.constants) | dict(
-            zip(self.shared, numbers[: len(self.shared)], strict=True)
-        )
-        function = unseal(jtu.tree_unflatten(self.tree, numbers[len(self.shared):]))
-        one = lambda s, *own: function(
-            s, **keywords, **dict(zip(self.per_memory, own, strict=True))
-        )
-        terms = jax.vmap(one)(rows.s, *own)
-        return ((terms if rows.there is None else jnp.where(rows.there, terms, 0)).sum(),), ()
-
-
-def _sum_of(lagrangian, bank, x, blocks, block):
-    "Σ L(s_k), a block at a time: arrays bound as keywords learn, also one per memory."
-    function, keywords = taken_apart(lagrangian)
-    K, who = len(blocks[0]), readable_name(function)
-    number = lambda n, v: hyperparameter(v, n, who, (K,), x.dtype, at_least=-math.inf)
-    arrays = {n: number(n, v) for n, v in keywords.items() if isinstance(v, jax.Array | np.ndarray)}
-    own = {n: jnp.broadcast_to(v, (K,)) for n, v in arrays.items() if v.size > 1}
-    shared = {n: v.reshape(()) for n, v in arrays.items() if v.size == 1}
-    constants = tuple((n, v) for n, v in keywords.items() if n not in arrays)
-    held, tree = jtu.tree_flatten(seal(function))
-    terms = _Terms(tree, constants, tuple(shared), tuple(own), bank)
-    return stream(terms, (x, *shared.values(), *held), (*blocks, *own.values()), block=block)[0]
-
-# %% ../../nbs/api/synapses/memory.ipynb #af641038
-@dataclass(frozen=True)
-class _Rivals:
-    "Of a block: the largest similarity, the sum of relative weights, and the weighted sums."
-    bank: _Bank
-
-    def __call__(self, size, args, blocks):
-        x, beta = args
-        s, there, pulls, shares = self.bank.read(x, blocks)
-        low = jnp.finfo(s.dtype).min
-        top = (s if there is None else jnp.where(there, s, low)).max()
-        p = jnp.exp(beta * (s - top))
-        if there is not None: p = jnp.where(there, p, 0)
-        sums = top, p.sum(), p @ pulls
-        return (sums if shares is None else (*sums, p @ shares)), ()
-
-
-def _merge_rivals(args, old, new):
-    "Two blocks relative to the larger of their maxima."
-    top, beta = jnp.maximum(old[0], new[0]), args[1]
-    a, b = jnp.exp(beta * (old[0] - top)), jnp.exp(beta * (new[0] - top))
-    return top, *(a * v + b * w for v, w in zip(old[1:], new[1:], strict=True))
-
-
-@dataclass(frozen=True)
-class _Weighted:
-    "A sum with the weights p_k = exp(β(s_k − t) − z); args are x̂, β, z and t."
-    what: str # "mass", "mean" or "heat"
-    bank: _Bank
-
-    def __call__(self, size, args, blocks):
-        x, beta, z, top = args
-        s, there, pulls, shares = self.bank.read(x, blocks)
-        gap = s - top
-        if there is not None: gap = jnp.where(there, gap, 0)
-        p = jnp.exp(beta * gap - z)
-        if there is not None: p = jnp.where(there, p, 0)
-        if self.what == "mean": return (p @ pulls, *(() if shares is None else (p @ shares,))), ()
-        return ((p if self.what == "mass" else p * gap).sum(),), ()
-
-# %% ../../nbs/api/synapses/memory.ipynb #cc47288c
-@ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _compete(how, x, beta, *blocks):
-    "z, the maximum t, the mean of the pulls, that of the shares; `how` is (bank, silent, block)."
-    bank, silent, block = how
-    low = 0.0 if silent else float(jnp.finfo(x.dtype).min)
-    start = (low, 0.0, 0.0) + (0.0,) * bank.by_entry
-    top, weight, mean, *share = stream(
-        _Rivals(bank), (x, beta), blocks, fold=_merge_rivals, start=start, block=block
-    )
-    whole = weight + silent * jnp.exp(-beta * top) if silent else weight
-    return jnp.log(whole), top, mean / whole, (share[0] if share else weight) / whole
-
-
-@ft.partial(_compete.defjvp, symbolic_zeros=True)
-def _compete_jvp(how, primals, tangents):
-    (bank, silent, block), (x, beta, *blocks) = how, primals
-    given = lambda t: None if isinstance(t, SymbolicZero) or t.dtype == jax.dtypes.float0 else t
-    dx, dbeta, *dblocks = map(given, tangents)
-    z, top, mean, share = out = _compete(how, x, beta, *blocks)
-    args, dz = (x, beta, z, top), jnp.zeros_like(z)
-    unheard = silent * jnp.exp(-beta * top - z) if silent else 0
-    if dx is not None:
-        dz = dz + beta * ((mean if bank.similarity == "dot" else mean - share * x) * dx).sum()
-    if dbeta is not None:
-        dz = (
-            dz
-            + (stream(_Weighted("heat", bank), args, blocks, block=block)[0] - unheard * top)
-            * dbeta
-        )
-    if any(d is not None for d in dblocks):
-        dz = (
-            dz
-            + stream_tangent(
-                _Weighted("mass", bank), args, blocks, (None,) * 4, dblocks, block=block
-            )[0]
-        )
-    dmean, *dshare = stream_tangent(
-        _Weighted("mean", bank), args, blocks, (dx, dbeta, dz, None), dblocks, block=block
-    )
-    if not dshare:
-        ghost = unheard * (dz + (0 if dbeta is None else top * dbeta)) if silent else 0
-        dshare = [jnp.zeros_like(share) + ghost]
-    return out, (dz, jnp.zeros_like(top), dmean, *dshare)
-
-# %% ../../nbs/api/synapses/memory.ipynb #0350ecd1
-def _settings(lagrangian, names):
-    "The values of these hyperparameters, as far as the Lagrangian has them."
-    values = {n: setting_of(lagrangian, n) for n in names}
-    return {n: v for n, v in values.items() if v is not None}
-
-
-def _separation(lagrangian, bank, x, blocks, block):
-    "L(similarity(Ξ, x̂)) as a streaming sum, or None where the Lagrangian declares none."
-    facts, (function, _) = facts_of(lagrangian), taken_apart(lagrangian)
-    who = readable_name(function)
-    if facts.form == "sum": return _sum_of(lagrangian, bank, x, blocks, block)
-    if facts.form == "competition":
-        reduced_axes(_settings(lagrangian, [facts.axis]).get(facts.axis, -1), 1, who)
-        beta = _settings(lagrangian, [facts.beta]).get(facts.beta, 1.0)
-        beta = hyperparameter(beta, facts.beta, who, (1,), x.dtype).reshape(())
-        z, top, *_ = _compete((bank, facts.silent, block), x, beta, *blocks)
-        return top + z / beta
-    if facts.form == "function of a sum":
-        number = lambda n, v: hyperparameter(v, n, who, (), x.dtype, at_least=-math.inf)
-        inner, outer = (
-            {n: number(n, v) for n, v in settings_for(lagrangian, f).items()}
-            for f in (facts.terms, facts.outer)
-        )
-        total = _sum_of(eqx.Partial(facts.terms, **inner), bank, x, blocks, block)
-        return facts.outer(total, **outer)
-    return None
-
-
-def _bank_of(synapse):
-    "How the bank of a synapse is read, and its arrays: one memory per row."
-    K, entries = len(synapse.Xi), synapse._known
-    entries = entries if is_parameter(entries) else synapse.known # as it is, for each block to read
-    beside = {
-        "masked": synapse.mask,
-        "biased": None if synapse.bias is None else trained(synapse.bias, synapse.trainable),
-        "partial": None if entries is None else jax.lax.stop_gradient(entries.reshape(K, -1)),
-    }
-    arrays = {name: v for name, v in beside.items() if v is not None}
-    bank = _Bank(synapse.similarity, **dict.fromkeys(arrays, True))
-    return bank, (trained(synapse.Xi, synapse.trainable).reshape(K, -1), *arrays.values())
-
-
-def _energy(synapse, xhat):
-    "The energy of one activation: streamed if declared, else from all similarities at once."
-    bank, blocks = _bank_of(synapse)
-    dtype = jnp.promote_types(xhat.dtype, synapse.Xi.dtype)
-    x = xhat.reshape(-1).astype(jnp.promote_types(dtype, jnp.float32))
-    L = _separation(synapse.lagrangian, bank, x, tuple(map(jnp.asarray, blocks)), synapse.block)
-    if L is None:
-        mask, lagrangian = synapse.mask, synapse.lagrangian
-        if isinstance(mask, jax.core.Tracer):
-            raise TypeError(
-                "MemorySynapse: a traced mask needs a Lagrangian that says how it streams, got"
-                f" {readable_name(lagrangian)}, which declares no form. Declare it with"
-                " hamux.with_facts."
-            )
-        here = slice(None) if mask is None else np.flatnonzero(mask)
-        L = scalar_lagrangian(lagrangian, readable_name(lagrangian))(bank.read(x, blocks).s[here])
-    return -L.astype(dtype)
+from ..numerics.streaming import Spread, gather_rows, spread_rows
+from .similarities import Bank, separation_of
 
 # %% ../../nbs/api/synapses/memory.ipynb #d238abb1
 def _check_memories(Xi, lagrangian, similarity, block, over):
@@ -376,6 +143,67 @@ def _memory_tokens(synapse, xhat):
         )
     return xhat.reshape(-1, *shape) if tokens else xhat
 
+# %% ../../nbs/api/synapses/memory.ipynb #75507825
+def _bank_of(synapse):
+    "How the bank of a synapse is read, and its arrays: one memory per row."
+    K, entries = len(synapse.Xi), synapse._known
+    entries = entries if is_parameter(entries) else synapse.known # as it is, for each block to read
+    beside = {
+        "masked": synapse.mask,
+        "biased": None if synapse.bias is None else trained(synapse.bias, synapse.trainable),
+        "partial": None if entries is None else jax.lax.stop_gradient(entries.reshape(K, -1)),
+    }
+    arrays = {name: v for name, v in beside.items() if v is not None}
+    bank = Bank(synapse.similarity, **dict.fromkeys(arrays, True))
+    return bank, (trained(synapse.Xi, synapse.trainable).reshape(K, -1), *arrays.values())
+
+
+def _energy(synapse, xhat):
+    "The energy of one activation: streamed if declared, else from all similarities at once."
+    bank, blocks = _bank_of(synapse)
+    dtype = jnp.promote_types(xhat.dtype, synapse.Xi.dtype)
+    x = xhat.reshape(-1).astype(jnp.promote_types(dtype, jnp.float32))
+    loop = {"block": synapse.block, "spread": synapse.spread}
+    L = separation_of(synapse.lagrangian, bank, x, tuple(map(jnp.asarray, blocks)), **loop)
+    if L is None:
+        mask, lagrangian = synapse.mask, synapse.lagrangian
+        if isinstance(mask, jax.core.Tracer):
+            raise TypeError(
+                "MemorySynapse: a traced mask needs a Lagrangian that says how it streams, got"
+                f" {readable_name(lagrangian)}, which declares no form. Declare it with"
+                " hamux.with_facts."
+            )
+        here = slice(None) if mask is None else np.flatnonzero(mask)
+        L = scalar_lagrangian(lagrangian, readable_name(lagrangian))(bank.read(x, blocks).s[here])
+    return -L.astype(dtype)
+
+# %% ../../nbs/api/synapses/memory.ipynb #b04ceddd
+def _spread(Xi, spread):
+    "Memories on the devices that share them, in a dtype that JAX has."
+    refuse_masked(Xi, "MemorySynapse: Xi")
+    Xi = Xi if isinstance(Xi, jax.Array | np.ndarray) else np.asarray(Xi)
+    weights = as_weights(Xi[:1], "Xi", "MemorySynapse")
+    return spread_rows(Xi, spread, dtype=weights.dtype) if weights.ndim else weights
+
+
+def _spread_beside(synapse, mask, known):
+    "Put on the devices what stands beside the memories of a new synapse."
+    spread, K, dtype = synapse.spread, synapse.spread.rows, synapse.Xi.dtype
+    if facts_of(synapse.lagrangian).form is None:
+        raise ValueError(
+            "MemorySynapse: memories on many devices need a Lagrangian that says how it streams,"
+            f" got {readable_name(synapse.lagrangian)}, which declares no form. Declare it with"
+            " hamux.with_facts."
+        )
+    if mask is None and len(synapse.Xi) > K: mask = np.ones(K, bool)
+    put = lambda v, dtype=None, fill=0: None if v is None else spread_rows(v, spread, fill, dtype)
+    per_memory = lambda v: v.shape == (K,) and K > 1
+    synapse._mask, synapse._known = put(mask, dtype), put(known, _narrow(dtype))
+    synapse.bias = put(synapse.bias)
+    synapse._lagrangian = jtu.tree_map( # a number for each memory, if there is one
+        lambda v: put(v, None, np.asarray(v[-1])) if per_memory(v) else v, synapse._lagrangian
+    )
+
 # %% ../../nbs/api/synapses/memory.ipynb #f5adaa8e
 class MemorySynapse(eqx.Module):
     "The energy −L(similarity(Ξ, x̂)) of one layer: a memory whose hidden layer is integrated out."
@@ -388,7 +216,9 @@ class MemorySynapse(eqx.Module):
     trainable: bool = eqx.field(static=True)
     block: int | None = eqx.field(static=True)
     over: str = eqx.field(static=True)
+    spread: Spread | None = eqx.field(static=True)
     config_name: ClassVar[str] = "memory"
+    data_fields: ClassVar[tuple] = "mask", "known" # which are never trained, also as arrays
 
     def __init__(self,
                  # memories, one per row, each of the layer's shape (or of a token's)
@@ -405,16 +235,20 @@ class MemorySynapse(eqx.Module):
                  block=None, # memories to take at a time; None to choose
                  # axes of the layer over which a memory extends: "all", or "last" for each token by
                  # itself
-                 over="all"):
-        self.Xi = as_weights(Xi, "Xi", "MemorySynapse")
+                 over="all",
+                 spread: Spread | None = None): # the devices that share the memories; None for one
+        self.Xi = as_weights(Xi, "Xi", "MemorySynapse") if spread is None else _spread(Xi, spread)
         _check_memories(self.Xi, lagrangian, similarity, block, over)
-        K, dtype = len(self.Xi), self.Xi.dtype
+        K, dtype = len(Xi), self.Xi.dtype
         mask = _memory_mask(mask, K)
-        known = _memory_known(known, self.Xi.shape, mask)
+        known = _memory_known(known, (K, *self.Xi.shape[1:]), mask)
+        bias, self._lagrangian = _memory_bias(bias, K), seal(lagrangian)
         self._mask, self._known = seal_mask(mask, dtype), seal_mask(known, _narrow(dtype))
-        if known is not None: self.Xi = jnp.where(known, self.Xi, 0) # so that no parameter is NaN
-        self.bias = _memory_bias(bias, K)
-        self._lagrangian, self.similarity, self.over = seal(lagrangian), similarity, over
+        self.bias, self.spread = bias, spread and replace(spread, rows=K)
+        if spread is not None: _spread_beside(self, mask, known)
+        if known is not None: # so that no parameter is NaN
+            self.Xi = jnp.where(self.known, self.Xi, 0)
+        self.similarity, self.over = similarity, over
         self.trainable, self.block = bool(trainable), block and int(block)
         scalar = scalar_lagrangian(
             self.lagrangian, f"MemorySynapse: the Lagrangian {readable_name(self.lagrangian)}"
@@ -493,8 +327,33 @@ def lazy(cls: MemorySynapse,
 
 
 @patch
+def on(self: MemorySynapse,
+       spread: Spread | None, # devices that share the memories; None for one device
+       ) -> MemorySynapse: # the same memories there, without slots that filled up other devices
+    "The synapse on other devices. Not inside jit."
+    Xi, beside, lagrangian = self.Xi, {"bias": self.bias}, self.lagrangian
+    beside |= {"mask": self.mask, "known": self.known}
+    if self.spread is not None:
+        K, padded = self.spread.rows, len(Xi)
+        host = lambda v: None if v is None else gather_rows(v, self.spread)
+        Xi, beside = host(Xi), {name: host(v) for name, v in beside.items()}
+        if padded > K and beside["mask"].all(): beside["mask"] = None
+        cut = lambda v: jnp.asarray(host(v)) if v.shape == (padded,) and padded > 1 else v
+        lagrangian = unseal(jtu.tree_map(cut, self._lagrangian))
+    settings = dict(trainable=self.trainable, block=self.block, over=self.over, spread=spread)
+    return MemorySynapse(Xi, lagrangian, self.similarity, **beside, **settings)
+
+
+@patch
+def as_saved(self: MemorySynapse) -> MemorySynapse: # of one device
+    "The synapse as a file has it, without devices."
+    return self if self.spread is None else self.on(None)
+
+
+@patch
 def config(self: MemorySynapse) -> dict:
     "What `MemorySynapse.lazy` needs to make it again."
+    if self.spread is not None: return self.as_saved().config()
     settings = {
         "memories": len(self.Xi),
         "lagrangian": self.lagrangian,
