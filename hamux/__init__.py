@@ -37,7 +37,7 @@ _LATER = {
     "learning": """
         gradient Gradient AbstractMethod EquilibriumPropagation ContrastiveHebbian RecallLoss
         denoising_loss completion_loss classification_loss squared_error cross_entropy
-        hide_pixels hide_half hide_rectangle fit Fit batches unit_norm
+        hide_pixels hide_half hide_rectangle fit Fit batches unit_norm fit_memory
     """,
     "memories": "recall Memory Recalled memory_ham",
     "analysis": """

@@ -3,6 +3,7 @@
 from .corruption import *
 from .gradients import *
 from .losses import *
+from .memory_training import *
 from .run import *
 from .trainable import *
 from .training import *

@@ -259,6 +259,14 @@ class Memory:
     def classes(self): # labels in order, or None
         return self._read and self._read.classes
 
+    def values_of(self, slots): # numbers of slots of the bank
+        "What is stored with some patterns, or None."
+        return None if self._read is None else self._read.answers(self.bank.values[slots])
+
+    @property
+    def inner_beta(self) -> float: # in the frame, where it is of order one
+        return self._inner
+
     @property
     def centre(self): return self.frame.centre * self.frame.size
 
