@@ -28,7 +28,7 @@ class ScaledMemory(eqx.Module):
     "The hypersynapse of @eq-trained."
     Xi: Float[Array, "K d"] # patterns in the frame of a memory, 0 where unknown
     log_beta: Float[Array, ""] # logarithm of the inverse temperature
-    log_a: Float[Array, "d"] # logarithm of what columns are multiplied by
+    log_a: Float[Array, " d"] # logarithm of what columns are multiplied by
     log_weights: Any # (K,) of the patterns, constant
     known: Any # (K, d) booleans: entries that a pattern knows
 
@@ -41,7 +41,7 @@ class ScaledMemory(eqx.Module):
         s = self.log_weights - 0.5 * jnp.exp(self.log_beta) * r2
         return jnp.where((jnp.arange(len(s)) == own) | (common == 0), -jnp.inf, s)
 
-    def __call__(self, xhat: Float[Array, "d"]) -> Float[Array, ""]:
+    def __call__(self, xhat: Float[Array, " d"]) -> Float[Array, ""]:
         "The energy."
         s = self.similarities(xhat, jnp.ones(xhat.shape, bool))
         return -jax.nn.logsumexp(s) / jnp.exp(self.log_beta)

@@ -168,10 +168,10 @@ def _small_columns(patterns, beta):
     return len(small) if distinct > len(patterns) / 2 and len(patterns) > 1 else 0
 
 
-def _warn_of_scale(patterns, beta, dtype):
-    "Warn of columns that count for nothing, and of what the dtype cannot tell apart."
+def _warn_of_scale(patterns, beta, dtype, chosen):
+    "Warn of columns that count for nothing, and of what a dtype cannot tell apart."
     d = patterns.shape[1]
-    if small := _small_columns(patterns, beta):
+    if small := 0 if chosen else _small_columns(patterns, beta):
         warnings.warn(
             f"The columns differ so much in scale that {small} of {d} count for nothing: they are"
             " known or not, the weights of the patterns are the same. Divide every column by its"
@@ -243,7 +243,7 @@ class Memory:
             np.nanmax(v, 0) - np.nanmin(v, 0) for v in (sample, sample.astype(self.dtype))
         ]
         self._choose(sample, beta, noise)
-        _warn_of_scale(sample, self._inner, self.dtype)
+        _warn_of_scale(sample, self._inner, self.dtype, scale is not None)
 
     def __len__(self): return len(self.bank)
 
