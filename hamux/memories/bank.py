@@ -206,7 +206,7 @@ def _log_weights(weights, n):
     given = np.asarray(weights, float)
     weights = np.broadcast_to(given, (n,)) if given.shape in ((), (1,), (n,)) else None
     if weights is None or not (np.isfinite(weights) & (weights >= 0)).all():
-        raise ValueError(f"weights must be one number, or {n} finite numbers that are not negative.")
+        raise ValueError(f"weights must be {n} finite numbers that are not negative, or one.")
     if not weights.any(): raise ValueError("weights must leave some pattern a weight above 0.")
     with np.errstate(divide="ignore"): return np.log(weights)
 
