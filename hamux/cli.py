@@ -9,14 +9,16 @@ __all__ = ['GOALS', 'load_patterns', 'corrupt', 'draw_demo', 'hamux_demo', 'hamu
 
 # %% ../nbs/api/cli.ipynb #6ab902a3
 import argparse
+import csv
 import errno
+import io
 import importlib.util
 import os
 import signal
 import sys
 import time
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import jax
@@ -24,9 +26,11 @@ import numpy as np
 from platformdirs import user_cache_path
 
 from .display.plots import plot_energy, plot_recall
+from .dynamics.descent import descend
 from .dynamics.euler import Euler
 from .dynamics.results import CONVERGED
 from .memories.arrays import Memory
+from .memories.temperature import RULES
 from hamux.storage.files import (
     atomic_file,
     check_finite,
@@ -34,7 +38,8 @@ from hamux.storage.files import (
     open_rows,
     write_rows,
 )
-from .storage.problems import FileProblem
+from .storage.formats import read_exactly, read_npy_header
+from .storage.problems import FileProblem, as_path, file_problems
 
 # %% ../nbs/api/cli.ipynb #1f2c234b
 def _fail(command, what, status=2):
@@ -162,14 +167,15 @@ GOALS = {"half": 0.95, "noise": 0.95, "both": 0.80}
 def load_patterns(
     n: int, # how many digits, at most 1797
     seed: int, # which ones
-) -> np.ndarray: # (n, 64), grey levels 0 … 16
+) -> tuple: # (n, 64) grey levels 0 … 16, and (n,) labels 0 … 9
     "Some of scikit-learn's handwritten digits. Raises ValueError without scikit-learn."
     try:
         from sklearn.datasets import load_digits
     except ImportError:
         raise ValueError("the digits come with scikit-learn: pip install 'hamux[demo]'") from None
-    data = load_digits().data
-    return data[np.random.default_rng(seed).permutation(len(data))[:n]].astype(np.float32)
+    images, labels = load_digits(return_X_y=True)
+    chosen = np.random.default_rng(seed).permutation(len(images))[:n]
+    return images[chosen].astype(np.float32), labels[chosen]
 
 
 def corrupt(
@@ -185,14 +191,18 @@ def corrupt(
     if how != "noise": out[:, 32:] = np.nan
     return out
 
+# %% ../nbs/api/cli.ipynb #541bdcde
+def _filled(memory, queries):
+    "Queries with the average of the patterns where they are unknown."
+    return np.where(np.isnan(queries), memory.centre, queries)
+
 # %% ../nbs/api/cli.ipynb #5805bbec
 def _recall_timed(memory, queries, noisy):
-    "The answers, the descent, and the milliseconds of a second, compiled run."
+    "The result, and the milliseconds of a second, compiled run."
     memory.recall(queries, noisy=noisy)
     begin = time.perf_counter()
-    answers, out = memory.recall(queries, noisy=noisy)
-    jax.block_until_ready(out)
-    return answers, out, 1e3 * (time.perf_counter() - begin)
+    found = memory.recall(queries, noisy=noisy)
+    return found, 1e3 * (time.perf_counter() - begin)
 
 
 _HEADER = (
@@ -201,15 +211,15 @@ _HEADER = (
 )
 
 
-def _row(how, patterns, answers, out, ms):
+def _row(how, patterns, before, found, ms):
     "One line of the demo's table, and what fell short."
-    n, exact = len(patterns), (np.round(answers) == patterns).all(1)
-    before, after = float(out.energies[:, 0].mean()), float(out.energy.mean())
+    n, out = len(patterns), found.descent
+    exact, after = (np.round(found.patterns) == patterns).all(1), found.energy.mean()
     steps = f"{int(np.median(out.steps))} ({int(out.steps.max())})"
     converged, rises = int(out.converged.sum()), int(out.rises.sum())
     text = (
-        f"{how:10s} {exact.sum():>8d} of {n:<5d} {before:>9.2f} → {after:<9.2f} {steps:>10s}"
-        f" {converged:>8d} of {n:<5d} {ms:>8.0f}"
+        f"{how:10s} {exact.sum():>8d} of {n:<5d} {before.mean():>9.2f} → {after:<z9.2f}"
+        f" {steps:>10s} {converged:>8d} of {n:<5d} {ms:>8.0f}"
     )
     short = []
     if exact.mean() < GOALS[how]:
@@ -222,27 +232,42 @@ def _row(how, patterns, answers, out, ms):
 _TITLES = {"half": "lower half unknown", "noise": "noisy", "both": "half unknown, half noisy"}
 
 
+def _different(labels, most):
+    "Which to show: the first of each class in order, then the second of each."
+    earlier = np.tril(labels[:, None] == labels, -1).sum(1) # of the same class
+    return np.lexsort((labels, earlier))[:most]
+
+
+def _slow_energies(memory, queries, noisy):
+    "Energies along a slow descent from queries, in the units of the data."
+    x = memory.frame.inside(_filled(memory, queries)).astype(memory.dtype)
+    clamp = None if noisy else {"pattern": ~np.isnan(queries)}
+    ham, solver = memory.network().vectorize(), Euler(0.1)
+    out = descend(ham, {"pattern": x}, solver=solver, clamp=clamp, max_steps=40)
+    return np.asarray(out.energies) * memory.unit**2
+
+
 def draw_demo(
-    patterns: np.ndarray, # (n, 64) what was stored
-    runs: dict, # corruption → (queries, answers, Descent)
+    patterns: np.ndarray, # (n, 64) what was stored, of those to show
+    runs: dict, # corruption → (queries, answers, energies) of the same
     file, # a binary file, or a path, for the PNG
-    columns=10, # how many digits to show
 ) -> None:
     "Draw originals, corrupted, recalled and the energies in one PNG."
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    columns = min(columns, len(patterns))
-    fig = Figure(figsize=(0.62 * columns + 4.6, 2.05 * len(runs) + 0.3), layout="constrained")
+    n = len(patterns)
+    fig = Figure(figsize=(0.62 * n + 4.6, 2.05 * len(runs) + 0.3), layout="constrained")
     FigureCanvasAgg(fig)
     blocks = np.atleast_1d(fig.subfigures(len(runs), 1))
-    for block, (how, (queries, answers, out)) in zip(blocks, runs.items(), strict=True):
-        images, curve = block.subfigures(1, 2, width_ratios=(0.62 * columns + 1, 3.6))
-        rows = [v[:columns] for v in (patterns, queries, answers)]
-        axes, labels = images.subplots(3, columns, squeeze=False), ["stored", "given", "recalled"]
-        plot_recall(*rows, labels=labels, limits=(0, 16), axes=axes)
-        ax = plot_energy(out.energies[:100], curve.subplots(), color="C0")
+    for block, (how, (queries, answers, energies)) in zip(blocks, runs.items(), strict=True):
+        images, curve = block.subfigures(1, 2, width_ratios=(0.62 * n + 1, 3.6))
+        axes, labels = images.subplots(3, n, squeeze=False), ["stored", "given", "recalled"]
+        plot_recall(patterns, queries, answers, labels=labels, limits=(0, 16), axes=axes)
+        ax = plot_energy(energies, curve.subplots(), color="C0", alpha=0.6)
         ax.set_title(_TITLES[how], fontsize=10)
-    fig.savefig(file, format="png", dpi=110)
+        ax.set(xlabel="slow steps, of 0.1", ylabel="energy, grey levels²")
+        ax.set_ylim(min(0, np.nanmin(energies)), None)
+    fig.savefig(file, format="png", dpi=90)
 
 # %% ../nbs/api/cli.ipynb #6b03e499
 def _demo_options(argv):
@@ -280,119 +305,295 @@ def hamux_demo(
             raise ValueError(f"{o.output}: the picture is a PNG; name it something.png")
         # opened first, so that a place that cannot be written is known at once
         with atomic_file(o.output) as picture, _remarks_of("hamux-demo") as remarks:
-            patterns = load_patterns(o.digits, o.seed)
-            memory = Memory(patterns, beta=o.beta)
+            patterns, labels = load_patterns(o.digits, o.seed)
+            memory, shown = Memory(patterns, beta=o.beta), _different(labels, 10)
             hows = list(GOALS) if o.corruption == "all" else [o.corruption]
             for how in _progress(hows, len(hows), "recalling"):
                 queries = corrupt(patterns, how, o.noise, o.seed)
-                answers, out, ms = _recall_timed(memory, queries, noisy=how != "half")
-                runs[how] = queries, answers, out
-                text, missed = _row(how, patterns, answers, out, ms)
+                noisy, before = how != "half", memory.energy(_filled(memory, queries))
+                found, ms = _recall_timed(memory, queries, noisy)
+                slow = _slow_energies(memory, queries[shown], noisy)
+                runs[how] = queries[shown], found.patterns[shown], slow
+                text, missed = _row(how, patterns, before, found, ms)
                 lines.append(text)
                 short += missed
-            draw_demo(patterns, runs, picture)
+            draw_demo(patterns[shown], runs, picture)
     for line in [*remarks, *(f"hamux-demo: {v}" for v in short)]: _say_error(line)
     stored = f"{len(patterns)} digits stored, beta = {memory.beta:.3g} per squared grey level\n"
     _say("hamux-demo", stored, _HEADER, *lines, f"\nPicture: {o.output}")
     return 1 if short else 0
 
 # %% ../nbs/api/cli.ipynb #856fae53
-def _batch_size(size, n_queries, n_memories, n_features):
-    "Rows per batch: as given, or such that a batch of states takes some ten megabytes."
-    size = size or int(np.clip(2**22 // (n_memories + n_features), 1, 1024))
+def _batch_size(size, n_queries, n_features):
+    "Rows per batch: as given, or some ten megabytes of them."
+    size = size or int(np.clip(2 ** ((2**22 // n_features).bit_length() - 1), 64, 2**14))
     return min(size, n_queries)
+
+
+_IN_MEMORY = 2**26 # bytes up to which a file of memories is loaded
+
+
+def _memory(o, source, values, dtype):
+    "The memory of a file, which stays on the disk if it is large. Raises `FileProblem`."
+    row_bytes, first = source.shape[1] * source.dtype.itemsize, 0
+    large = source.shape[0] * row_bytes > _IN_MEMORY
+    rows = source.path if large else source.read()
+    # what is wrong should be said before anything is computed, and where it is
+    for part in source.batches(max(2**24 // row_bytes, 1)) if large else (rows,):
+        check_finite(part, allow_nan=True, first_row=first, what=source.path)
+        first += len(part)
+    settings = dict(beta=o.beta, noise=o.noise, similarity=o.similarity, scale=o.scale)
+    with _about(source.path): return Memory(rows, values, dtype=dtype, **settings)
+
+
+@contextmanager
+def _about(path, where=""):
+    "Say of what is wrong inside which file it is about."
+    try:
+        yield
+    except FileProblem:
+        raise
+    except (ValueError, TypeError) as e:
+        raise FileProblem.at(path, f"{where}{e}") from e
 
 
 class _Tally:
     "What is reported of all queries together."
-    def __init__(self): self.steps, self.converged, self.rises, self.known = [], 0, 0, 0
+    def __init__(self):
+        self.steps, self.converged, self.rises, self.known, self.unknown = [], 0, 0, 0, 0
 
-    def add(self, rows, out):
-        "Count a batch of queries and its descent, which may be longer than the batch."
-        n = len(rows)
-        self.steps.append(np.asarray(out.steps)[:n])
-        self.converged += int((np.asarray(out.code)[:n] == CONVERGED).sum())
-        self.rises += int((np.asarray(out.rises)[:n] > 0).sum())
+    def add(self, rows, found):
+        "Count a batch of queries and what was recalled."
+        out = found.descent
+        self.steps.append(np.asarray(out.steps))
+        self.converged += int((np.asarray(out.code) == CONVERGED).sum())
+        self.rises += int((np.asarray(out.rises) > 0).sum())
         self.known += int((~np.isnan(rows)).all(1).sum())
+        if found.alpha is not None: self.unknown += int((found.verdict == "unknown").sum())
 
 
-def _recall_batches(memory, source, batch, noisy, settings):
-    "Queries, answers and descent of every batch, in order."
+def _recall_batches(memory, source, batch, settings):
+    "Queries and what is recalled, of every batch in order."
     first = 0
     for rows in source.batches(batch):
         check_finite(rows, allow_nan=True, first_row=first, what=source.path)
-        n = len(rows)
-        padded = np.concatenate([rows, np.repeat(rows[-1:], batch - n, 0)]) if n < batch else rows
+        with warnings.catch_warnings(), _about(source.path, f"in the rows from {first} on: "):
+            # which `_report` says once, of all batches together
+            warnings.filterwarnings("ignore", "The queries have nothing unknown")
+            found = memory.recall(rows, **settings)
+        yield rows, found
+        first += len(rows)
+
+# %% ../nbs/api/cli.ipynb #55de8505
+def _label_lines(path):
+    "The lines of a file of text that are not blank."
+    with file_problems(path), open(path, encoding="utf-8-sig") as file:
+        return [text for line in file if (text := line.strip())]
+
+
+def _read_labels(path, n):
+    "One column of text as labels or numbers; None if it is more than one column of numbers."
+    lines = _label_lines(path)
+    lines = lines[len(lines) == n + 1 :]
+    for kind in (int, float):
+        with suppress(ValueError, OverflowError): return np.array([kind(text) for text in lines])
+    try:
+        for text in lines: [float(cell or "nan") for cell in text.split(",")]
+    except ValueError:
+        return np.array(lines)
+
+
+def _read_values(path, n):
+    "What is stored with each of n memories: an array whose first axis counts them."
+    path, values = as_path(path, "hamux-recall"), None
+    if path.suffix.lower() == ".csv": values = _read_labels(path, n)
+    if path.suffix.lower() == ".npy": values = _read_npy(path)
+    if values is None:
+        source = open_rows(path)
+        values = source.read().reshape(source.shape[0], *source.row_shape)
+        if values.shape[1:] == (1,): values = values[:, 0]
+    rows = values.reshape(len(values), -1)
+    check_finite(rows, allow_nan=False, what=path) # of text it says nothing
+    return values
+
+
+def _read_npy(path):
+    "An array of one axis from a `.npy` file; None if it has another number of them."
+    with file_problems(path), open(path, "rb") as file:
         try:
-            answers, out = memory.recall(padded, noisy=noisy, **settings)
-        except ValueError as e:
-            raise FileProblem.at(source.path, f"in the rows from {first} on: {e}") from e
-        yield rows, answers[:n], out
-        first += n
+            shape, _, dtype = read_npy_header(file)
+        except ValueError:
+            return None # `open_rows` says what is wrong
+        if len(shape) != 1 or dtype.kind not in "biufU": return None
+        size = shape[0] * dtype.itemsize
+        if os.fstat(file.fileno()).st_size != file.tell() + size:
+            raise FileProblem.at(path, "is cut short, or longer than it says; make it again")
+        return np.frombuffer(read_exactly(file, size), dtype).astype(dtype.newbyteorder("="))
+
+# %% ../nbs/api/cli.ipynb #398665ad
+@contextmanager
+def _value_writer(path, n, values, dtype):
+    "A function that takes recalled values, a batch at a time; they are written at the end."
+    if path is None:
+        yield lambda rows: None
+    elif values.ndim > 1:
+        with write_rows(path, n, values.shape[1:], dtype) as writer: yield writer.write
+    else:
+        path, parts = as_path(path, "hamux-recall"), []
+        if path.suffix.lower() not in (".npy", ".csv"):
+            what = "labels and single numbers go to a .npy or .csv file; name one"
+            raise FileProblem.at(path, what)
+        with atomic_file(path) as file:
+            yield parts.append
+            out = np.concatenate(parts)
+            if out.dtype.kind == "f": out = out.astype(dtype)
+            with file_problems(path):
+                if path.suffix.lower() == ".npy": np.save(file, out)
+                else: file.write("".join(f"{v}\n" for v in out.tolist()).encode())
+
+
+def _report_head(k):
+    pairs = (f"{name}_{i}" for i in range(1, k + 1) for name in ("memory", "weight"))
+    return ["query", "verdict", "p_value", "energy", "converged", *pairs]
+
+
+def _report_lines(first, found):
+    "The lines of a batch, the first of them that of query `first`."
+    pairs = [np.stack([found.ids, found.weights], 2).reshape(len(found.ids), -1)]
+    converged = np.asarray(found.descent.code) == CONVERGED
+    columns = zip(found.verdict, found.p_value, found.energy, converged, *pairs)
+    for row, (verdict, p, energy, rests, some) in enumerate(columns, first):
+        pairs = ([int(v), f"{min(w, 1):.6g}"] for v, w in some.reshape(-1, 2))
+        yield [row, verdict, f"{p:.6g}", f"{energy:.9g}", int(rests), *sum(pairs, [])]
+
+
+@contextmanager
+def _report_writer(path, k):
+    "A function that takes results, a batch at a time, and writes a line for each query."
+    if path is None:
+        yield lambda first, found: None
+        return
+    path = as_path(path, "hamux-recall")
+    if path.suffix.lower() != ".csv":
+        raise FileProblem.at(path, "a report is a .csv file; name one")
+    with atomic_file(path) as file:
+        def write(*lines):
+            csv.writer(text := io.StringIO(), lineterminator="\n").writerows(lines)
+            with file_problems(path): file.write(text.getvalue().encode())
+
+        write(_report_head(k))
+        yield lambda first, found: write(*_report_lines(first, found))
 
 # %% ../nbs/api/cli.ipynb #60737eec
+def _beta(text):
+    "An inverse temperature, or the name of a rule to choose it by."
+    if text in RULES: return text
+    return _number(float, 1e-300, 1e300, f"a positive number or one of {', '.join(RULES)}")(text)
+
+
 def _recall_options(argv):
     "The options of `hamux-recall`."
     p = _Parser(
         prog="hamux-recall",
-        description="Recall queries from memories: files of rows (.npy, .npz, .csv), with NaN.",
+        description="Recall queries from memories. Both are files of rows (.npy, .npz, .csv,"
+                    " .parquet), with NaN where an entry is unknown.",
     )
     p.add_argument("memories", help="the patterns to remember, one per row")
-    p.add_argument("queries", help="what to recall, one query per row; NaN where unknown")
+    p.add_argument("queries", help="what to recall, one query per row")
     help = "where to write the answers (.npy, .npz or .csv)"
     p.add_argument("-o", "--output", required=True, help=help)
     help = "the known part may be wrong: let it move too"
     p.add_argument("--noisy", action="store_true", help=help)
-    help = "how patterns are compared (chosen from the data)"
+    help = "how patterns are compared (euclidean)"
     p.add_argument("--similarity", choices=["euclidean", "dot"], help=help)
-    beta = _number(float, 1e-300, 1e300, "a positive number")
-    help = "inverse temperature per squared unit of the data (chosen)"
-    p.add_argument("--beta", type=beta, help=help)
+    help = "divide each column by its standard deviation first"
+    p.add_argument("--scale", choices=["std"], help=help)
+    heat = p.add_mutually_exclusive_group()
+    help = f"inverse temperature per squared unit of the data, or a rule: {', '.join(RULES)} (near)"
+    heat.add_argument("--beta", type=_beta, help=help)
+    positive = _number(float, 1e-150, 1e150, "a positive number")
+    help = "standard deviation of the noise in an entry, instead of --beta"
+    heat.add_argument("--noise", type=positive, help=help)
+    _answer_options(p)
     dt = _number(float, 1e-6, 1, "a number above 0, at most 1")
-    p.add_argument("--dt", type=dt, default=0.5, help="step of the descent (0.5)")
+    p.add_argument("--dt", type=dt, help="take Euler's steps of this length (the default solver)")
     p.add_argument("--max-steps", type=_POSITIVE_INT, default=1000, help="steps at most (1000)")
     p.add_argument("--batch", type=_POSITIVE_INT, help="queries at a time (chosen)")
-    return p.parse_args(argv)
+    return _checked(p, p.parse_args(argv))
+
+
+def _answer_options(p):
+    "The options for what is said beside the answers."
+    help = "what is stored with each memory: labels, or numbers (.npy, .npz, .csv, .parquet)"
+    p.add_argument("--values", help=help)
+    p.add_argument("--values-output", help="where to write what is recalled of --values")
+    help = "where to write a line for each query: verdict, p-value, energy, memories (.csv)"
+    p.add_argument("--report", help=help)
+    help = "how many memories to name in the report (1)"
+    p.add_argument("--k", type=_POSITIVE_INT, help=help)
+    share = _number(float, 1e-9, 1 - 1e-9, "a number between 0 and 1")
+    help = "call queries unknown that are more unusual than all but this share of the memories"
+    p.add_argument("--unknown", type=share, metavar="ALPHA", help=help)
+
+
+def _checked(p, o):
+    "The options, if they go together."
+    if (o.values is None) != (o.values_output is None):
+        p.error("--values and --values-output go together")
+    if o.k and not o.report: p.error("--k says what is in the --report; name one")
+    places = [v for v in (o.output, o.values_output, o.report) if v is not None]
+    if len({os.path.realpath(v) for v in places}) < len(places):
+        p.error("each output needs a file of its own")
+    return o
 
 # %% ../nbs/api/cli.ipynb #2e334aa3
 def _report(o, tally, n, memories, memory, seconds, said=()):
     "Say how a recall of `n` queries went, and what to do about what went wrong."
     steps = np.concatenate(tally.steps)
+    unknown = "" if o.unknown is None else f" {tally.unknown} of {n} called unknown,"
     summary = (
         f"{n} queries recalled from {memories[0]} memories of {memories[1]} numbers"
         f" ({memory.similarity}, beta = {memory.beta:.3g}): {tally.converged} of {n} converged,"
-        f" {int(np.median(steps))} steps in the median and {steps.max()} at most,"
+        f"{unknown} {int(np.median(steps))} steps in the median and {steps.max()} at most,"
         f" {seconds:.1f} s. Answers: {o.output}"
     )
     remarks = []
     if tally.known and not o.noisy:
         what = f"{tally.known} of {n} queries have nothing unknown and came back as they were"
         remarks.append(f"{what}; mark it with NaN, or say --noisy")
+    smaller = "take a smaller --dt, or leave it out"
     if tally.rises:
         what = f"the energy rose on the way of {tally.rises} queries"
-        remarks.append(f"{what}; take a smaller --dt")
+        remarks.append(f"{what}; {smaller}" if o.dt else what)
     if tally.converged < n:
         what = f"{n - tally.converged} of {n} queries did not converge"
-        remarks.append(f"{what}; allow more --max-steps, or take a smaller --dt")
+        remarks.append(f"{what}; allow more --max-steps" + (f", {smaller}" if o.dt else ""))
     for line in [*said, *(f"hamux-recall: {v}" for v in remarks)]: _say_error(line)
     _say("hamux-recall", summary)
 
 # %% ../nbs/api/cli.ipynb #4a134e93
 def _recall_files(o, source, queries, signals):
-    "Recall all queries into the output file."
+    "Recall all queries into the output files."
     begin, dtype = time.perf_counter(), computing_dtype(source.dtype, queries.dtype)
-    n, tally = queries.shape[0], _Tally()
-    with write_rows(o.output, n, queries.row_shape, dtype) as writer:
-        patterns = source.read()
-        check_finite(patterns, allow_nan=False, what=source.path)
-        with _remarks_of("hamux-recall") as said:
-            memory = Memory(patterns, beta=o.beta, similarity=o.similarity, dtype=dtype)
-        batch = _batch_size(o.batch, n, *source.shape)
-        settings = dict(solver=Euler(o.dt), max_steps=o.max_steps)
-        batches = _recall_batches(memory, queries, batch, o.noisy, settings)
-        for rows, answers, out in _progress(batches, -(-n // batch), "recalling"):
-            writer.write(answers)
-            tally.add(rows, out)
+    n, tally, first, k = queries.shape[0], _Tally(), 0, o.k or 1
+    if k > source.shape[0]:
+        raise ValueError(f"--k must be at most {source.shape[0]}, the number of memories")
+    values = None if o.values is None else _read_values(o.values, source.shape[0])
+    solver = None if o.dt is None else Euler(o.dt)
+    settings = dict(noisy=o.noisy, k=k, alpha=o.unknown, solver=solver, max_steps=o.max_steps)
+    with ExitStack() as files:
+        writer = files.enter_context(write_rows(o.output, n, queries.row_shape, dtype))
+        put_values = files.enter_context(_value_writer(o.values_output, n, values, dtype))
+        put_lines = files.enter_context(_report_writer(o.report, k))
+        with _remarks_of("hamux-recall") as said: memory = _memory(o, source, values, dtype)
+        batch = _batch_size(o.batch, n, source.shape[1])
+        batches = _recall_batches(memory, queries, batch, settings)
+        for rows, found in _progress(batches, -(-n // batch), "recalling"):
+            writer.write(found.patterns)
+            put_values(found.values)
+            put_lines(first, found)
+            tally.add(rows, found)
+            first += len(rows)
             if signals:
                 what = f"stopped by signal {signals[0]}; nothing was written"
                 _fail("hamux-recall", what, 128 + signals[0])

@@ -1,5 +1,6 @@
 """The two commands as a person meets them: files in, files out, one line for every mistake."""
 
+import csv
 import os
 import signal
 import subprocess
@@ -126,7 +127,9 @@ def test_similarity_and_beta_are_obeyed(folder, capsys, similarity):
 
 
 def test_not_converged_is_written_and_said(folder, capsys):
-    assert recall(folder, "--noisy", "--max-steps", "1", queries="noise.npy") == 1
+    "Where the temperature is high the way to the common average is longer than one step"
+    argv = ["--noisy", "--beta", "0.3", "--max-steps", "1"]
+    assert recall(folder, *argv, queries="noise.npy") == 1
     assert np.isfinite(np.load(folder / "out.npy")).all()
     assert "40 of 40 queries did not converge" in capsys.readouterr().err
 
@@ -136,6 +139,116 @@ def test_one_memory_one_query_one_feature(folder):
     np.save(folder / "q.npy", np.array([[np.nan]], "f4"))
     assert recall(folder, memories="m.npy", queries="q.npy") == 0
     np.testing.assert_array_equal(np.load(folder / "out.npy"), [[3]])
+
+
+def test_memories_may_have_holes(folder):
+    "Each memory knows 11 of 12 entries; each query is half of what was there"
+    holes = PATTERNS.copy()
+    holes[np.arange(40), np.arange(40) % 12] = np.nan
+    np.save(folder / "m.npy", holes)
+    assert recall(folder, memories="m.npy") == 0
+    answers, stored = np.load(folder / "out.npy"), ~np.isnan(holes)
+    np.testing.assert_allclose(answers[stored], PATTERNS[stored], atol=0.1)
+
+
+def test_scale_and_noise_are_obeyed(folder, capsys):
+    "Columns of units a million apart; noise of 0.05 is a beta of 400"
+    units = np.where(np.arange(12) % 2, 1, 1e6)
+    np.save(folder / "m.npy", PATTERNS * units)
+    np.save(folder / "q.npy", HOLES * units)
+    argv = ["--scale", "std", "--noise", "0.05"]
+    assert recall(folder, *argv, memories="m.npy", queries="q.npy") == 0
+    said = capsys.readouterr()
+    assert "beta = 400)" in said.out and not said.err
+    np.testing.assert_allclose(np.load(folder / "out.npy") / units, PATTERNS, atol=0.02)
+
+
+WORDS = np.array([f"word {i // 2}" for i in range(40)])
+
+
+@pytest.mark.parametrize("name, values", [
+    ("v.npy", WORDS), ("v.csv", WORDS),
+    ("v.npy", np.arange(40) // 2), ("v.csv", np.arange(40) // 2),
+    ("v.npy", RNG.standard_normal(40)), ("v.csv", RNG.standard_normal(40)),
+    ("v.npz", RNG.standard_normal((40, 2, 3))),
+])
+def test_values_come_back(folder, name, values):
+    "Those of the memory that a query is half of, in the order of the queries"
+    lines = "".join(f"{v}\n" for v in ["a heading", *values.tolist()])
+    if name == "v.csv": (folder / name).write_text(lines)
+    elif name == "v.npy": np.save(folder / name, values)
+    else: np.savez(folder / name, values)
+    np.save(folder / "q.npy", HOLES[::-1])
+    out = folder / ("w.npy" if values.ndim > 1 or name == "v.npy" else "w.csv")
+    files = ["--values", str(folder / name), "--values-output", str(out)]
+    assert recall(folder, *files, "--batch", "7", queries="q.npy") == 0
+    read = np.load if out.suffix == ".npy" else lambda p: np.loadtxt(p, values.dtype, delimiter=",")
+    got = read(out)
+    assert got.shape == values.shape
+    if values.dtype.kind == "f": np.testing.assert_allclose(got, values[::-1], atol=0.02)
+    else: np.testing.assert_array_equal(got, values[::-1])
+
+
+def read_report(path):
+    with open(path, newline="") as file: return list(csv.DictReader(file))
+
+
+def test_the_report_names_the_memories(folder, capsys):
+    "Batches do not show; at the largest weight, and the second, are the memories that are nearest"
+    order = np.random.default_rng(1).permutation(40)
+    np.save(folder / "q.npy", HOLES[order])
+    report = str(folder / "r.csv")
+    assert recall(folder, "--report", report, "--k", "3", "--batch", "7", queries="q.npy") == 0
+    lines = read_report(report)
+    assert [int(line["query"]) for line in lines] == list(range(40))
+    assert [int(line["memory_1"]) for line in lines] == order.tolist()
+    distances = ((PATTERNS[order, None] - PATTERNS)**2).sum(2)
+    second = [int(line["memory_2"]) for line in lines]
+    np.testing.assert_array_equal(second, np.argsort(distances)[:, 1])
+    weights = np.array([[float(line[f"weight_{i}"]) for i in (1, 2, 3)] for line in lines])
+    assert (np.diff(weights) <= 0).all() and (weights.sum(1) <= 1 + 1e-4).all()
+    assert {(line["verdict"], line["converged"]) for line in lines} == {("one", "1")}
+
+
+def test_unknown_queries_are_counted_and_marked(folder, capsys):
+    "Half of the queries are ten times as far away as any memory; p-values are those of 40 memories"
+    near = PATTERNS + np.float32(0.01)
+    np.save(folder / "q.npy", np.concatenate([near, 100 + near]))
+    argv = ["--noisy", "--unknown", "0.03", "--report", str(folder / "r.csv")]
+    assert recall(folder, *argv, queries="q.npy") == 0
+    assert "40 of 80 called unknown" in capsys.readouterr().out
+    lines = read_report(folder / "r.csv")
+    assert [line["verdict"] == "unknown" for line in lines] == 40 * [False] + 40 * [True]
+    np.testing.assert_allclose([float(line["p_value"]) for line in lines[40:]], 1 / 41, rtol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", ["npy", "parquet"])
+def test_memories_that_stay_on_the_disk_answer_alike(folder, capsys, monkeypatch, suffix):
+    "The same answers, labels and reports as from the same rows in memory"
+    np.save(folder / "labels.npy", WORDS)
+    values = ["--values", str(folder / "labels.npy"), "--values-output", str(folder / "v.npy")]
+    argv, outs = [*values, "--report", str(folder / "r.csv"), "--k", "2"], []
+    if suffix == "parquet":
+        pa = pytest.importorskip("pyarrow")
+        import pyarrow.parquet as pq
+        columns = {f"c{i}": column for i, column in enumerate(PATTERNS.T)}
+        pq.write_table(pa.table(columns), folder / "memories.parquet")
+    for most in (2**26, 0):
+        monkeypatch.setattr(cli, "_IN_MEMORY", most)
+        assert recall(folder, *argv, memories=f"memories.{suffix}") == 0
+        lines = read_report(folder / "r.csv")
+        report = [(line["verdict"], line["p_value"], line["memory_1"]) for line in lines]
+        outs.append((np.load(folder / "out.npy"), np.load(folder / "v.npy").tolist(), report))
+    np.testing.assert_allclose(outs[0][0], outs[1][0], atol=1e-4)
+    assert outs[0][1:] == outs[1][1:]
+
+
+def test_infinite_memories_on_the_disk_are_one_line(folder, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_IN_MEMORY", 0)
+    inf = PATTERNS.copy()
+    inf[31, 2] = np.inf
+    np.save(folder / "inf.npy", inf)
+    assert "inf.npy: row 31, column 2" in refused(folder, capsys, memories="inf.npy")
 
 
 # recall: what is refused
@@ -153,7 +266,9 @@ WRONG = {
     "strings": (dict(memories="words.npy"), "words.npy"),
     "objects": (dict(memories="objects.npy"), "objects.npy"),
     "complex": (dict(memories="complex.npy"), "complex"),
-    "NaN in memories": (dict(memories="holes.npy"), "row 0, column 7"),
+    "a column of NaN": (dict(memories="holes.npy"), "holes.npy: A column must be known"),
+    "a row of NaN": (dict(memories="blank.npy"), "got only NaN in row 5"),
+    "inf in memories": (dict(memories="inf.npy"), "inf.npy: row 31, column 2"),
     "inf in queries": (dict(queries="inf.npy"), "row 31, column 2"),
     "truncated": (dict(queries="cut.npy"), "cut.npy"),
     "not an array": (dict(queries="text.npy"), "not a .npy file"),
@@ -164,7 +279,10 @@ WRONG = {
 def test_wrong_files_are_one_line(folder, capsys, what):
     inf = PATTERNS.copy()
     inf[31, 2] = np.inf
+    blank = PATTERNS.copy()
+    blank[5] = np.nan
     arrays = dict(
+        blank=blank,
         wide=np.zeros((3, 13)),
         flat=PATTERNS[0],
         none=PATTERNS[:0],
@@ -183,8 +301,14 @@ def test_wrong_files_are_one_line(folder, capsys, what):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--beta", "0"], "must be a positive number, got '0'"),
-        (["--beta", "nan"], "must be a positive number, got 'nan'"),
+        (["--beta", "0"], "a positive number or one of near, likelihood, completion, got '0'"),
+        (["--beta", "nan"], "completion, got 'nan'"),
+        (["--noise", "0"], "must be a positive number, got '0'"),
+        (["--noise", "1", "--beta", "1"], "not allowed with argument"),
+        (["--unknown", "1"], "must be a number between 0 and 1, got '1'"),
+        (["--scale", "max"], "invalid choice"),
+        (["--k", "2"], "name one"),
+        (["--values", "labels.npy"], "go together"),
         (["--dt", "2"], "must be a number above 0, at most 1, got '2'"),
         (["--max-steps", "0"], "must be a positive int, got '0'"),
         (["--batch", "1.5"], "positive int"),
@@ -196,13 +320,41 @@ def test_wrong_options_are_one_line(folder, capsys, argv, words):
     assert words in refused(folder, capsys, *argv)
 
 
+@pytest.mark.parametrize("values, words", [
+    (WORDS[:39], "must hold one for each of 40 patterns, got 39"),
+    (np.array(1.0), "v.npy"),
+    (np.array([{}] * 40), "v.npy"),
+    (np.array([1j] * 40), "v.npy"),
+    (np.where(np.arange(40) < 39, 1.0, np.nan), "v.npy: row 39"),
+])
+def test_wrong_values_are_one_line(folder, capsys, values, words):
+    np.save(folder / "v.npy", values, allow_pickle=True)
+    argv = ["--values", str(folder / "v.npy"), "--values-output", str(folder / "w.npy")]
+    assert words in refused(folder, capsys, *argv)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--report", "r.txt"], "a report is a .csv file"),
+    (["--report", "no/r.csv"], "folder"),
+    (["--report", "r.csv", "--k", "41"], "--k must be at most 40, the number of memories"),
+    (["--report", "out.npy"], "a file of its own"),
+])
+def test_wrong_reports_are_one_line(folder, capsys, monkeypatch, argv, words):
+    monkeypatch.chdir(folder)
+    assert words in refused(folder, capsys, *argv)
+
+
 def test_the_old_output_survives_a_late_failure(folder, capsys):
     queries = HOLES.copy()
     queries[39, 0] = np.inf # found in the last batch only
     np.save(folder / "late.npy", queries)
-    (folder / "out.npy").write_bytes(b"what was there")
-    assert "row 39, column 0" in refused(folder, capsys, "--batch", "7", queries="late.npy")
-    assert (folder / "out.npy").read_bytes() == b"what was there"
+    for name in ("out.npy", "r.csv", "w.npy"): (folder / name).write_bytes(b"what was there")
+    np.save(folder / "labels.npy", WORDS)
+    files = {"--report": "r.csv", "--values": "labels.npy", "--values-output": "w.npy"}
+    argv = [v for option, name in files.items() for v in (option, str(folder / name))]
+    assert "row 39, column 0" in refused(folder, capsys, "--batch", "7", *argv, queries="late.npy")
+    for name in ("out.npy", "r.csv", "w.npy"):
+        assert (folder / name).read_bytes() == b"what was there"
 
 
 # in a process of its own
