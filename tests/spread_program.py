@@ -7,6 +7,7 @@ devices each, and the address of the first.
 import json
 import re
 import sys
+import tempfile
 
 import equinox as eqx
 import jax
@@ -75,10 +76,12 @@ def trained(ham):
         start = {"v": batch, "h": jnp.zeros((len(batch), 4))}
         return ((hmx.descend(ham, start, **steps).xs["v"] - batch) ** 2).mean()
     decay = optax.adamw(1e-2, weight_decay=0.5) # which would take a mask to 0
-    fit = hmx.fit(
-        ham, denoise, np.tile(xs["v"], (3, 1)), decay, steps=4, batch_size=4,
-        key=jax.random.key(0), progress=False,
-    )
+    with tempfile.TemporaryDirectory() as folder: # each process has its own
+        for steps_so_far in (2, 4): # the second goes on from the file of the first
+            fit = hmx.fit(
+                ham, denoise, np.tile(xs["v"], (3, 1)), decay, steps=steps_so_far, batch_size=4,
+                key=jax.random.key(0), progress=False, checkpoint=f"{folder}/run",
+            )
     return fit.ham
 
 

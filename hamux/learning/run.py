@@ -27,6 +27,7 @@ from jaxtyping import PyTree
 from ..dynamics.results import CONVERGED, SAMPLED
 from .trainable import project_trained
 from ..network.parameters import refuse_masked
+from ..numerics.streaming import on_host
 from ..storage.files import FileProblem
 from hamux.storage.saving import (
     array_table,
@@ -211,7 +212,7 @@ def run_arrays(run):
     trees = {"network": ham, "optimizer": opt_state}
     if run.validations: trees["best"] = run.best
     out = {
-        f"{name}{where}": _as_numbers(v)
+        f"{name}{where}": _whole(v)
         for name, tree in trees.items()
         for where, v in named_parameters(tree).items()
     }
@@ -241,7 +242,7 @@ def run_identity(run, mask, data, batch_size, key):
 
 def run_digests(run, data, validation):
     "Checksums of the data, of the start, and of what it is validated on, if there is anything."
-    leaves = lambda *trees: map(_as_numbers, jtu.tree_leaves(trees))
+    leaves = lambda *trees: map(_whole, jtu.tree_leaves(trees))
     out = {"data": digest(*leaves(data)), "start": digest(*leaves(*run.now[1:]))}
     return out if validation is None else out | {"validation": digest(*leaves(validation))}
 
@@ -249,6 +250,12 @@ def run_digests(run, data, validation):
 def _as_numbers(v):
     "An array that a file can hold: a PRNG key as its numbers."
     return jr.key_data(v) if jnp.issubdtype(v.dtype, jax.dtypes.prng_key) else v
+
+
+def _whole(v):
+    "An array that a file can hold, also where several processes share it."
+    v = _as_numbers(v)
+    return on_host(v) if isinstance(v, jax.Array) and not v.is_fully_addressable else v
 
 # %% ../../nbs/api/learning/run.ipynb #b79c508b
 def _run_of(arrays, like, seconds):
