@@ -9,9 +9,15 @@ import sys
 from pathlib import Path
 
 import yaml
+from nbdev.config import get_config
+from nbdev.process import NBProcessor
+from nbdev.processors import FilterDefaults
+from text_pages import read_page, text_pages, write_page
 
+UNSEEN = {"export", "exporti", "hide", "default_exp"}
+MENDED = "<!-- mended -->"
 TO_NAME = re.compile(r"\[(`[^`]+`)\]\((https?:[^)\s]+)\.html#([^)\s]+)\)")
-DOCUMENTED = re.compile(r"\{#([\w.-]+) \.api-name\}")
+DOCUMENTED = re.compile(r"(?:\{#|^(?:def|class) )([\w.-]+)(?: \.api-name\}|\b(?=[(:]))", re.M)
 LINKED_TWICE = re.compile(r"\[([^\[\]]*)\[(`[^`]+`)\]\([^)\s]+\)((?:[^\[\]]|\[`[^`]+`\]\([^)\s]+\))*)\]\(")
 SOURCE = '#| code-summary: "Exported source"'
 CODE = re.compile(r"(^```.*?^```[ ]*$|\$\$.*?\$\$(?:[ ]*\{[^}]*\})?|^#.*?$|^>.*?$)", re.M | re.S)
@@ -21,8 +27,8 @@ SPANS = re.compile(r"(`+[^`]*`+|\$[^$\n]+\$|!?\[(?:[^\[\]]|\[[^\]]*\])*\]\([^)]*
 def documented(project: Path) -> set[str]:
     "`page#anchor` of every name that a page documents, without the page's suffix"
     return {
-        f"{path.relative_to(project).with_suffix('').as_posix()}#{anchor}"
-        for path in project.rglob("*.ipynb")
+        f"{path.relative_to(project).with_suffix('').as_posix()}#{anchor.lower()}"
+        for path in (*project.rglob("*.ipynb"), *text_pages(project))
         for anchor in DOCUMENTED.findall(path.read_text(encoding="utf-8"))
     }
 
@@ -124,10 +130,10 @@ def badges(name: str) -> str:
     return f"::: {{.open-in}}\nOpen in {links}\n:::\n"
 
 
-def mend(notebook: dict, terms: dict, to: str, known: set[str]) -> dict:
-    "One processed notebook as it should be rendered"
+def mend(cells: list[dict], terms: dict, to: str, known: set[str]) -> list[dict]:
+    "The cells of one processed page as they should be rendered"
     seen: set[str] = set()
-    for i, cell in enumerate(notebook["cells"]):
+    for i, cell in enumerate(cells):
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
             source = unlink(source, known)
@@ -138,12 +144,43 @@ def mend(notebook: dict, terms: dict, to: str, known: set[str]) -> dict:
             if "text/markdown" in data:
                 text = unlink("".join(data["text/markdown"]), known)
                 data["text/markdown"] = text.splitlines(True)
-    notebook["cells"] = in_order(notebook["cells"])
-    return notebook
+    return in_order(cells)
 
 
 def markdown_cell(text: str) -> dict:
     return {"cell_type": "markdown", "metadata": {}, "source": text.splitlines(True)}
+
+
+# --- pages in plain text --------------------------------------------------------------------------
+
+
+def runnable(cell) -> bool:
+    """Whether a cell is shown; one that is not, Quarto runs without a word, since later ones need
+    it"""
+    if cell.cell_type != "code" or not UNSEEN & cell.directives.keys(): return True
+    kept = [line for line in cell.source.splitlines() if not line.startswith("#|")]
+    cell.source = "#| include: false\n" + "\n".join(kept or ["pass"])
+    return False
+
+
+def as_rendered(path: Path, root: Path) -> list[dict]:
+    """The cells of a text page after nbdev's filters. A notebook has its outputs, and nbdev runs what
+    documents a name; of a text Quarto runs all"""
+    notebook = read_page(path)
+    module = next(
+        (c.directives["default_exp"] for c in notebook.cells if "default_exp" in c.directives), None
+    )
+    for cell in notebook.cells: runnable(cell)
+    here = FilterDefaults()
+    names = "FrontmatterProc insert_warning exec_show_docs rm_export".split()
+    filters = [f for f in here.base_procs() if f.__name__ not in names]
+    NBProcessor(nb=notebook, procs=filters, rm_directives="quarto").process()
+    start = ["#| include: false", "import sys", f"sys.path.insert(0, {str(root)!r})"]
+    start.append("from nbdev.showdoc import show_doc")
+    if module: start.append(f"from {get_config(root).lib_name}.{module.strip()} import *")
+    cells = [dict(cell_type=c.cell_type, source=c.source.splitlines(True)) for c in notebook.cells]
+    cells.insert(1, {"cell_type": "code", "source": "\n".join(start).splitlines(True)})
+    return cells
 
 
 def main(project: Path) -> int:
@@ -151,18 +188,19 @@ def main(project: Path) -> int:
     page = project / "explanations" / "glossary.qmd"
     terms = glossary(page) if page.exists() else {}
     known = documented(project)
-    for path in project.rglob("*.ipynb"):
+    for path in (*project.rglob("*.ipynb"), *text_pages(project)):
         if path.name.startswith("."): continue
         text = path.read_text(encoding="utf-8")
-        notebook = json.loads(text)
-        if notebook["metadata"].get("mended"): continue
+        if MENDED in text: continue
         to = Path(os.path.relpath(page, path.parent)).as_posix()
-        mended = mend(notebook, terms, to, known)
-        name = path.relative_to(project).as_posix()
-        if name.startswith("tutorials/"): mended["cells"].insert(1, markdown_cell(badges(name)))
-        mended["metadata"]["mended"] = True
-        time = path.stat().st_mtime_ns
-        path.write_text(json.dumps(mended, ensure_ascii=False), encoding="utf-8")
+        name, time = path.relative_to(project).as_posix(), path.stat().st_mtime_ns
+        if path.suffix == ".ipynb": notebook = json.loads(text)
+        else: notebook = {"cells": as_rendered(path, project.parent)}
+        cells = mend(notebook["cells"], terms, to, known)
+        cells.insert(1, markdown_cell(MENDED))
+        if name.startswith("tutorials/"): cells.insert(2, markdown_cell(badges(name)))
+        if path.suffix == ".qmd": write_page(cells, path)
+        else: path.write_text(json.dumps(notebook | {"cells": cells}, ensure_ascii=False), "utf-8")
         os.utime(path, ns=(time, time)) # as old as nbdev made it, so that it is made anew when due
     return 0
 

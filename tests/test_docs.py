@@ -3,7 +3,9 @@ it, and the check of the result."""
 
 import inspect
 import json
+import os
 import re
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -12,8 +14,11 @@ import after_render
 import before_render
 import check_site
 import make_names
+import nbformat
 import pytest
+import text_pages
 from generated import drift
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 import hamux
 from scripts.api_reference import INDEX, MODULES, Reference, exported
@@ -96,6 +101,141 @@ def test_source_links_lead_to_the_definition():
         path, line = re.search(r"blob/main/(\S+?)#L(\d+)", text).groups()
         lines = (ROOT / path).read_text(encoding="utf-8").splitlines()[int(line) - 1 :][:3]
         assert any(re.match(rf"(def|class) {name.split('.')[-1]}\b", line) for line in lines)
+
+
+# --- pages in plain text --------------------------------------------------------------------------
+
+PAGE = """---
+title: A wing
+subtitle: What it is for.
+---
+
+Words, and code that is only shown:
+
+```python
+1 / 0
+```
+
+```{python}
+#| default_exp wing.page
+```
+
+```{python}
+#| export
+import math
+```
+
+```{python}
+#| exports
+def area(r): # the radius
+    "Of a circle."
+    return math.pi * r**2
+
+
+class Shape: ...
+```
+
+```{python}
+#| hide
+assert area(0) == 0
+```
+
+```{python}
+#| label: fig-area
+area(1)
+```
+"""
+
+
+@pytest.fixture
+def project(tmp_path) -> Path:
+    "A project of nbdev with one page in plain text, and one notebook"
+    settings = '[project]\nname = "sample"\nversion = "1"\n[tool.nbdev]\nlib_name = "sample"\n'
+    (tmp_path / "pyproject.toml").write_text(settings)
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "nbs/a.qmd").write_text(PAGE)
+    (tmp_path / "nbs/prose.qmd").write_text("---\ntitle: Prose\n---\n\n```python\n1 / 0\n```\n")
+    cells = [new_markdown_cell("# B\n\n> b"), new_code_cell("#| default_exp b\n#| export\ny = 2")]
+    nbformat.write(new_notebook(cells=cells), tmp_path / "nbs/b.ipynb")
+    (tmp_path / "sample").mkdir()
+    (tmp_path / "sample/__init__.py").write_text('__version__ = "1"\n')
+    return tmp_path
+
+
+def run_export(project: Path):
+    command = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'scripts')!r}); from pathlib import Path;"
+        f"from export import export; export(Path({str(project)!r}))"
+    )
+    subprocess.run([sys.executable, "-c", command], check=True, cwd=project, env=plain_env())
+
+
+def plain_env() -> dict: return {k: v for k, v in os.environ.items() if k != "IN_TEST"}
+
+
+def test_text_pages_are_those_with_cells(project):
+    (project / "nbs/_proc").mkdir()
+    (project / "nbs/_proc/c.qmd").write_text(PAGE)
+    assert text_pages.text_pages(project / "nbs") == [project / "nbs/a.qmd"]
+
+
+def test_a_text_page_is_read_as_a_notebook(project):
+    cells = text_pages.read_page(project / "nbs/a.qmd").cells
+    kinds = [c.cell_type for c in cells]
+    assert kinds == ["raw", "markdown", *["code"] * 5]
+    assert "1 / 0" in cells[1].source and cells[3].source == "#| export\nimport math"
+    assert [c.id for c in cells[3:5]] == ["imports", "area"]
+
+
+def test_text_pages_export_as_notebooks_do(project):
+    run_export(project)
+    module = (project / "sample/wing/page.py").read_text()
+    assert module.startswith('"""What it is for.')
+    assert "__all__ = ['area', 'Shape']" in module and "1 / 0" not in module
+    assert "assert area" not in module and "# %% ../../nbs/a.qmd #area" in module
+    assert "y = 2" in (project / "sample/b.py").read_text()
+    index = (project / "sample/_modidx.py").read_text()
+    assert "'a.html#area'" in index and "'a.html#shape'" in index
+    found = subprocess.run(
+        [sys.executable, "-c", "from sample.wing.page import *; print(round(area(2), 1))"],
+        cwd=project, env=plain_env() | {"PYTHONPATH": str(project)}, capture_output=True, text=True,
+    )
+    assert found.stdout == "12.6\n", found.stderr
+
+
+def test_a_cell_keeps_its_name_when_another_is_put_before_it(project):
+    page = project / "nbs/a.qmd"
+    run_export(project)
+    before = (project / "sample/wing/page.py").read_text()
+    page.write_text(PAGE.replace("Words, and", "```{python}\n2 + 2\n```\n\nWords, and"))
+    run_export(project)
+    assert (project / "sample/wing/page.py").read_text() == before
+
+
+def test_a_page_without_a_module_is_no_riddle(project):
+    (project / "nbs/c.qmd").write_text("```{python}\n#| export\nx = 1\n```\n")
+    with pytest.raises(subprocess.CalledProcessError): run_export(project)
+
+
+def test_text_pages_are_processed_as_notebooks_are(project):
+    run_export(project)
+    cells = before_render.as_rendered(project / "nbs/a.qmd", project)
+    text = ["".join(c["source"]) for c in cells]
+    code = [t for c, t in zip(cells, text, strict=True) if c["cell_type"] == "code"]
+    shown = [t for t in code if "include: false" not in t]
+    order = [before_render.shown_name({"cell_type": "code", "source": t}) for t in shown]
+    assert set(order[:3]) == {"area", "Shape", None} and order[3] is None
+    source = next(t for t in shown if "def area" in t)
+    assert before_render.SOURCE in source and not any(t.startswith("#| export") for t in text)
+    hidden = [t for t in text if "include: false" in t]
+    assert "from sample.wing.page import *" in hidden[0]
+    assert any("assert area" in t for t in hidden) and any("import math" in t for t in hidden)
+
+
+def test_one_page_is_kept_in_plain_text():
+    "The living example, whose module is as it exports it"
+    pages = text_pages.text_pages(ROOT / "nbs/api")
+    assert [p.relative_to(ROOT).as_posix() for p in pages] == ["nbs/api/numerics/streaming.qmd"]
 
 
 # --- the index of names ---------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import pytest
 import yaml
 from nbdev.doclinks import patch_name
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from text_pages import FENCE, read_page
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
@@ -66,7 +67,9 @@ class Page:
     def read(cls, path: Path, root: Path = NBS):
         name = path.relative_to(root).as_posix()
         if path.suffix == ".ipynb": return cls(name, nbformat.read(path, as_version=4).cells)
-        return cls(name, [new_markdown_cell(path.read_text(encoding="utf-8"))])
+        text = path.read_text(encoding="utf-8")
+        if FENCE.search(text): return cls(name, nbformat.from_dict(read_page(path)).cells)
+        return cls(name, [new_markdown_cell(text)])
 
     @cached_property
     def markdown(self) -> str:
@@ -310,6 +313,7 @@ def check_outputs(page: Page) -> list[str]:
         for o in c.get("outputs", [])
         if o.output_type == "error"
     ]
+    if page.name.endswith(".qmd"): return problems # Quarto runs its cells
     if page.code and not any(c.outputs for c in page.code):
         problems.append("no cell has a saved output; run nbdev-test --save")
     return problems
