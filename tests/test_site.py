@@ -242,6 +242,8 @@ def check_bibliography(text: str) -> list[str]:
             for field in ("author", "title", "year")
             if not re.search(rf"^\s*{field}\s*=", entry, re.M)
         ]
+        found = re.search(r"^\s*(doi|url)\s*=", entry, re.M)
+        if not found: problems.append(f"{key} has no address")
     return problems
 
 
@@ -648,9 +650,10 @@ def test_metadata_sees():
 
 
 @pytest.mark.parametrize("text, problem", [
-    ("@misc{a,\n author = {A},\n title = {T},\n year = {1}\n}\n" * 2, "a is defined twice"),
-    ("@misc{a,\n author = {A},\n title = {T}\n}\n", "a has no year"),
-    ("@misc{a,\n author = {A},\n title = {T,\n year = {1}\n}\n", "a: braces do not balance"),
+    ("@misc{a,\n author={A},\n title={T},\n year={1},\n doi={1}\n}\n" * 2, "a is defined twice"),
+    ("@misc{a,\n author = {A},\n title = {T},\n url = {1}\n}\n", "a has no year"),
+    ("@misc{a,\n author = {A},\n title = {T},\n year = {1}\n}\n", "a has no address"),
+    ("@misc{a,\n author={A},\n title={T,\n year={1},\n doi={1}\n}\n", "a: braces do not balance"),
 ])
 def test_bibliography_sees(text, problem): assert check_bibliography(text) == [problem]
 
