@@ -15,6 +15,12 @@ FORMULA = re.compile(r"<math\b.*?</math>", re.S)
 TEX = re.compile(r"<annotation encoding=\"application/x-tex\">(.*?)</annotation>", re.S)
 SPACE = '<mspace width="0.1667em"></mspace>'
 FUNCTION = r"<mrow><mi mathvariant=\"normal\">[A-Za-z]+</mi><mo>\u2061</mo></mrow>"
+LIMIT = re.compile(
+    r"<(munder|msub)>(?:<mrow>)?<mi mathvariant=\"normal\">[a-z]{3,}</mi>"
+    r"(?:(?!<munder|<msub).)*?</\1>(?!\s*<mo[^>]*>[(|]|<mspace)",
+    re.S,
+)
+ACCENT = r"<mo accent=\"true\">(?=[\u0300-\u036f])"
 OPERAND = r"(?<=</mi>)|(?<=</mn>)|(?<=</msub>)|(?<=</msup>)|(?<=</mfrac>)|(?<=</msubsup>)"
 DOCUMENTED = re.compile(
     r"<h[2-6] class=\"[^\"]*\bapi-name\b[^\"]*\" data-anchor-id=\"([^\"]+)\">(.*?)</h[2-6]>"
@@ -32,8 +38,12 @@ def words(html: str) -> str: return " ".join(unescape(re.sub(r"<[^>]+>", "", htm
 def spaced(formula: str) -> str:
     "A formula with TeX's thin space on both sides of a named function, and without its TeX"
     formula = TEX.sub("", formula)
-    bare = rf"({FUNCTION})(?!\s*<mo[^>]*>[(\[|⟨‖,=)\]⟩])(?!\s*</)"
+    formula = LIMIT.sub(lambda found: found[0].replace("<mo>\u2061</mo>", "") + SPACE, formula)
+    bare = rf"({FUNCTION})(?!\s*<mo[^>]*>[(\[|⟨‖,=)\]⟩∑])(?!\s*</|\s*<munder(?:over)?><mo>)"
     formula = re.sub(bare, rf"\1{SPACE}", formula)
+    # bars of a norm are no operators, and a hat is as wide as its letter
+    formula = formula.replace(">∥</mo>", ' lspace="0" rspace="0">∥</mo>')
+    formula = re.sub(ACCENT, '<mo accent="true" stretchy="false">', formula)
     return re.sub(rf"(?:{OPERAND})(?={FUNCTION})", SPACE, formula)
 
 

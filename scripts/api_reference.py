@@ -83,8 +83,25 @@ def default_of(value: ast.AST | None) -> tuple[ast.AST | None, str]:
     return value, "" if value is None else ast.unparse(value).replace("'", '"')
 
 
+def told_elsewhere(function) -> dict[str, str]:
+    """What a parameter means where a function does not say it: what the class that it returns says of
+    it, or the method of a base class that it implements"""
+    said = {}
+    returned = tree(function).returns
+    made = function.__globals__.get(returned.id) if isinstance(returned, ast.Name) else None
+    init = init_of(made) if inspect.isclass(made) else None
+    if init and init is not function: said |= comments(init)
+    owner, _, name = function.__qualname__.rpartition(".")
+    cls = function.__globals__.get(owner)
+    for base in getattr(cls, "__mro__", ())[1:] if name != "__init__" else ():
+        method = base.__dict__.get(name)
+        if base.__module__.startswith("hamux.") and inspect.isfunction(method):
+            said = comments(method) | said
+    return said
+
+
 def parameters(function) -> list[Row]:
-    node, said = tree(function).args, comments(function)
+    node, said = tree(function).args, told_elsewhere(function) | comments(function)
     positional = [*node.posonlyargs, *node.args]
     unset = [None] * (len(positional) - len(node.defaults))
     pairs = list(zip(positional, [*unset, *node.defaults], strict=True))

@@ -119,7 +119,9 @@ def index_problems(pages: dict[str, Page], site: Path) -> Iterator[Problem]:
 
 def log_problems(log: str) -> Iterator[Problem]:
     for line in re.sub(r"\x1b\[[0-9;]*m", "", log).splitlines():
-        if re.search(r"\bWARN(ING)?\b", line): yield "Quarto warns", "", line.strip()[:200]
+        # Jupyter's kernel has remarks of its own
+        if re.search(r"\bWARN(ING)?\b", line) and "IPKernelApp" not in line:
+            yield "Quarto warns", "", line.strip()[:200]
 
 
 # --- and with one ---------------------------------------------------------------------------------

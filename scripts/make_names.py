@@ -49,8 +49,9 @@ def row(name: str, root: Path) -> str:
 
 
 def table(names: list[str], root: Path) -> str:
-    head = f"\n| name | what it is | wing |\n|{'-' * 28}|{'-' * 60}|{'-' * 12}|\n"
-    return head + "\n".join(row(name, root) for name in names) + "\n"
+    head = f"| name | what it is | wing |\n|{'-' * 30}|{'-' * 58}|{'-' * 12}|\n"
+    rows = "\n".join(row(name, root) for name in names)
+    return f"\n::: {{.api-table .names}}\n\n{head}{rows}\n\n:::\n"
 
 
 def build(root: Path) -> Files:

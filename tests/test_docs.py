@@ -80,6 +80,19 @@ def test_tables_tell_type_default_and_meaning(name, parameter, wanted):
     for part in wanted: assert part in row
 
 
+@pytest.mark.parametrize("name", sorted(n for n in hamux.__all__ if n in MODULES))
+def test_the_face_explains_its_parameters(name):
+    "Some by the class that a function returns, or the method that it implements"
+    first = str(Reference(exported(None, name), name)).split("\n####")[0]
+    rows = re.findall(r"^\| `(?!\*)[^`]+` \|.*$", first, re.M)
+    if rows: assert re.search(r"^\| name .*\| meaning \|$", first, re.M), first
+
+
+def test_what_is_not_said_is_taken_from_where_it_is():
+    assert "time constant > 0" in str(Reference(hamux.TanhLayer))
+    assert "the point at the state that was proposed last" in str(Reference(hamux.Euler.step))
+
+
 def test_what_is_returned_and_raised():
     text = str(Reference(hamux.NeuronLayer.energy))
     assert "[Returns]{.api-word} `Float[Array, \"\"]`: \\<x̂, x> − L(x), or 0 without leak" in text
@@ -344,6 +357,18 @@ def test_named_functions_have_spaces():
     assert logcosh.count(space) == 2 and "annotation" not in logcosh
     assert after_render.spaced(formula(function("log") + paren)).count(space) == 0
     assert after_render.spaced(formula(x + function("tanh") + x)).count(space) == 2
+    least = f"<msub>{function('min')}<mi>k</mi></msub>"
+    assert f"</msub>{space}{x}</mrow>" in after_render.spaced(formula(least + x))
+    total = function("log") + "<munder><mo>∑</mo><mi>k</mi></munder>" + x # has a space of its own
+    assert after_render.spaced(formula(total)).count(space) == 0
+
+
+def test_norms_and_hats_are_close():
+    bar, hat = '<mo stretchy="false" form="postfix">∥</mo>', '<mo accent="true">\u0302</mo>'
+    brace = '<mo accent="true">⏟</mo>' # is as wide as its term
+    text = after_render.spaced(formula(bar + hat + brace))
+    assert 'form="postfix" lspace="0" rspace="0">∥' in text and brace in text
+    assert '<mo accent="true" stretchy="false">\u0302</mo>' in text
 
 
 def test_search_finds_names_and_no_tex():
