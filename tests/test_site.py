@@ -516,15 +516,15 @@ def test_style(page): assert check_style(page) == []
 
 
 # these are written elsewhere at the moment
-LATER = {"api/memories/arrays.ipynb", "api/cli.ipynb", "tutorials/08_completing_digits.ipynb"}
+LATER = "api/memories/", "api/cli.ipynb", "tutorials/08_completing_digits.ipynb"
 
 
 def test_shown(page):
-    if page.name not in LATER: assert check_shown(page) == []
+    if not page.name.startswith(LATER): assert check_shown(page) == []
 
 
 def test_opening(page):
-    if page.name not in LATER: assert check_opening(page) == []
+    if not page.name.startswith(LATER): assert check_opening(page) == []
 
 
 def test_headings(page): assert check_headings(page) + check_repeats(page) == []
