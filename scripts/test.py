@@ -15,7 +15,11 @@ import traceback
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
+
+from fastcore.nbio import write_nb
+from text_pages import read_page, text_pages
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -32,7 +36,7 @@ def command(name: str, *args: str) -> Outcome:
 
 def notebooks() -> list[Path]:
     from nbdev.doclinks import nbglob
-    return sorted(nbglob(as_path=True))
+    return sorted([*nbglob(as_path=True), *text_pages(ROOT / "nbs")])
 
 
 def differing(before: Path, after: Path, pattern: str) -> list[str]:
@@ -48,7 +52,7 @@ def unexported(package: Path, pages: Path) -> list[str]:
     "Modules of the package that no page exports and nobody writes by hand: what a move leaves behind"
     by_hand = {"__init__.py", "__main__.py", "_modidx.py"}
     exported = set()
-    for page in pages.rglob("*.ipynb"):
+    for page in [*pages.rglob("*.ipynb"), *text_pages(pages)]:
         found = re.search(r"#\|\s*default_exp\s+([\w.]+)", page.read_text(encoding="utf-8"))
         if found: exported.add(found[1].replace(".", "/") + ".py")
     names = (p.relative_to(package).as_posix() for p in package.rglob("*.py"))
@@ -60,25 +64,25 @@ def lint(options) -> Iterator[Outcome]:
 
 
 def generated(options) -> Iterator[Outcome]:
-    for script in ("sync_dependencies", "make_readme"):
+    for script in ("sync_dependencies", "make_readme", "make_names"):
         yield command(script, f"scripts/{script}.py", "--check")
 
 
 def export(options) -> Iterator[Outcome]:
     "The package is what the notebooks export, and the notebooks are as nbdev-clean leaves them"
+    from export import export as export_pages
     from nbdev.clean import nbdev_clean
-    from nbdev.doclinks import nbdev_export
     with tempfile.TemporaryDirectory() as tmp:
         before = shutil.copytree(ROOT / "hamux", Path(tmp) / "hamux")
-        nbdev_export.__wrapped__()
+        export_pages()
         changed = differing(before, ROOT / "hamux", "*.py")
         for name in changed:
             print(
-                f"hamux/{name} was not what the notebooks export; it is now. Look at the diff, then"
+                f"hamux/{name} was not what the pages export; it is now. Look at the diff, then"
                 " commit it."
             )
         left = unexported(ROOT / "hamux", ROOT / "nbs" / "api")
-        for name in left: print(f"hamux/{name} is exported by no notebook; remove it.")
+        for name in left: print(f"hamux/{name} is exported by no page; remove it.")
         yield "export in step", not changed and not left
 
         clean = shutil.copytree(
@@ -92,6 +96,16 @@ def export(options) -> Iterator[Outcome]:
         yield "notebooks clean", not unclean
 
 
+@contextmanager
+def as_notebook(path: Path) -> Iterator[Path]:
+    "A page in plain text as a notebook, for as long as it is needed"
+    if path.suffix == ".ipynb": yield path; return
+    with tempfile.TemporaryDirectory() as tmp:
+        notebook = Path(tmp) / path.with_suffix(".ipynb").name
+        write_nb(read_page(path), notebook)
+        yield notebook
+
+
 def run_notebook(path: Path) -> tuple[bool, float]:
     "Run one notebook, and leave the process as it was."
     import jax
@@ -101,12 +115,14 @@ def run_notebook(path: Path) -> tuple[bool, float]:
     config, settings = get_config(path), dict(jax.config.values)
     main = sys.modules["__main__"] # a notebook puts itself there
     try:
-        return test_nb(
-            path,
-            skip_flags=config.tst_flags.split(),
-            basepath=str(ROOT),
-            cell_timeout=config.cell_timeout,
-        )
+        with as_notebook(path) as notebook:
+            return test_nb(
+                notebook,
+                skip_flags=config.tst_flags.split(),
+                basepath=str(ROOT),
+                profile=bool(config.exec_profile),
+                cell_timeout=config.cell_timeout,
+            )
     finally:
         changed = {n: v for n, v in settings.items() if jax.config.values[n] != v}
         for name, value in changed.items(): jax.config.update(name, value)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Export a notebook to hamux/ each time it is saved, from any editor. Stop with Ctrl-C."""
+"""Export a page to hamux/ each time it is saved, from any editor. Stop with Ctrl-C."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ class Export(FileSystemEventHandler):
         path = Path(event.dest_path or event.src_path)
         if (
             event.is_directory
-            or path.suffix != ".ipynb"
+            or path.suffix not in (".ipynb", ".qmd")
             or path.name.startswith((".", "tmp"))
             or not path.exists()
         ):
@@ -35,9 +35,9 @@ class Export(FileSystemEventHandler):
         saved = path.stat().st_mtime_ns
         if self.done.get(path) == saved: return  # one save is several events
         self.done[path] = saved
-        # a process of its own: a notebook that does not parse must not stop the watching
+        # a process of its own: a page that does not parse must not stop the watching
         result = subprocess.run(
-            [sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"],
+            [sys.executable, str(ROOT / "scripts/export.py")],
             cwd=ROOT,
             capture_output=True,
             text=True,

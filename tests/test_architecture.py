@@ -18,6 +18,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import pytest
+from text_pages import text_pages
 
 import hamux as hmx
 
@@ -81,7 +82,7 @@ def target(module: str, names: list[str]) -> list[str]:
 def test_folders_mirror():
     pages = {
         p.relative_to(PAGES).with_suffix("").as_posix()
-        for p in PAGES.rglob("*.ipynb")
+        for p in [*PAGES.rglob("*.ipynb"), *text_pages(PAGES)]
         if ".ipynb_" not in str(p)
     }
     assert pages == set(MODULES)

@@ -316,6 +316,8 @@ def test_unexported_sees(tmp_path):
         new_notebook(cells=[new_code_cell("#| default_exp wing.page")]), pages / "wing/page.ipynb"
     )
     assert run_tests.unexported(package, pages) == ["flat.py", "wing/old.py"]
+    (pages / "flat.qmd").write_text("```{python}\n#| default_exp flat\n```\n")
+    assert run_tests.unexported(package, pages) == ["wing/old.py"]
     assert run_tests.unexported(ROOT / "hamux", ROOT / "nbs/api") == []
 
 

@@ -1,0 +1,353 @@
+"""How the site documents a name: `renderer` in `[tool.nbdev]` names `Reference`, and nbdev's
+`show_doc` calls it, in place of a page's own definition, once for each public one."""
+
+import ast
+import functools
+import inspect
+import re
+import textwrap
+import warnings
+from collections.abc import Iterator
+from importlib import import_module
+from typing import NamedTuple
+
+from fastcore.docments import docments, docstring
+
+from hamux._modidx import d as INDEX
+
+MODULES = {
+    name.removeprefix(module + "."): module
+    for module, names in INDEX["syms"].items()
+    for name in names
+}
+DASHES = 20, 30, 14, 48 # the widths of a table's columns to each other
+MOST_RAISED = 8
+
+
+class Row(NamedTuple):
+    "What a table says of a parameter or an attribute"
+    name: str
+    type: str
+    default: str
+    meaning: str
+
+
+# --- the definition -------------------------------------------------------------------------------
+
+
+def exported(thing, name: str):
+    """The same thing in the package: what a page defines has no module to be read from, and belongs
+    to `__main__`"""
+    if name not in MODULES: return thing
+    return functools.reduce(getattr, name.split("."), import_module(MODULES[name]))
+
+
+def plain(thing):
+    "The function behind a property, a compiled function, a bound or a static method"
+    if isinstance(thing, property): thing = thing.fget
+    if not inspect.isroutine(thing) and not inspect.isclass(thing):
+        thing = getattr(thing, "fn", thing) # of `eqx.filter_custom_jvp`
+    return inspect.unwrap(getattr(thing, "__func__", thing))
+
+
+@functools.cache
+def tree(thing) -> ast.AST:
+    "The syntax of a definition"
+    return ast.parse(textwrap.dedent(inspect.getsource(thing))).body[0]
+
+
+def comments(thing) -> dict[str, str]:
+    "The comment beside each parameter, on one line"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = docments(thing)
+    return {name: " ".join(text.split()) for name, text in found.items() if text}
+
+
+# --- what is said of it ---------------------------------------------------------------------------
+
+
+def type_of(annotation: ast.AST | None, default: ast.AST | None) -> str:
+    "A type as it is written, or that of a default that shows it"
+    if annotation is not None:
+        return ast.unparse(annotation).replace("'", '"')
+    value = getattr(default, "value", None)
+    return type(value).__name__ if isinstance(value, bool | int | float | str) else ""
+
+
+def default_of(value: ast.AST | None) -> tuple[ast.AST | None, str]:
+    "A default, and its text; of `eqx.field(…)` the one inside"
+    if isinstance(value, ast.Call) and ast.unparse(value.func).split(".")[-1] == "field":
+        inner = {k.arg: k.value for k in value.keywords}
+        value = inner.get("default", inner.get("default_factory"))
+    return value, "" if value is None else ast.unparse(value).replace("'", '"')
+
+
+def told_elsewhere(function) -> dict[str, str]:
+    """What a parameter means where a function does not say it: what the class that it returns says of
+    it, or the method of a base class that it implements"""
+    said = {}
+    returned = tree(function).returns
+    made = function.__globals__.get(returned.id) if isinstance(returned, ast.Name) else None
+    init = init_of(made) if inspect.isclass(made) else None
+    if init and init is not function: said |= comments(init)
+    owner, _, name = function.__qualname__.rpartition(".")
+    cls = function.__globals__.get(owner)
+    for base in getattr(cls, "__mro__", ())[1:] if name != "__init__" else ():
+        method = base.__dict__.get(name)
+        if base.__module__.startswith("hamux.") and inspect.isfunction(method):
+            said = comments(method) | said
+    return said
+
+
+def parameters(function) -> list[Row]:
+    node, said = tree(function).args, told_elsewhere(function) | comments(function)
+    positional = [*node.posonlyargs, *node.args]
+    unset = [None] * (len(positional) - len(node.defaults))
+    pairs = list(zip(positional, [*unset, *node.defaults], strict=True))
+    pairs += [(node.vararg, None)] * bool(node.vararg)
+    pairs += list(zip(node.kwonlyargs, node.kw_defaults, strict=True))
+    pairs += [(node.kwarg, None)] * bool(node.kwarg)
+    stars = {id(node.vararg): "*", id(node.kwarg): "**"}
+    rows = []
+    for arg, value in pairs:
+        value, text = default_of(value)
+        name, meaning = stars.get(id(arg), "") + arg.arg, said.get(arg.arg, "")
+        rows.append(Row(name, type_of(arg.annotation, value), text, meaning))
+    return [row for row in rows if row.name not in ("self", "cls")]
+
+
+def fields(cls) -> list[Row]:
+    "The public fields of a class and of its bases"
+    rows = {}
+    for base in reversed(cls.__mro__):
+        if not base.__module__.startswith("hamux."): continue
+        lines = textwrap.dedent(inspect.getsource(base)).splitlines()
+        for node in tree(base).body:
+            if not isinstance(node, ast.AnnAssign) or node.target.id.startswith("_"): continue
+            value, text = default_of(node.value)
+            kind = type_of(node.annotation, value)
+            rows[node.target.id] = Row(node.target.id, kind, text, beside(node, lines))
+    return list(rows.values())
+
+
+def beside(node: ast.AST, lines: list[str]) -> str:
+    "The comment at the end of a field's line, or on the lines above it"
+    _, mark, comment = lines[node.end_lineno - 1][node.end_col_offset :].partition("#")
+    if mark: return comment.strip()
+    above = []
+    for line in reversed(lines[: node.lineno - 1]):
+        if not line.strip().startswith("#"): break
+        above.insert(0, line.strip(" #"))
+    return " ".join(above)
+
+
+def own_fields(cls) -> set[str]:
+    return {n.target.id for n in tree(cls).body if isinstance(n, ast.AnnAssign)}
+
+
+def belongs_to_class(row: Row) -> bool: return row.type.startswith("ClassVar")
+
+
+def own_methods(cls) -> list[ast.FunctionDef]:
+    "The public methods and properties that a class's own cell documents"
+    return [
+        node
+        for node in tree(cls).body
+        if isinstance(node, ast.FunctionDef)
+        and ast.get_docstring(node)
+        and (node.name == "__call__" or not node.name.startswith("_"))
+    ]
+
+
+def is_made_by_hand(cls) -> bool:
+    "Whether a user calls the class: other ones hold what only the library can give them"
+    if inspect.isabstract(cls): return False
+    names = inspect.signature(cls).parameters if init_of(cls) or cls.__annotations__ else ()
+    return bool(names) and not any(name.startswith("_") for name in names)
+
+
+def is_property(node: ast.FunctionDef) -> bool:
+    return any("property" in ast.unparse(d) for d in node.decorator_list)
+
+
+def init_of(cls):
+    "The `__init__` that a person wrote, of the class or of a base; None where fields make it"
+    for base in cls.__mro__:
+        if not base.__module__.startswith("hamux."): continue
+        if any(isinstance(n, ast.FunctionDef) and n.name == "__init__" for n in tree(base).body):
+            return plain(base.__dict__["__init__"])
+    return None
+
+
+def message(node: ast.AST) -> str:
+    "The first sentence of an error's message, with `…` for what is filled in"
+    if isinstance(node, ast.Constant): text = str(node.value)
+    elif isinstance(node, ast.JoinedStr):
+        text = "".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in node.values)
+    elif isinstance(node, ast.BinOp): text = message(node.left) + message(node.right)
+    else: return ""
+    first = re.split(r"(?<=[.])\s+(?=[A-Z])", " ".join(text.split()))[0]
+    return re.sub(r"…[. …]*$", "…", first)
+
+
+def raised(function, seen: set | None = None) -> Iterator[tuple[str, str]]:
+    "(error, message) of what a function raises itself, or through private helpers of its module"
+    seen = set() if seen is None else seen
+    if function in seen: return
+    seen.add(function)
+    for node in ast.walk(tree(function)):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+            error, text = ast.unparse(node.exc.func), message(node.exc.args[0])
+            says = re.sub(r"^\w+: ", "", text).strip("… .:")
+            if error.endswith("Error") and says: yield error, text
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            helper = function.__globals__.get(node.func.id)
+            helper = plain(helper) if callable(helper) else None
+            private = node.func.id.startswith("_") and inspect.isfunction(helper)
+            if private and helper.__module__ == function.__module__:
+                yield from raised(helper, seen)
+
+
+# --- on the page ----------------------------------------------------------------------------------
+
+
+def quoted(code: str) -> str:
+    "Code in a sentence or a table, the parts of a union apart so that each can be a link"
+    return r" \| ".join(f"`{part}`" for part in re.split(r" \| (?![^\[]*\])", code)) if code else ""
+
+
+def escaped(text: str) -> str:
+    "A comment or a docstring as Markdown: outside of code spans a star or a bar is itself"
+    parts = re.split(r"(`[^`]*`)", text)
+    return "".join(p if p.startswith("`") else re.sub(r"([*_|^~<$\[\]])", r"\\\1", p) for p in parts)
+
+
+def table(rows: list[Row]) -> str:
+    "A table without the columns that would be empty"
+    heads = Row._fields
+    filled = [i for i in range(4) if i == 0 or any(row[i] for row in rows)]
+    lines = [[heads[i] for i in filled], ["-" * DASHES[i] for i in filled]]
+    for row in rows:
+        cells = f"`{row.name}`", quoted(row.type), quoted(row.default), escaped(row.meaning)
+        lines.append([cells[i] for i in filled])
+    body = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return f"::: {{.api-table}}\n\n{body}\n\n:::"
+
+
+def call(name: str, rows: list[Row], star: int | None) -> str:
+    "How it is called, broken between arguments"
+    words = [row.name + (f"={row.default}" if row.default else "") for row in rows]
+    if star is not None: words.insert(star, "*")
+    first, indent = f"{name}(", " " * min(len(name) + 1, 16)
+    lines = [first]
+    for i, word in enumerate(words):
+        piece = word + (", " if i < len(words) - 1 else ")")
+        if len((lines[-1] + piece).rstrip()) > 78 and lines[-1].strip() and lines[-1] != first:
+            lines.append(indent)
+        lines[-1] += piece
+    return "\n".join(line.rstrip() for line in lines) + (")" if not words else "")
+
+
+def star_of(node: ast.arguments) -> int | None:
+    "Where `*` stands in a call"
+    if node.vararg or not node.kwonlyargs: return None
+    positional = [a.arg for a in (*node.posonlyargs, *node.args)]
+    return len(positional) - (positional[:1] in (["self"], ["cls"]))
+
+
+def source_link(thing, module: str) -> str:
+    settings, path = INDEX["settings"], module.replace(".", "/") + ".py"
+    line = inspect.getsourcelines(thing)[1]
+    url = f"{settings['git_url']}/blob/{settings['branch']}/{path}#L{line}"
+    return f"[source]({url}){{.api-source}}"
+
+
+def first_line(text: str) -> str:
+    "A docstring, its first paragraph set off"
+    first, _, rest = text.strip().partition("\n\n")
+    first = f"[{escaped(' '.join(first.split()))}]{{.api-line}}"
+    return first + (f"\n\n{escaped(rest)}" if rest else "") if text else ""
+
+
+def raised_list(function) -> str:
+    "What a function raises, as a list"
+    errors = list(dict.fromkeys(raised(function)))
+    told = [f"- `{error}`: {escaped(text)}" for error, text in errors[:MOST_RAISED]]
+    more = len(errors) - MOST_RAISED
+    if more > 0: told.append(f"- and {more} more, each of which says what to do")
+    return "[Raises]{.api-word}\n\n" + "\n".join(told) if told else ""
+
+
+def function_blocks(function, name: str) -> Iterator[str]:
+    "The parts of a function's documentation"
+    node, rows = tree(function), parameters(function)
+    yield f"```python\n{call(name, rows, star_of(node.args))}\n```"
+    yield first_line(docstring(function) or "")
+    if any(row.type or row.meaning for row in rows): yield table(rows)
+    said = comments(function).get("return", "")
+    if node.returns is not None and ast.unparse(node.returns) != "None":
+        kind = quoted(type_of(node.returns, None))
+        yield f"[Returns]{{.api-word}} {kind}{': ' if said else ''}{escaped(said)}"
+    yield raised_list(function)
+
+
+def class_blocks(cls, name: str) -> Iterator[str]:
+    "The parts of a class's documentation: how it is made, and what it has"
+    init, said = init_of(cls), fields(cls)
+    made_of = [row for row in said if not belongs_to_class(row)]
+    rows = parameters(init) if init else made_of
+    if inspect.isabstract(cls): yield "*Abstract: write a subclass of it.*"
+    if is_made_by_hand(cls):
+        yield f"```python\n{call(name, rows, star_of(tree(init).args) if init else None)}\n```"
+    yield first_line(cls.__doc__ or "")
+    if any(row.type or row.meaning for row in rows): yield table(rows)
+    if init: yield raised_list(init)
+    taken = {row.name for row in rows}
+    attributes = [row for row in said if row.name not in taken and row.name in own_fields(cls)]
+    attributes += [
+        Row(n.name, type_of(n.returns, None), "", " ".join(ast.get_docstring(n).split()))
+        for n in own_methods(cls)
+        if is_property(n)
+    ]
+    if attributes: yield "[Attributes]{.api-word}\n\n" + table(attributes)
+
+
+def anchor(name: str) -> str:
+    "The name in small letters, as nbdev links it; a class leaves that to a function of its name"
+    small = name.lower()
+    return f"{small}-class" if small != name and small in MODULES else small
+
+
+def block(name: str, level: int, parts: Iterator[str]) -> str:
+    "A heading, outside of the frame so that the table of contents has it, and what belongs to it"
+    head = f"{'#' * level} {escaped(name)} {{#{anchor(name)} .api-name}}"
+    return "\n\n".join([head, "::: {.api}", *filter(None, parts), ":::"])
+
+
+def documentation(thing, name: str, level: int) -> str:
+    "All that the site says of a name, as Markdown"
+    link = source_link(thing, MODULES[name]) if name in MODULES else ""
+    if not inspect.isclass(thing):
+        return block(name, level, (link, *function_blocks(thing, name)))
+    blocks = [block(name, level, (link, *class_blocks(thing, name)))]
+    for node in own_methods(thing):
+        if is_property(node): continue
+        method = plain(inspect.getattr_static(thing, node.name))
+        called = name if node.name == "__call__" else f"{name}.{node.name}"
+        blocks.append(block(f"{name}.{node.name}", level + 1, function_blocks(method, called)))
+    return "\n\n".join(blocks)
+
+
+class Reference:
+    "What `show_doc` returns"
+
+    def __init__(self, thing, name: str | None = None, title_level: int = 3):
+        thing = plain(thing)
+        name = name or getattr(thing, "__qualname__", type(thing).__name__)
+        # made here: an error in `_repr_markdown_` would be swallowed, and the name left out
+        self.text = documentation(plain(exported(thing, name)), name, title_level)
+
+    def _repr_markdown_(self) -> str: return self.text
+
+    __repr__ = __str__ = _repr_markdown_
