@@ -5,7 +5,6 @@ Arguments: none for one process with eight devices; or the number of this proces
 devices each, and the address of the first.
 """
 import json
-import re
 import sys
 import tempfile
 
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.tree_util import Partial
+from several_devices import exchanged
 
 import hamux as hmx
 from hamux.numerics.streaming import gather_rows, spread_over
@@ -98,11 +98,8 @@ def both(f): return apart(f(plain), f(spread))
 
 def collectives(f, *args):
     "Names of what devices exchange, and the most numbers in one of those exchanges."
-    text = f.lower(*args).compile().as_text()
-    found = re.findall(r"= ([^=\n]*?) (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", text)
-    sizes = [re.findall(r"\w\d+\[([\d,]*)\]", shape) for shape, _ in found]
-    count = lambda s: int(np.prod([int(n) for n in s.split(",") if n], initial=1))
-    return sorted({name for _, name in found}), max(count(s) for many in sizes for s in many)
+    found = exchanged(f.lower(*args).compile())
+    return sorted({name for name, *_ in found}), max(n for _, *sizes in found for n in sizes)
 
 
 after = trained(spread)

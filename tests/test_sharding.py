@@ -1,12 +1,7 @@
 """Memories on many devices: one process with eight, two processes with four each."""
 
-import json
-import os
 import pickle
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -15,34 +10,14 @@ import jax.random as jr
 import numpy as np
 import pytest
 from jax.tree_util import Partial
+from several_devices import said, said_by_two, start
 
 import hamux as hmx
 from hamux.numerics.streaming import gather_rows, spread_over, spread_rows, stream
 from hamux.synapses.sharding import gather_memories, join_cluster, shard_memories
 
-PROGRAM = Path(__file__).with_name("spread_program.py")
+PROGRAM = "spread_program.py"
 K, D, B = 61, 5, 3 # as there
-
-
-def start(devices, *args):
-    "The program in a process of its own."
-    flags = os.environ.get("XLA_FLAGS", "")
-    path = str(PROGRAM.parent.parent), os.environ.get("PYTHONPATH", "")
-    more = {
-        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
-        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-        "PYTHONPATH": os.pathsep.join(path),
-    }
-    command = [sys.executable, str(PROGRAM), *map(str, args)]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, env=os.environ | more, **pipes)
-
-
-def said(process):
-    "What it printed last."
-    out, err = process.communicate(timeout=550)
-    assert process.returncode == 0, err[-3000:]
-    return json.loads(out.splitlines()[-1])
 
 
 def check(answer, processes):
@@ -56,17 +31,12 @@ def check(answer, processes):
 
 
 @pytest.mark.slow
-def test_eight_devices_are_one(): check(said(start(8)), processes=1)
+def test_eight_devices_are_one(): check(said(start(PROGRAM, 8)), processes=1)
 
 
 @pytest.mark.slow
 def test_two_processes_of_four_devices_are_one():
-    with socket.create_server(("127.0.0.1", 0)) as probe: port = probe.getsockname()[1]
-    both = [start(4, i, f"127.0.0.1:{port}") for i in range(2)]
-    try:
-        for process in both: check(said(process), processes=2)
-    finally:
-        for process in both: process.kill()
+    for answer in said_by_two(PROGRAM): check(answer, processes=2)
 
 
 # --- on the devices that are here -----------------------------------------------------------------

@@ -7,5 +7,6 @@ from .frames import *
 from .looking import *
 from .novelty import *
 from .reading import *
+from .spread import *
 from .temperature import *
 from .two_layers import *

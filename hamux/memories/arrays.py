@@ -32,8 +32,10 @@ from .frames import Frame
 from .looking import Look, look
 from .novelty import Calibration
 from .reading import as_table
+from .spread import SpreadRows
 from .temperature import choose_beta
 from ..network.hypergraph import HAM
+from ..numerics.streaming import spread_over
 
 # %% ../../nbs/api/memories/arrays.ipynb #c242a694
 def _checked_source(patterns):
@@ -222,7 +224,10 @@ class Memory:
                  scale=None, # what columns are divided by: "std", numbers, or None
                  weights=1.0, # of the patterns, not negative
                  dtype=None, # floating dtype to compute in; None for JAX's default
-                 block=None): # patterns to take at a time; None to choose
+                 block=None, # patterns to take at a time; None to choose
+                 mesh=None, # a `jax.sharding.Mesh`, to spread the patterns over its devices
+                 axis="memories"): # the axis of the mesh, or several, over which to spread them
+        place = None if mesh is None else ft.partial(SpreadRows, spread_over(mesh, axis))
         source, table = _checked_source(patterns)
         if similarity not in (None, "euclidean", "dot"):
             raise ValueError(f"similarity must be 'euclidean' or 'dot', got {similarity!r}.")
@@ -237,7 +242,7 @@ class Memory:
         self.frame = Frame.around(sample, self.similarity == "euclidean", scale)
         sample = self.frame.inside(sample)
         self._read, coded = (None, None) if values is None else Values.read(values, source.shape[0])
-        self.bank = Bank(source, self.frame, self.dtype, coded, ids, weights)
+        self.bank = Bank(source, self.frame, self.dtype, coded, ids, weights, place)
         # of each column in the frame: as it came, and as the computing dtype has it
         self._ranges = [
             np.nanmax(v, 0) - np.nanmin(v, 0) for v in (sample, sample.astype(self.dtype))
@@ -392,7 +397,7 @@ def _settled(self: Memory, x, free, k, solver, max_steps):
 @patch
 def _is_small(self: Memory):
     "Whether the bank descends as one network."
-    held = isinstance(self.bank.source, ArrayRows) and not self.bank.holes
+    held = not self.bank.source.in_file and not self.bank.holes
     return held and math.prod(self.bank.shape) <= _SMALL
 
 
@@ -616,7 +621,7 @@ def recall(
     alpha=None, # level at which a query is called unknown; None to call none so
     solver: AbstractSolver | None = None, # how to step; None for the default solver
     max_steps: int = 1000, # steps at most
-    **settings, # of `Memory`: ids, beta, noise, similarity, scale, weights, dtype
+    **settings, # of `Memory`: ids, beta, noise, similarity, scale, weights, dtype, mesh
 ) -> Recalled:
     "Recall queries from patterns, both plain arrays. Raises ValueError for bad input."
     memory = Memory(memories, values, **settings)

@@ -24,6 +24,8 @@ from ..storage.problems import FileProblem
 # %% ../../nbs/api/memories/bank.ipynb #542ba7bb
 class ArrayRows:
     "Rows that are in memory."
+    in_file = False # whether each reading is from a disk
+
     def __init__(self, array: np.ndarray): # (K, d)
         self.array = array
 
@@ -41,9 +43,16 @@ class ArrayRows:
         "Some rows."
         return self.array[rows]
 
+    def may_have_holes(self) -> bool:
+        "Whether an entry is unknown."
+        if not _may_be_nan(self.dtype): return False
+        return any(np.isnan(part).any() for part in self.blocks(max(2**22 // self.shape[1], 1)))
+
 
 class FileRows:
     "Rows that stay in a file. Raises `FileProblem` if it changes or vanishes while it is used."
+    in_file = True
+
     def __init__(self, source: RowSource): # as `open_rows` gives
         self.source = source
 
@@ -60,6 +69,13 @@ class FileRows:
     def take(self, rows: np.ndarray) -> np.ndarray: # (n, d) for n numbers of rows
         "Some rows."
         return self.source.take(rows)
+
+    def may_have_holes(self) -> bool:
+        "Whether an entry could be unknown; what a file holds is not known before it is read."
+        return _may_be_nan(self.dtype)
+
+
+def _may_be_nan(dtype): return dtype.kind in "fV" # bfloat16 is of kind V
 
 # %% ../../nbs/api/memories/bank.ipynb #a9f7b7e1
 def _mapped_file(array):
@@ -101,15 +117,20 @@ class Bank:
                  dtype, # in which that is computed
                  values=None, # (K, v) numbers, or None
                  ids=None, # K different hashable things; None for 0, 1, …
-                 weights=None): # K numbers that are not negative; None for 1
+                 weights=None, # K numbers that are not negative; None for 1
+                 # a function of a source, of `inside` and of the dtype that returns a source of the
+                 # rows in the frame; None to keep the source, or an array of them
+                 place=None):
         K, dtype = source.shape[0], np.dtype(dtype)
         self.frame, self.dtype = frame, dtype
         # whether every number of the rows is one of the dtype, so that a device can read them
         self.exact = np.promote_types(source.dtype, dtype) == dtype
-        self.raw = isinstance(source, FileRows) or (self.exact and source.array.nbytes > _LARGE)
-        if not self.raw: source, self.exact = ArrayRows(self.inside(source.array)), True
+        large = source.in_file or (self.exact and source.array.nbytes > _LARGE)
+        self.raw = place is None and large
+        place = place or (lambda source, inside, dtype: ArrayRows(inside(source.array)))
+        if not self.raw: source, self.exact = place(source, self.inside, self.dtype), True
         self.source = source
-        self.holes = _may_have_holes(source) # whether an entry may be unknown
+        self.holes = source.may_have_holes() # whether an entry may be unknown
         self.tail = np.zeros((0, source.shape[1]), source.dtype)
         self.size = K # slots that have been used
         self.ids = None if ids is None else _checked_ids(ids, K) # None: the numbers of the slots
@@ -174,13 +195,6 @@ class Bank:
         return self.log_weights[slots] + self.tilt * self.lengths[slots]
 
 # %% ../../nbs/api/memories/bank.ipynb #2a4c78de
-def _may_have_holes(source):
-    "Whether an entry is unknown; of a file, whether its dtype allows one."
-    if source.dtype.kind not in "fV": return False # bfloat16 is of kind V
-    if isinstance(source, FileRows): return True
-    return any(np.isnan(part).any() for part in source.blocks(max(2**22 // source.shape[1], 1)))
-
-
 def _objects(things):
     "An array of things, which may be tuples."
     out = np.empty(len(things), object)
@@ -236,7 +250,7 @@ def blocks(self: Bank,
            size: int, # rows in each
            ) -> Iterator[Block]:
     "All blocks in order, each filled up to `size`."
-    keep = jax.default_backend() != "cpu" and isinstance(self.source, ArrayRows)
+    keep = jax.default_backend() != "cpu" and not self.source.in_file
     if keep and size in self._held:
         yield from self._held[size]
         return
@@ -246,7 +260,7 @@ def blocks(self: Bank,
         log_weights[: len(rows)] = self.logs(slice(start, start + len(rows)))
         if not self.exact: rows = self.inside(rows)
         # of a file nothing is known before it is read
-        holes = self.holes and (isinstance(self.source, ArrayRows) or bool(np.isnan(rows).any()))
+        holes = self.holes and (not self.source.in_file or bool(np.isnan(rows).any()))
         block = Block(start, _filled(rows, size), log_weights, holes)
         if keep:
             block = block._replace(rows=jax.device_put(block.rows))

@@ -194,13 +194,15 @@ def spread_rows(
     spread: Spread,
     fill=0, # what stands in the rows that are added
     dtype=None, # of the result; None for that of the rows
+    each=1, # a number that divides the rows of each device
 ) -> jax.Array: # (K′, …), where the devices divide K′
     "Rows on the devices that share them."
     if isinstance(rows, jax.core.Tracer):
         raise TypeError("Rows must be spread outside of jit and vmap, got traced ones.")
     if isinstance(rows, jax.Array): rows = np.asarray(rows)
     K, dtype = len(rows), jnp.dtype(rows.dtype if dtype is None else dtype)
-    shape = (-(-K // spread.devices) * spread.devices, *rows.shape[1:])
+    whole = spread.devices * each
+    shape = (-(-K // whole) * whole, *rows.shape[1:])
 
     def part(index):
         start, stop, _ = index[0].indices(shape[0])

@@ -1,0 +1,113 @@
+"""What `test_spread.py` runs in processes of its own: memories on one device, and the same ones
+spread over eight, compared. Prints one line of JSON.
+
+Arguments: a folder with `rows.npy`; and for one of two processes its number, and the address of
+the first.
+"""
+import functools as ft
+import json
+import sys
+import warnings
+
+import jax
+import numpy as np
+from several_devices import exchanged
+
+from hamux.memories.arrays import Memory
+from hamux.memories.candidates import settle
+from hamux.memories.looking import Query, look
+from hamux.memories.spread import look_on_all
+from hamux.synapses.sharding import join_cluster
+
+folder, *cluster = sys.argv[1:]
+if cluster: join_cluster(cluster[1], 2, int(cluster[0]), timeout=120)
+jax.config.update("jax_enable_x64", True)
+warnings.simplefilter("ignore") # of queries that are whole
+
+K, d, n = 203, 6, 9 # eight devices do not divide 203
+rng = np.random.default_rng(0)
+rows, weights = rng.normal(size=(K, d)), rng.uniform(0, 2, K)
+holes = np.where(rng.random((K, d)) < 0.2, np.nan, rows)
+holes[:, 0], labels = rows[:, 0], np.array(["a", "b", "c"])[np.arange(K) % 3]
+x = rows[:n] + 0.3 * rng.normal(size=(n, d))
+partial = np.where(rng.random((n, d)) < 0.4, np.nan, x)
+partial[:, 0] = x[:, 0]
+mesh = jax.make_mesh((8,), ("memories",))
+grid = jax.make_mesh((4, 2), ("memories", "batch"))
+
+
+def change(memory):
+    "Patterns come and go: more than there was room for."
+    memory.remove([3, 77, K - 1])
+    for _ in range(3):
+        memory.add(rows[:30] + 1, None if memory.classes is None else ["a"] * 30)
+    memory.replace([5, K + 2], rows[:2] - 1, None if memory.classes is None else ["b", "c"])
+    memory.weigh(np.linspace(0, 1, len(memory)))
+
+
+def answers(memory):
+    "What a memory says: numbers, and what is no number."
+    out, noisy = memory.recall(partial, k=3, alpha=0.1), memory.recall(x, noisy=True, k=2)
+    numbers = [out.patterns, out.weights, out.energy, out.p_value, out.descent.energy]
+    numbers += [noisy.patterns, noisy.weights, noisy.energy, memory.energy(partial)]
+    numbers += [memory.score_samples(x), np.float64(memory.beta)]
+    if out.label_weights is not None: numbers.append(out.label_weights)
+    if not memory.bank.holes: # among its nearest patterns, which is for banks that are larger
+        beta, some = memory._inner, memory._scaled(x)
+        settled = settle(memory.bank, some, np.isfinite(some), beta, max_steps=100, m=8, k=2)
+        numbers += [settled.descent.xs["pattern"], settled.descent.energy, settled.seen.logits]
+    things = [out.ids, noisy.ids, out.verdict, np.array(memory.ids, object)]
+    if memory.classes is not None: things.append(out.values)
+    return numbers, things
+
+
+def compare(make, changed=False):
+    "The largest difference, and whether all else is the same."
+    one, many = make(), make(mesh=mesh)
+    if changed:
+        for memory in (one, many): change(memory)
+    (numbers, things), (others, other_things) = answers(one), answers(many)
+    apart = max(float(np.abs(a - b).max()) for a, b in zip(numbers, others))
+    return apart, all(map(np.array_equal, things, other_things))
+
+
+def places(**given):
+    "The same memory over other axes: the largest difference."
+    one, many = Memory(rows, beta=2.0), Memory(rows, beta=2.0, **given)
+    return float(np.abs(one.energy(x) - many.energy(x)).max())
+
+
+def travels(K):
+    "What devices exchange in one look at K patterns with an average of them and of 2 values."
+    memory = Memory(np.tile(rows, (K // 203, 1)), np.ones((K, 2)), beta=2.0, mesh=mesh)
+    source, query = memory.bank.source, Query(np.zeros((8, d)), None, np.full(8, -1, np.int32))
+    how = dict(spread=source.spread, m=4, block=64, averages=True, holes=False)
+    parts = source.parts(memory.bank, True)
+    return exchanged(look_on_all.lower(parts, query, 2.0, **how).compile())
+
+
+def bounds():
+    "Whether no pattern that was not returned is nearer than a look says."
+    memory = Memory(rows, beta=2.0, mesh=mesh)
+    some, K = memory._scaled(x), len(rows)
+    few, all = (look(memory.bank, some, memory._inner, m) for m in (4, K))
+    return bool((few.rivals >= all.logits[:, 4] - 1e-12).all() and np.isneginf(all.rivals).all())
+
+
+file = f"{folder}/rows.npy"
+many = Memory(rows, mesh=mesh)
+answer = {
+    "devices": [jax.device_count(), jax.process_count()],
+    "known": compare(ft.partial(Memory, rows, weights=weights)),
+    "changed": compare(ft.partial(Memory, rows, labels, beta=3.0), changed=True),
+    "holes": compare(ft.partial(Memory, holes, labels, beta=3.0, scale="std"), changed=True),
+    "dot": compare(ft.partial(Memory, rows, beta=0.5, similarity="dot")),
+    "file": compare(ft.partial(Memory, file, labels, beta=3.0)),
+    "one axis of two": places(mesh=grid),
+    "both axes": places(mesh=grid, axis=("memories", "batch")),
+    "exchanged": [travels(203), travels(16 * 203)],
+    "bounds": bounds(),
+    "rows here": many.bank.source.rows.addressable_shards[0].data.shape[0],
+    "shards here": len(many.bank.source.rows.addressable_shards),
+}
+print(json.dumps(answer))
