@@ -1,4 +1,4 @@
-"""A bank that no single device holds: each streams over its own memories, and a few numbers per query travel.
+"""A bank that no single device holds: each streams over its own, and little travels.
 
 Docs: https://hamux.github.io/hamux/api/synapses/sharding.html.md"""
 
