@@ -6,7 +6,7 @@ Docs: https://hamux.github.io/hamux/api/memories/looking.html.md"""
 
 # %% auto #0
 __all__ = ['GROUP', 'Query', 'Look', 'distances2', 'Kept', 'nothing_kept', 'relative_scale', 'look_at_block', 'exact_logits',
-           'nearest_of', 'queries_at_a_time', 'block_rows', 'look']
+           'nearest_of', 'exact_sum', 'queries_at_a_time', 'block_rows', 'look']
 
 # %% ../../nbs/api/memories/looking.ipynb #37f90eec
 import functools as ft
@@ -90,6 +90,7 @@ class Kept(NamedTuple):
     total: Any # (n,) Σ exp(s − top)
     best: Any # (n, m) the largest maxima of groups
     groups: Any # (n, m) the first slots of those groups
+    sums: Any # (n, m) logarithms of Σ exp(s) in those groups
     mean: Any # (n, d) Σ exp(s − top) ξ, or None
     mass: Any # (n, d) the same of the mask, or None where all is known
     values: Any # (n, v) the same of values, or None
@@ -108,7 +109,7 @@ def nothing_kept(
     zeros = lambda *shape: np.zeros(shape, dtype)
     return Kept(
         np.full(n, -np.inf, dtype), zeros(n), np.full((n, m), -np.inf, dtype),
-        np.full((n, m), -1, np.int32),
+        np.full((n, m), -1, np.int32), np.full((n, m), -np.inf, dtype),
         zeros(n, d) if averages else None, zeros(n, d) if averages and holes else None,
         zeros(n, v) if v else None,
     )
@@ -158,9 +159,11 @@ def look_at_block(
     both = jnp.concatenate([kept.best, maxima.T], 1)
     names = jnp.concatenate([kept.groups, jnp.broadcast_to(groups, (len(s[0]), len(groups)))], 1)
     best, at = jax.lax.top_k(both, m)
+    sums = jnp.log(p.reshape(-1, GROUP, p.shape[1]).sum(1)) + jnp.where(jnp.isneginf(top), 0, top)
+    sums = jnp.concatenate([kept.sums, sums.T], 1)
     kept = kept._replace(
         top=top, total=old * kept.total + p.sum(0), best=best,
-        groups=jnp.take_along_axis(names, at, 1),
+        groups=jnp.take_along_axis(names, at, 1), sums=jnp.take_along_axis(sums, at, 1),
     )
     return _averages(kept, p, old, rows, values, holes)
 
@@ -199,8 +202,8 @@ def nearest_of(
     slots, # (n, k)
     beta,
     m: int, # how many
-) -> tuple: # (n, m) slots, (n, m) similarities, (n,) one, (n, m, d) patterns
-    "The m nearest of some patterns: slots, similarities, the best of the others, and the patterns."
+) -> tuple: # (n, m) slots, (n, m) similarities, (n,) and (n,) numbers, (n, m, d) patterns
+    "The m nearest of some patterns; the best of the others; log Σ exp of all; and the patterns."
     s = exact_logits(query.x, query.known, rows, log_weights, beta)
     s = jnp.where(slots == query.own[:, None], -jnp.inf, s)
     if s.shape[1] > m:
@@ -209,7 +212,19 @@ def nearest_of(
     else:
         (found, at), rest = jax.lax.top_k(s, m), jnp.full(len(s), -jnp.inf, s.dtype)
     slots = jnp.where(jnp.isneginf(found), -1, jnp.take_along_axis(slots, at, 1))
-    return slots, found, rest, jnp.take_along_axis(rows, at[:, :, None], 1)
+    rows = jnp.take_along_axis(rows, at[:, :, None], 1)
+    return slots, found, rest, jax.nn.logsumexp(s, 1), rows
+
+
+def exact_sum(
+    kept: Kept, # of some rows
+    members, # (n,) log Σ exp(s) of the members of its groups, by differences
+    xp=jnp, # NumPy or JAX's
+): # (n,) Σ exp(s − top)
+    "The sum of all weights, those of the chosen groups by differences."
+    top = xp.where(xp.isneginf(kept.top), 0, kept.top)
+    others = kept.total - xp.exp(kept.sums - top[:, None]).sum(1)
+    return xp.maximum(others, 0) + xp.exp(members - top)
 
 
 def queries_at_a_time(
@@ -239,11 +254,11 @@ def _members(bank, query, kept, beta, m):
         rows = bank.take(slots[part])
         own = log_weights[part], slots[part].astype(np.int32)
         parts.append(nearest_of(few, rows, *own, beta, m))
-    slots, logits, rest, rows = (
-        np.concatenate([np.asarray(p[i]) for p in parts]) for i in range(4)
+    slots, logits, rest, members, rows = (
+        np.concatenate([np.asarray(p[i]) for p in parts]) for i in range(5)
     )
-    beyond = best[:, -1] # of groups that were not chosen
-    return slots, logits, np.maximum(rest, np.where(np.isneginf(beyond), -np.inf, beyond)), rows
+    # the best of groups that were not chosen is at most the least of those that were
+    return exact_sum(kept, members, np), slots, logits, np.maximum(rest, best[:, -1]), rows
 
 # %% ../../nbs/api/memories/looking.ipynb #06ad2ca1
 def block_rows(
@@ -276,7 +291,7 @@ def look(
     own = np.full(len(x), -1) if own is None else np.concatenate([own, np.full(more, -1)])
     known = ~np.isnan(x)
     query = Query(np.where(known, x, 0), None if known.all() else known, own.astype(np.int32))
-    kept, slots, logits, rivals, rows = bank.source.pass_over(
+    kept, exact, slots, logits, rivals, rows = bank.source.pass_over(
         bank, query, beta, m, averages, values, block
     )
     mean = average = mass = None
@@ -286,7 +301,7 @@ def look(
             mass = np.ones_like(kept.mean) if kept.mass is None else np.asarray(kept.mass) / total
             mean = np.asarray(kept.mean) / total / mass
         if values: average = np.asarray(kept.values) / total
-        log_sum = np.log(total[:, 0]) + np.asarray(kept.top)
+        log_sum = np.log(exact) + np.asarray(kept.top)
     found = Look(log_sum, slots, logits, rivals, rows, mean, mass, average)
     return Look(*(None if v is None else v[:n] for v in found))
 
@@ -300,7 +315,7 @@ def pass_over(self: ArrayRows | FileRows,
               averages: bool, # whether to average all patterns
               values: bool, # whether to average all values
               block: int | None, # rows in a block; None to choose
-              ) -> tuple: # `Kept` of all rows, and slots, logits, rivals and rows as in `Look`
+              ) -> tuple: # `Kept`, its exact sum, slots, logits, rivals and rows as in `Look`
     "One pass over a bank, a block after the other."
     query = jax.device_put(query)
     kept = _pass(bank, query, beta, m, averages, values, block)

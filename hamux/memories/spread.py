@@ -20,8 +20,8 @@ from jax.sharding import PartitionSpec as P
 
 from ..dynamics.programs import filled_size
 from .bank import Bank
-from .looking import GROUP, Kept, Query, block_rows, look_at_block, nearest_of
-from .looking import nothing_kept, queries_at_a_time, relative_scale
+from .looking import GROUP, Kept, Query, block_rows, exact_sum, look_at_block
+from .looking import nearest_of, nothing_kept, queries_at_a_time, relative_scale
 from ..numerics.streaming import Spread, spread_rows
 
 # %% ../../nbs/api/memories/spread.ipynb #49e938b4
@@ -123,7 +123,7 @@ def _own_pass(kept, part, first, query, beta, block, holes):
 
 
 def _own_nearest(parts, firsts, query, kept, beta, m):
-    "The m nearest of a device's own rows: slots, similarities, the best of the others, patterns."
+    "The m nearest of a device's own rows, as `nearest_of` gives them."
     n, d = query.x.shape
 
     def some(args): # a few queries
@@ -146,13 +146,13 @@ def _own_nearest(parts, firsts, query, kept, beta, m):
     return [v.reshape(n, *v.shape[2:]) for v in out]
 
 # %% ../../nbs/api/memories/spread.ipynb #26f524ca
-def _sums_of_all(kept, axes):
+def _sums_of_all(kept, exact, axes):
     "The sums of all devices, relative to the largest similarity of all."
     top = jax.lax.pmax(kept.top, axes)
     scale = relative_scale(kept.top, top)
     add = lambda v: jax.lax.psum(scale.reshape(-1, *[1] * (v.ndim - 1)) * v, axes)
     sums = jax.tree.map(add, (kept.total, kept.mean, kept.mass, kept.values))
-    return Kept(top, sums[0], None, None, *sums[1:])
+    return Kept(top, sums[0], None, None, None, *sums[1:]), add(exact)
 
 
 def _nearest_of_all(slots, logits, rivals, rows, axes):
@@ -180,7 +180,7 @@ def look_on_all(
     block: int, # rows to take at a time
     averages: bool, # whether to average all patterns
     holes: bool, # whether a pattern has unknown entries
-) -> tuple: # `Kept`, and slots, logits, rivals and rows as in `Look`, the same on every device
+) -> tuple: # `Kept`, its exact sum, and the rest of `Look`, the same everywhere
     "One pass of every device over its own rows, and what they agree on."
     (n, d), dtype = query.x.shape, query.x.dtype
     v = 0 if parts[0].values is None else parts[0].values.shape[1]
@@ -191,10 +191,10 @@ def look_on_all(
         kept = jax.tree.map(jnp.asarray, nothing_kept(n, d, m, v, averages, holes, dtype))
         for part, first in zip(parts, firsts):
             kept = _own_pass(kept, part, first, query, beta, block, holes)
-        slots, logits, rest, rows = _own_nearest(parts, firsts, query, kept, beta, m)
+        slots, logits, rest, members, rows = _own_nearest(parts, firsts, query, kept, beta, m)
         rivals = jnp.maximum(rest, kept.best[:, -1]) # of groups that were not chosen
         nearest = _nearest_of_all(slots, logits, rivals, rows, spread.axes)
-        return _sums_of_all(kept, spread.axes), *nearest
+        return *_sums_of_all(kept, exact_sum(kept, members), spread.axes), *nearest
 
     spec = tuple(Part(P(), *[P(spread.axes)] * 3) for _ in parts)
     specs = dict(in_specs=(spec, P(), P()), out_specs=P(), check_vma=False)
@@ -237,7 +237,7 @@ def pass_over(self: SpreadRows,
               averages: bool, # whether to average all patterns
               values: bool, # whether to average all values
               block: int | None, # rows of a device to take at a time; None to choose
-              ) -> tuple: # `Kept` of all rows, and slots, logits, rivals and rows as in `Look`
+              ) -> tuple: # `Kept`, its exact sum, slots, logits, rivals and rows as in `Look`
     "One pass over a bank, of each device over its own rows."
     (n, d), own = query.x.shape, len(self.rows) // self.spread.devices
     size = -(-block // GROUP) * GROUP if block else block_rows(n, d, own)
