@@ -1,5 +1,6 @@
 """How the site documents a name: `renderer` in `[tool.nbdev]` names `Reference`, and nbdev's
-`show_doc` calls it, in place of a page's own definition, once for each public one."""
+`show_doc` calls it once for each public definition. Nothing else imports this module; it stands here
+since nbdev finds a renderer by its name alone, in whatever folder it runs."""
 
 import ast
 import functools
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 from fastcore.docments import docments, docstring
 
-from hamux._modidx import d as INDEX
+from ._modidx import d as INDEX
 
 MODULES = {
     name.removeprefix(module + "."): module
@@ -219,8 +220,9 @@ def quoted(code: str) -> str:
 
 def escaped(text: str) -> str:
     "A comment or a docstring as Markdown: outside of code spans a star or a bar is itself"
+    plain_text = lambda part: re.sub(r"([*_|^~<$\[\]])", r"\\\1", part)
     parts = re.split(r"(`[^`]*`)", text)
-    return "".join(p if p.startswith("`") else re.sub(r"([*_|^~<$\[\]])", r"\\\1", p) for p in parts)
+    return "".join(p if p.startswith("`") else plain_text(p) for p in parts)
 
 
 def table(rows: list[Row]) -> str:
