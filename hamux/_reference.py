@@ -1,6 +1,6 @@
 """How the site documents a name: `renderer` in `[tool.nbdev]` names `Reference`, and nbdev's
-`show_doc` calls it once for each public definition. Nothing else imports this module; it stands here
-since nbdev finds a renderer by its name alone, in whatever folder it runs."""
+`show_doc` calls it once for each public definition. Nothing else imports this module; it stands
+here since nbdev finds a renderer by its name alone, in whatever folder it runs."""
 
 import ast
 import functools
@@ -85,8 +85,8 @@ def default_of(value: ast.AST | None) -> tuple[ast.AST | None, str]:
 
 
 def told_elsewhere(function) -> dict[str, str]:
-    """What a parameter means where a function does not say it: what the class that it returns says of
-    it, or the method of a base class that it implements"""
+    """What a parameter means where a function does not say it: what the class that it returns says
+    of it, or the method of a base class that it implements"""
     said = {}
     returned = tree(function).returns
     made = function.__globals__.get(returned.id) if isinstance(returned, ast.Name) else None
