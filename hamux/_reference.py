@@ -46,6 +46,7 @@ def exported(thing, name: str):
 def plain(thing):
     "The function behind a property, a compiled function, a bound or a static method"
     if isinstance(thing, property): thing = thing.fget
+    if isinstance(thing, functools.cached_property): thing = thing.func
     if not inspect.isroutine(thing) and not inspect.isclass(thing):
         thing = getattr(thing, "fn", thing) # of `eqx.filter_custom_jvp`
     return inspect.unwrap(getattr(thing, "__func__", thing))
