@@ -221,7 +221,7 @@ def quoted(code: str) -> str:
 
 def escaped(text: str) -> str:
     "A comment or a docstring as Markdown: outside of code spans a star or a bar is itself"
-    plain_text = lambda part: re.sub(r"([*_|^~<$\[\]])", r"\\\1", part)
+    plain_text = lambda part: re.sub(r"([*_|^~<$@\[\]])", r"\\\1", part)
     parts = re.split(r"(`[^`]*`)", text)
     return "".join(p if p.startswith("`") else plain_text(p) for p in parts)
 
