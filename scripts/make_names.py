@@ -7,11 +7,11 @@ import sys
 from importlib import import_module
 from pathlib import Path, PurePosixPath
 
-from api_reference import INDEX, MODULES, anchor, escaped, plain
 from fastcore.docments import docstring
 from generated import Files, main
 
 import hamux
+from hamux._reference import INDEX, MODULES, anchor, escaped, plain
 
 PAGE = "nbs/api/names.qmd"
 HEADER = """---

@@ -50,7 +50,7 @@ def differing(before: Path, after: Path, pattern: str) -> list[str]:
 
 def unexported(package: Path, pages: Path) -> list[str]:
     "Modules of the package that no page exports and nobody writes by hand: what a move leaves behind"
-    by_hand = {"__init__.py", "__main__.py", "_modidx.py"}
+    by_hand = {"__init__.py", "__main__.py", "_modidx.py", "_reference.py"}
     exported = set()
     for page in [*pages.rglob("*.ipynb"), *text_pages(pages)]:
         found = re.search(r"#\|\s*default_exp\s+([\w.]+)", page.read_text(encoding="utf-8"))

@@ -35,7 +35,7 @@ FLOORS = [
     ("learning", "cli"),
 ]
 FLOOR = {wing: i for i, wings in enumerate(FLOORS) for wing in wings}
-BY_HAND = {"__init__.py", "__main__.py", "_modidx.py"}
+BY_HAND = {"__init__.py", "__main__.py", "_modidx.py", "_reference.py"}
 
 
 def modules() -> dict[str, ast.Module]:

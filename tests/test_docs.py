@@ -21,7 +21,7 @@ from generated import drift
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 import hamux
-from scripts.api_reference import INDEX, MODULES, Reference, exported
+from hamux._reference import INDEX, MODULES, Reference, exported
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLIC = [
@@ -38,7 +38,7 @@ PUBLIC = [
 def test_renderer_is_the_one_that_nbdev_uses():
     from nbdev.config import get_config
     from nbdev.showdoc import show_doc
-    assert get_config(ROOT).renderer == "scripts.api_reference.Reference"
+    assert get_config(ROOT).renderer == "hamux._reference.Reference"
     assert isinstance(show_doc(hamux.descend, renderer=Reference), Reference)
 
 

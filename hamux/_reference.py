@@ -1,5 +1,6 @@
 """How the site documents a name: `renderer` in `[tool.nbdev]` names `Reference`, and nbdev's
-`show_doc` calls it, in place of a page's own definition, once for each public one."""
+`show_doc` calls it once for each public definition. Nothing else imports this module; it stands
+here since nbdev finds a renderer by its name alone, in whatever folder it runs."""
 
 import ast
 import functools
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 from fastcore.docments import docments, docstring
 
-from hamux._modidx import d as INDEX
+from ._modidx import d as INDEX
 
 MODULES = {
     name.removeprefix(module + "."): module
@@ -45,6 +46,7 @@ def exported(thing, name: str):
 def plain(thing):
     "The function behind a property, a compiled function, a bound or a static method"
     if isinstance(thing, property): thing = thing.fget
+    if isinstance(thing, functools.cached_property): thing = thing.func
     if not inspect.isroutine(thing) and not inspect.isclass(thing):
         thing = getattr(thing, "fn", thing) # of `eqx.filter_custom_jvp`
     return inspect.unwrap(getattr(thing, "__func__", thing))
@@ -84,8 +86,8 @@ def default_of(value: ast.AST | None) -> tuple[ast.AST | None, str]:
 
 
 def told_elsewhere(function) -> dict[str, str]:
-    """What a parameter means where a function does not say it: what the class that it returns says of
-    it, or the method of a base class that it implements"""
+    """What a parameter means where a function does not say it: what the class that it returns says
+    of it, or the method of a base class that it implements"""
     said = {}
     returned = tree(function).returns
     made = function.__globals__.get(returned.id) if isinstance(returned, ast.Name) else None
@@ -219,8 +221,9 @@ def quoted(code: str) -> str:
 
 def escaped(text: str) -> str:
     "A comment or a docstring as Markdown: outside of code spans a star or a bar is itself"
+    plain_text = lambda part: re.sub(r"([*_|^~<$@\[\]])", r"\\\1", part)
     parts = re.split(r"(`[^`]*`)", text)
-    return "".join(p if p.startswith("`") else re.sub(r"([*_|^~<$\[\]])", r"\\\1", p) for p in parts)
+    return "".join(p if p.startswith("`") else plain_text(p) for p in parts)
 
 
 def table(rows: list[Row]) -> str:
