@@ -541,9 +541,6 @@ def _checked(p, o):
     if (o.values is None) != (o.values_output is None):
         p.error("--values and --values-output go together")
     if o.k and not o.report: p.error("--k says what is in the --report; name one")
-    places = [v for v in (o.output, o.values_output, o.report) if v is not None]
-    if len({os.path.realpath(v) for v in places}) < len(places):
-        p.error("each output needs a file of its own")
     return o
 
 # %% ../nbs/api/cli.ipynb #2e334aa3
@@ -607,6 +604,9 @@ def hamux_recall(
     "The command `hamux-recall`: recall the rows of one file from the rows of another."
     o = _recall_options(argv)
     with _one_line_errors("hamux-recall"):
+        outputs = [v for v in (o.output, o.values_output, o.report) if v is not None]
+        places = {os.path.realpath(as_path(v, "hamux-recall")) for v in outputs}
+        if len(places) < len(outputs): raise ValueError("each output needs a file of its own")
         source, queries = open_rows(o.memories), open_rows(o.queries)
         ours, theirs = source.shape[1], queries.shape[1]
         if ours != theirs:
