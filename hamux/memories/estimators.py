@@ -6,8 +6,9 @@ Docs: https://hamux.github.io/hamux/api/memories/estimators.html.md"""
 
 # %% auto #0
 __all__ = ['Averages', 'weighted_rows', 'averages', 'row_numbers', 'merged', 'same_pattern', 'column_scales', 'LeftOut',
-           'AbstractMemoryEstimator', 'checked_weights', 'residual_covariance', 'carried_over', 'MemoryImputer',
-           'MemoryClassifier', 'MemoryRegressor', 'MemoryDetector', 'settled', 'grouped', 'MemoryClusterer']
+           'AbstractMemoryEstimator', 'checked_weights', 'residual_covariance', 'carried_over', 'tried',
+           'MemoryImputer', 'MemoryClassifier', 'MemoryRegressor', 'MemoryDetector', 'settled', 'grouped',
+           'MemoryClusterer']
 
 # %% ../../nbs/api/memories/estimators.ipynb #03ce6685
 import math
@@ -46,8 +47,9 @@ def weighted_rows(
 ): # (n, d), NaN where nobody with weight knows
     "Averages of rows, in which distances over few entries are stretched."
     m = ~np.isnan(rows)
-    m = m * (m.shape[1] / m.sum(1, keepdims=True))
     with np.errstate(divide="ignore", invalid="ignore"):
+        if m.all(): return p @ rows / p.sum(1, keepdims=True)
+        m = m * (m.shape[1] / m.sum(1, keepdims=True))
         return p @ (np.nan_to_num(rows) * m) / (p @ m)
 
 
@@ -90,7 +92,8 @@ def averages(
         seen = look(memory.bank, x[part].astype(memory.dtype), beta, averages=True, own=own[part],
                     values=memory.bank.values is not None)
         parts.append(Averages(seen.log_sum, seen.mean, seen.values))
-    return Averages(*(None if v[0] is None else np.concatenate(v).astype(float) for v in zip(*parts)))
+    joined = (None if v[0] is None else np.concatenate(v).astype(float) for v in zip(*parts))
+    return Averages(*joined)
 
 # %% ../../nbs/api/memories/estimators.ipynb #7fc37fa4
 def row_numbers(
@@ -149,7 +152,7 @@ class LeftOut:
     "Some patterns as queries to all others: what a temperature is chosen by."
     def __init__(self,
                  memory: Memory,
-                 most=1000, # queries
+                 most=500, # queries
                  rivals=4000, # patterns that answer
                  seed=0): # which
         rng = np.random.default_rng(seed)
@@ -182,7 +185,8 @@ class LeftOut:
         use = np.isfinite(r2).any(1)
         if not use.any(): return 1.0
         r2, logs, w, own = r2[use], logs[use], self.weights[use], self.own[use]
-        return best_beta(lambda beta: np.average(loss(self.shares(r2, logs, beta), own), weights=w), r2)
+        mean = lambda p: np.average(loss(p, own), weights=w)
+        return best_beta(lambda beta: mean(self.shares(r2, logs, beta)), r2)
 
 # %% ../../nbs/api/memories/estimators.ipynb #3ff6e37a
 class AbstractMemoryEstimator(BaseEstimator):
@@ -240,8 +244,8 @@ def checked_weights(weights, n):
     weights = np.asarray(weights, float)
     if weights.ndim == 0: weights = np.full(n, float(weights))
     if weights.shape != (n,) or not (np.isfinite(weights) & (weights >= 0)).all():
-        raise ValueError(f"sample_weight must be {n} finite numbers that are not negative, got shape"
-                         f" {weights.shape}.")
+        raise ValueError(f"sample_weight must be {n} finite numbers that are not negative, got"
+                         f" shape {weights.shape}.")
     return weights
 
 # %% ../../nbs/api/memories/estimators.ipynb #d323ccde
@@ -250,8 +254,9 @@ def residual_covariance(
     weights, # (n,)
 ):
     "Covariances over pairs that are both known, made positive semidefinite."
-    m = ~np.isnan(R)
-    r, w = np.nan_to_num(R), weights[:, None]
+    m, w = ~np.isnan(R), weights[:, None]
+    if m.all(): return (w * R).T @ R / w.sum()
+    r = np.nan_to_num(R)
     together = (w * m).T @ m.astype(float)
     C = (w * r).T @ r / np.where(together > 0, together, 1)
     values, vectors = np.linalg.eigh(C)
@@ -266,7 +271,7 @@ def carried_over(
     "Conditional means of residuals given those that are known."
     n, d = residuals.shape
     known, A = ~np.isnan(residuals), C[:d, :d] + ridge * np.diag(np.diag(C)[:d])
-    tiny = 1e-12 * max(np.diag(A).max(), 1e-300)
+    tiny = 1e-12 * max(np.diag(A).max(), 1e-300) # so that a column that is never missed is no zero
     masks, which = np.unique(known, axis=0, return_inverse=True)
     order, out = np.argsort(which, kind="stable"), np.empty((n, len(C)))
     counts, r = np.bincount(which), np.nan_to_num(residuals)
@@ -274,12 +279,27 @@ def carried_over(
     for i in range(0, len(masks), step):
         m = masks[i : i + step]
         both = m[:, :, None] & m[:, None, :]
-        inverse = np.linalg.inv(np.where(both, A, 0) + np.eye(d) * np.where(m, tiny, 1)[:, None])
+        parts = np.where(both, A, 0) + np.eye(d) * np.where(m, tiny, 1)[:, None]
         mine = order[counts[:i].sum() : counts[: i + step].sum()]
-        out[mine] = np.einsum("nij,nj->ni", inverse[which[mine] - i], r[mine]) @ C[:d]
+        if len(mine) > 2 * len(m): # many rows for each mask
+            solved = np.einsum("nij,nj->ni", np.linalg.inv(parts)[which[mine] - i], r[mine])
+        else:
+            solved = np.linalg.solve(parts[which[mine] - i], r[mine][:, :, None])[:, :, 0]
+        out[mine] = solved @ C[:d]
     return out
 
-# %% ../../nbs/api/memories/estimators.ipynb #01d06ef0
+# %% ../../nbs/api/memories/estimators.ipynb #670908ea
+def tried(
+    linear, # True, False or "auto"
+    d, # columns
+): # a list of booleans
+    "Whether to try an answer without what is carried over, with it, or both."
+    if isinstance(linear, bool | np.bool_): return [bool(linear)]
+    if not (isinstance(linear, str) and linear == "auto"):
+        raise ValueError(f"linear must be True, False or 'auto', got {linear!r}.")
+    return [False, True] if d <= 256 else [False]
+
+# %% ../../nbs/api/memories/estimators.ipynb #ef0a7cfe
 class MemoryImputer(OneToOneFeatureMixin, TransformerMixin, AbstractMemoryEstimator):
     "Fill in missing values by what the rows of a table recall."
     shares = 0.1, 0.3, 0.5, 0.7 # of entries unknown, for each of which there is a temperature
@@ -291,8 +311,10 @@ class MemoryImputer(OneToOneFeatureMixin, TransformerMixin, AbstractMemoryEstima
                  scale="std", # what columns are divided by: "std", numbers, or None
                  linear="auto", # whether what is known and was missed is carried over; with
                                 # "auto" if it helped rows that were left out, up to 256 columns
-                 steps=0): # after the first; above 0 the rows descend, and nothing is carried over
-        self.beta, self.noise, self.scale, self.linear, self.steps = beta, noise, scale, linear, steps
+                 steps=0, # after the first; above 0 rows descend, and nothing is carried over
+                 max_samples=10_000): # rows to remember, a sample of more; None for all
+        self.beta, self.noise, self.scale = beta, noise, scale
+        self.linear, self.steps, self.max_samples = linear, steps, max_samples
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -301,26 +323,33 @@ class MemoryImputer(OneToOneFeatureMixin, TransformerMixin, AbstractMemoryEstima
 
     def fit(self, X, y=None, sample_weight=None):
         "Remember rows (n, d), NaN where unknown."
-        if not (self.linear == "auto" or isinstance(self.linear, bool | np.bool_)):
-            raise ValueError(f"linear must be True, False or 'auto', got {self.linear!r}.")
+        most, all_rows = self.max_samples, self.max_samples is None
+        if not all_rows and not (isinstance(most, numbers.Integral) and most > 0):
+            raise ValueError(f"max_samples must be a positive int or None, got {most!r}.")
         X = self._checked(X, reset=True)
-        self._remember(X, weights=checked_weights(sample_weight, len(X)), beta=1.0)
-        self._choose(LeftOut(self.memory_))
+        weights = checked_weights(sample_weight, len(X))
+        if not all_rows and len(X) > most:
+            rows = np.sort(np.random.default_rng(0).choice(len(X), most, replace=False))
+            X, weights = X[rows], weights[rows]
+        self._remember(X, weights=weights, beta=1.0)
+        self._choose(LeftOut(self.memory_), tried(self.linear, X.shape[1]))
         return self
 
-    def _choose(self, out):
+    def _choose(self, out, ways):
         "For each share of unknown entries a temperature, and the covariance of what is missed."
         d = out.x.shape[1]
         self.inner_, self.covariances_ = [], []
-        n = max(min(len(out.x), 2**25 // d**3), 64) # in which masks and their inverses are seen
+        n = max(min(len(out.x), 2**23 // d**3), 64) # in which masks and their inverses are seen
         for share in self.shares:
             hidden = np.random.default_rng(1).random(out.x.shape) < share
             hidden[np.arange(len(hidden)), np.arange(len(hidden)) % d] = d == 1
             part, goal = np.where(hidden, np.nan, out.x), out.x
             r2, logs = out.similarities(part)
             goal = np.where(hidden & np.isfinite(r2).any(1)[:, None], goal, np.nan)
-            trials = [self._trial(out, n, part, goal, r2, logs, beta) for beta in self._grid(r2)]
-            _, beta, covariance = min((t for trial in trials for t in trial), key=lambda t: t[0])
+            trials = []
+            for beta in self._grid(r2):
+                trials += self._trial(out, n, part, goal, r2, logs, beta, ways)
+            _, beta, covariance = min(trials, key=lambda trial: trial[0])
             self.inner_.append(beta)
             self.covariances_.append(covariance)
         self._set_beta(self.inner_[1])
@@ -334,9 +363,9 @@ class MemoryImputer(OneToOneFeatureMixin, TransformerMixin, AbstractMemoryEstima
         nearest = np.where(r2 > 0, r2, np.inf).min(1)
         nearest = np.median(nearest[np.isfinite(nearest)])
         far = np.median(finite)
-        return [1e-6 / far, *np.geomspace(0.1 / far, 20 / nearest, 12)]
+        return [1e-6 / far, *np.geomspace(0.1 / far, 20 / nearest, 9)]
 
-    def _trial(self, out, n, part, goal, r2, logs, beta):
+    def _trial(self, out, n, part, goal, r2, logs, beta, ways):
         "Errors, with the temperature and the covariance: without correction, and with it."
         mean = weighted_rows(out.shares(r2, logs, beta), out.rows)
         mean = np.where(np.isnan(mean), 0, mean)
@@ -346,10 +375,10 @@ class MemoryImputer(OneToOneFeatureMixin, TransformerMixin, AbstractMemoryEstima
             return (w * np.where(there, miss, 0)).sum() / max((w * there).sum(), 1e-300)
 
         plain = error(mean[:n]), beta, None
-        if self.linear is False or (self.linear == "auto" and part.shape[1] > 256): return [plain]
+        if True not in ways: return [plain]
         C = residual_covariance(out.x - mean, out.weights)
         carried = error((mean + carried_over(part - mean, C)[:, : part.shape[1]])[:n]), beta, C
-        return [carried] if self.linear is True else [plain, carried]
+        return [plain, carried] if False in ways else [carried]
 
     def transform(self, X):
         "Fill in what is unknown. What is known comes back as it is."
@@ -372,7 +401,7 @@ class MemoryImputer(OneToOneFeatureMixin, TransformerMixin, AbstractMemoryEstima
             answers[rows[here]] = np.where(np.isnan(mine), whole, mine)
         return answers
 
-# %% ../../nbs/api/memories/estimators.ipynb #a569690f
+# %% ../../nbs/api/memories/estimators.ipynb #eb7b8b60
 class MemoryClassifier(ClassifierMixin, AbstractMemoryEstimator):
     "The label that the rows nearest to a query have, all weighed by their distance."
     def __init__(self,
@@ -404,14 +433,15 @@ class MemoryClassifier(ClassifierMixin, AbstractMemoryEstimator):
         check_is_fitted(self)
         x = self._inside(self._checked(X))
         found = averages(self.memory_, x).values
-        return np.where(np.isnan(found), self.priors_, found)
+        found = np.where(np.isnan(found), self.priors_, found)
+        return found / found.sum(1, keepdims=True) # 1 in spite of rounding
 
     def predict(self, X):
         "The label with the largest weight."
         weights = self.predict_proba(X)
         return self.classes_[weights.argmax(1)]
 
-# %% ../../nbs/api/memories/estimators.ipynb #529d013c
+# %% ../../nbs/api/memories/estimators.ipynb #83478759
 class MemoryRegressor(MultiOutputMixin, RegressorMixin, AbstractMemoryEstimator):
     "The average of what rows were stored with, weighed by their distance to the query."
     def __init__(self,
@@ -419,7 +449,8 @@ class MemoryRegressor(MultiOutputMixin, RegressorMixin, AbstractMemoryEstimator)
                  beta=None, # inverse temperature; None to choose by the error of rows left out
                  noise=None, # instead: the standard deviation of noise in an entry, 1/√beta
                  scale="std", # what columns are divided by: "std", numbers, or None
-                 linear=False): # whether what is known and was missed is carried over
+                 linear="auto"): # whether what is known and was missed is carried over; with
+                                 # "auto" if it helped rows that were left out, up to 256 columns
         self.beta, self.noise, self.scale, self.linear = beta, noise, scale, linear
 
     def fit(self, X, y, sample_weight=None):
@@ -430,13 +461,19 @@ class MemoryRegressor(MultiOutputMixin, RegressorMixin, AbstractMemoryEstimator)
         self._remember(X, y, weights, beta=1.0)
         self.mean_ = np.average(y, axis=0, weights=weights)
         out, spread = LeftOut(self.memory_), y.std(0) + np.finfo(float).tiny
-        if not self._is_given():
-            loss = lambda p, own: (((self._guess(out, p, own) - out.values[own]) / spread)**2).sum(1)
-            self._set_beta(out.best(loss))
-        self.covariance_ = None
-        if self.linear:
-            p = out.shares(*out.similarities(out.x), self._inner())
-            self.covariance_ = self._covariance(out, p, out.own)
+        def settle(linear):
+            "The temperature, the covariance, and the error of rows that are left out."
+            def error(p, own):
+                return (((self._guess(out, p, own, linear) - out.values[own]) / spread)**2).sum(1)
+
+            beta = self._inner() if self._is_given() else out.best(error)
+            p = out.shares(*out.similarities(out.x), beta)
+            C = self._covariance(out, p, out.own) if linear else None
+            return np.average(error(p, out.own), weights=out.weights), beta, C
+
+        ways = tried(self.linear, X.shape[1])
+        _, beta, self.covariance_ = min(map(settle, ways), key=lambda way: way[0])
+        if not self._is_given(): self._set_beta(beta)
         return self
 
     def _means(self, out, p):
@@ -450,10 +487,10 @@ class MemoryRegressor(MultiOutputMixin, RegressorMixin, AbstractMemoryEstimator)
         missed = np.concatenate([out.rows[own] - mean, out.values[own] - said], 1)
         return residual_covariance(missed, np.exp(out.logs[own]))
 
-    def _guess(self, out, p, own):
+    def _guess(self, out, p, own, linear):
         "What rows that are left out are said to have."
         mean, said = self._means(out, p)
-        if not self.linear: return said
+        if not linear: return said
         carried = carried_over(out.rows[own] - mean, self._covariance(out, p, own))
         return said + carried[:, mean.shape[1] :]
 
@@ -468,7 +505,7 @@ class MemoryRegressor(MultiOutputMixin, RegressorMixin, AbstractMemoryEstimator)
             said = said + carried[:, x.shape[1] :]
         return said.reshape(len(x), *self.shape_)
 
-# %% ../../nbs/api/memories/estimators.ipynb #35d25752
+# %% ../../nbs/api/memories/estimators.ipynb #e695cc7f
 class MemoryDetector(OutlierMixin, AbstractMemoryEstimator):
     "Rows that are unlike what is remembered, at a level of false alarms that is kept."
     _holes = _merges = False
@@ -505,7 +542,8 @@ class MemoryDetector(OutlierMixin, AbstractMemoryEstimator):
             s = -0.5 * beta * squared_distances(x[part], self.rows_)
             new = own[part, None] < 0 # a row that is stored is among the others already
             others = np.where(new, np.logaddexp(self.log_sums_, s), self.log_sums_)
-            count[part] = ((others <= log_sum[part, None]) & (own[part, None] != self.slots_)).sum(1)
+            counts = (others <= log_sum[part, None]) & (own[part, None] != self.slots_)
+            count[part] = counts.sum(1)
         return count, log_sum
 
     def p_values(self, X):
@@ -526,7 +564,7 @@ class MemoryDetector(OutlierMixin, AbstractMemoryEstimator):
         "−1 where the p-value is at most alpha, else 1."
         return np.where(self.decision_function(X) < 0, -1, 1)
 
-# %% ../../nbs/api/memories/estimators.ipynb #08580e51
+# %% ../../nbs/api/memories/estimators.ipynb #fa7b1a99
 def settled(
     memory: Memory,
     x, # (n, d) in the frame
@@ -565,7 +603,7 @@ def grouped(
     order = np.argsort(-np.bincount(label), kind="stable")
     return np.array(centres)[order], np.argsort(order)[label]
 
-# %% ../../nbs/api/memories/estimators.ipynb #fa7b1a99
+# %% ../../nbs/api/memories/estimators.ipynb #9b7a26bd
 class MemoryClusterer(ClusterMixin, AbstractMemoryEstimator):
     "The rows that one attractor draws are a cluster; the temperature says how many there are."
     _holes = _merges = False
@@ -593,7 +631,7 @@ class MemoryClusterer(ClusterMixin, AbstractMemoryEstimator):
 
     def _ends(self, x): return settled(self.memory_, x, self.max_steps)
 
-    def _warm(self, share=0.9, most=500):
+    def _warm(self, share=0.95, most=500):
         "Raise the temperature until few rows are alone, or nearly alone, at their attractor."
         rows = self.memory_.bank.take(self.memory_.bank.sample(most)).astype(float)
         ends, label, few = rows, np.arange(len(rows)), max(2, len(rows) // 50)
