@@ -36,6 +36,7 @@ FLOORS = [
 ]
 FLOOR = {wing: i for i, wings in enumerate(FLOORS) for wing in wings}
 BY_HAND = {"__init__.py", "__main__.py", "_modidx.py", "_reference.py"}
+ALIASES = {"sklearn": "memories.estimators"} # faces without a wing: names under another's name
 
 
 def modules() -> dict[str, ast.Module]:
@@ -87,7 +88,16 @@ def test_folders_mirror():
     }
     assert pages == set(MODULES)
     faces = {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
-    assert faces == {m.split("/")[0] for m in MODULES if "/" in m} == set(FLOOR) - {"cli"}
+    wings = {m.split("/")[0] for m in MODULES if "/" in m}
+    assert faces - set(ALIASES) == wings == set(FLOOR) - {"cli"}
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_an_alias_only_passes_names_on(alias):
+    face = importlib.import_module(f"hamux.{alias}")
+    home = importlib.import_module(f"hamux.{ALIASES[alias]}")
+    assert [p.name for p in (PACKAGE / alias).glob("*.py")] == ["__init__.py"]
+    assert all(getattr(face, n) is getattr(home, n) for n in face.__all__)
 
 
 @pytest.mark.parametrize("name", MODULES)
