@@ -9,6 +9,7 @@ __all__ = ['RULES', 'squared_distances', 'near_distance2', 'best_beta', 'weighte
 
 # %% ../../nbs/api/memories/temperature.ipynb #80d18b76
 import math
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Float
