@@ -480,7 +480,8 @@ def test_wings(site):
     "In the order of CONTRIBUTING's table; the workshops come last"
     table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("| wing |")[1]
     names = re.findall(r"^\| `(\w+)` \|", table.split("\n\n")[0], re.M)
-    folders = {p.parent.name for p in (ROOT / "hamux").glob("*/__init__.py")}
+    faces = {p.parent.name for p in (ROOT / "hamux").glob("*/__init__.py")}
+    folders = faces - {"sklearn"} # names of the memories, where users of scikit-learn look
     assert len(names) == len(folders) == len(folders & set(names))
     assert check_wings(site, names) == []
 
@@ -519,7 +520,7 @@ def test_style(page): assert check_style(page) == []
 
 
 # these are written elsewhere at the moment
-LATER = "api/memories/", "api/cli.ipynb", "tutorials/08_completing_digits.ipynb"
+LATER = ()
 
 
 def test_shown(page):

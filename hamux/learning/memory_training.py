@@ -1,4 +1,4 @@
-"""The bank itself learned: which columns matter, how sharp, and where the patterns should lie, for completion or for values.
+"""The bank itself is learned: which columns matter, how sharp, where patterns should lie.
 
 Docs: https://hamux.github.io/hamux/api/learning/memory_training.html.md"""
 

@@ -1,4 +1,4 @@
-"""Patterns to remember, queries to complete: what they recall, which patterns answered, and whether any should have.
+"""Patterns to remember, queries to complete: what they recall, and whether any should have.
 
 Docs: https://hamux.github.io/hamux/api/memories/arrays.html.md"""
 

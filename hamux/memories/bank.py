@@ -1,4 +1,4 @@
-"""Where the patterns are: in memory or in a file, read a block at a time, with ids, weights and values; rows come and go without a copy of the rest.
+"""Patterns with ids, weights and values, in memory or in a file, read a block at a time.
 
 Docs: https://hamux.github.io/hamux/api/memories/bank.html.md"""
 

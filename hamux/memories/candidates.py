@@ -1,4 +1,4 @@
-"""Recall from a large bank moves among the nearest patterns only, and knows how much the others could matter.
+"""Recall from a large bank moves among the nearest patterns, and knows what that leaves out.
 
 Docs: https://hamux.github.io/hamux/api/memories/candidates.html.md"""
 

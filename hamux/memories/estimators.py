@@ -1,4 +1,4 @@
-"""Memories in scikit-learn's terms: missing values, labels, targets, outliers and clusters, in pipelines and grid searches.
+"""Memories in scikit-learn's terms: missing values, labels, targets, outliers, clusters.
 
 Docs: https://hamux.github.io/hamux/api/memories/estimators.html.md"""
 

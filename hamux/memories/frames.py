@@ -1,4 +1,4 @@
-"""Any units and any origin: a frame in which patterns are of order one, and the precision in which that is found.
+"""Any units and any origin: a frame in which patterns are of order one.
 
 Docs: https://hamux.github.io/hamux/api/memories/frames.html.md"""
 

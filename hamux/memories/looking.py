@@ -1,4 +1,4 @@
-"""For each query the nearest patterns, the energy, and the average of all: in one pass over any number of patterns.
+"""The nearest patterns, the energy and the average of all, in one pass over any number of them.
 
 Docs: https://hamux.github.io/hamux/api/memories/looking.html.md"""
 

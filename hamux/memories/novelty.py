@@ -1,4 +1,4 @@
-"""A p-value for each query: how unusual its energy is among those of the stored patterns. A promise that can be checked.
+"""A p-value for each query: how unusual it is among the stored patterns. It can be checked.
 
 Docs: https://hamux.github.io/hamux/api/memories/novelty.html.md"""
 

@@ -1,4 +1,4 @@
-"""Whatever holds rows of numbers, with what it knows to be unknown; the answers come back in the same kind.
+"""Whatever holds rows of numbers, with what it knows to be unknown; answers of the same kind.
 
 Docs: https://hamux.github.io/hamux/api/memories/reading.html.md"""
 
@@ -68,7 +68,7 @@ def _from_mask(masked, what):
 
 def _from_pandas(frame, what):
     "A data frame, column by column."
-    import pandas
+    pandas = sys.modules["pandas"]
     columns, bad = [], []
     for name, column in frame.items():
         kind = column.dtype
@@ -92,7 +92,7 @@ def _from_pandas(frame, what):
 
 def _from_arrow(table, what):
     "An Arrow table or batch, column by column."
-    import pyarrow
+    pyarrow = sys.modules["pyarrow"]
     table = pyarrow.table(table) if isinstance(table, pyarrow.RecordBatch) else table
     columns = []
     for field, column in zip(table.schema, table.columns):
@@ -116,7 +116,7 @@ def _from_arrow(table, what):
 
 def _from_torch(tensor, what):
     "A tensor of PyTorch, on any device, with or without gradient."
-    import torch
+    torch = sys.modules["torch"]
     tensor = tensor.detach().cpu()
     array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
     return Table(_numbers(array, what), lambda array: torch.from_numpy(np.array(array)))

@@ -1,4 +1,4 @@
-"""Patterns that no single device holds: each looks at its own, and what they send each other does not grow with the bank.
+"""Patterns that no single device holds: each looks at its own, and little is exchanged.
 
 Docs: https://hamux.github.io/hamux/api/memories/spread.html.md"""
 

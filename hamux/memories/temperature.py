@@ -1,4 +1,4 @@
-"""How sharp a memory should be: so that each pattern is recalled by itself, so that new ones are likely, or so that hidden entries come back.
+"""How sharp a memory should be: for what was stored, for what is likely, for what is hidden.
 
 Docs: https://hamux.github.io/hamux/api/memories/temperature.html.md"""
 

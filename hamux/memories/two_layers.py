@@ -1,4 +1,4 @@
-"""The same energy with a neuron for each pattern: the network that papers draw, for those who want to look inside.
+"""The same energy with a neuron for each pattern: the network that papers draw.
 
 Docs: https://hamux.github.io/hamux/api/memories/two_layers.html.md"""
 

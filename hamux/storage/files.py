@@ -1,4 +1,4 @@
-"""Patterns in and out of `.npy`, `.npz`, `.csv` and Parquet: read in batches, written whole or not at all.
+"""Rows in and out of files: read in batches, written whole or not at all.
 
 Docs: https://hamux.github.io/hamux/api/storage/files.html.md"""
 

@@ -1,4 +1,4 @@
-"""Rows from the column store that tables and embeddings are kept in: numbers in columns, or one column of vectors.
+"""Rows from the column store of tables and embeddings: columns of numbers, or of vectors.
 
 Docs: https://hamux.github.io/hamux/api/storage/parquet.html.md"""
 
