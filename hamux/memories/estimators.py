@@ -11,6 +11,7 @@ __all__ = ['Averages', 'weighted_rows', 'averages', 'row_numbers', 'merged', 'sa
            'MemoryClusterer']
 
 # %% ../../nbs/api/memories/estimators.ipynb #03ce6685
+import importlib.util
 import math
 import numbers
 from typing import Any, NamedTuple
@@ -21,19 +22,19 @@ from .arrays import Memory
 from .looking import look
 from .temperature import best_beta, squared_distances
 
-try:
-    from sklearn.base import (
-        BaseEstimator, ClassifierMixin, ClusterMixin, MultiOutputMixin, OneToOneFeatureMixin,
-        OutlierMixin, RegressorMixin, TransformerMixin,
-    )
-    from sklearn.utils.multiclass import check_classification_targets
-    from sklearn.utils.validation import check_is_fitted, validate_data
-except ImportError as problem:
-    raise ImportError(
-        "The estimators need scikit-learn 1.6 or newer: pip install 'hamux[sklearn]'."
-    ) from problem
+# %% ../../nbs/api/memories/estimators.ipynb #6a250f2f
+if importlib.util.find_spec("sklearn") is None:
+    raise ImportError("The estimators need scikit-learn: pip install 'hamux[sklearn]'.")
 
 # %% ../../nbs/api/memories/estimators.ipynb #9175a93a
+from sklearn.base import (
+    BaseEstimator, ClassifierMixin, ClusterMixin, MultiOutputMixin, OneToOneFeatureMixin,
+    OutlierMixin, RegressorMixin, TransformerMixin,
+)
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+# %% ../../nbs/api/memories/estimators.ipynb #7fc37fa4
 class Averages(NamedTuple):
     "What a memory says of each query after one look."
     log_sum: Any # (n,) of all weights
@@ -83,7 +84,7 @@ def averages(
     beta = memory.beta * memory.unit**2 if beta is None else beta
     own = np.full(len(x), -1) if own is None else own
     small = len(x) * K <= most
-    step = max(2**22 // K, 1) if small else 2**12
+    step = max(2**20 // K, 1) if small else 2**11
     parts = []
     for part in (slice(i, i + step) for i in range(0, max(len(x), 1), step)):
         if small:
@@ -95,7 +96,7 @@ def averages(
     joined = (None if v[0] is None else np.concatenate(v).astype(float) for v in zip(*parts))
     return Averages(*joined)
 
-# %% ../../nbs/api/memories/estimators.ipynb #7fc37fa4
+# %% ../../nbs/api/memories/estimators.ipynb #c9ab527a
 def row_numbers(
     *tables, # (n, d) each, of one dtype; NaN equals NaN
 ): # arrays of ints, one for each table
@@ -130,7 +131,7 @@ def same_pattern(
     slot[mine] = np.arange(len(mine))
     return slot[theirs]
 
-# %% ../../nbs/api/memories/estimators.ipynb #855e74a5
+# %% ../../nbs/api/memories/estimators.ipynb #5bc5a8a9
 def column_scales(
     X, # (n, d), NaN where unknown
     weights, # (n,)
@@ -147,13 +148,13 @@ def column_scales(
     scales = np.where(relative > 1e-10, relative * size, 0)
     return np.where(scales > 0, scales, scales.max() if scales.any() else 1.0)
 
-# %% ../../nbs/api/memories/estimators.ipynb #5bc5a8a9
+# %% ../../nbs/api/memories/estimators.ipynb #3ff6e37a
 class LeftOut:
     "Some patterns as queries to all others: what a temperature is chosen by."
     def __init__(self,
                  memory: Memory,
                  most=500, # queries
-                 rivals=4000, # patterns that answer
+                 rivals=2000, # patterns that answer
                  seed=0): # which
         rng = np.random.default_rng(seed)
         slots = memory.bank.sample(rivals, seed)
@@ -188,7 +189,7 @@ class LeftOut:
         mean = lambda p: np.average(loss(p, own), weights=w)
         return best_beta(lambda beta: mean(self.shares(r2, logs, beta)), r2)
 
-# %% ../../nbs/api/memories/estimators.ipynb #3ff6e37a
+# %% ../../nbs/api/memories/estimators.ipynb #432c6b55
 class AbstractMemoryEstimator(BaseEstimator):
     "What the estimators have in common: a memory of the rows that they were fitted to."
     _holes = True # whether NaN is taken
@@ -237,7 +238,7 @@ class AbstractMemoryEstimator(BaseEstimator):
 
     def _inside(self, X): return self.memory_.frame.inside(X.astype(float))
 
-# %% ../../nbs/api/memories/estimators.ipynb #bd6a802e
+# %% ../../nbs/api/memories/estimators.ipynb #d323ccde
 def checked_weights(weights, n):
     "Weights of rows. Raises ValueError for bad ones."
     if weights is None: return np.ones(n)
@@ -248,19 +249,21 @@ def checked_weights(weights, n):
                          f" shape {weights.shape}.")
     return weights
 
-# %% ../../nbs/api/memories/estimators.ipynb #d323ccde
+# %% ../../nbs/api/memories/estimators.ipynb #01d06ef0
 def residual_covariance(
     R, # (n, D) residuals, NaN where unknown
     weights, # (n,)
+    spread=0.0, # (D,) variances of the columns themselves, a share of which is added
 ):
     "Covariances over pairs that are both known, made positive semidefinite."
     m, w = ~np.isnan(R), weights[:, None]
-    if m.all(): return (w * R).T @ R / w.sum()
+    least = np.diag(np.broadcast_to(0.003 * spread, R.shape[1]))
+    if m.all(): return (w * R).T @ R / w.sum() + least
     r = np.nan_to_num(R)
     together = (w * m).T @ m.astype(float)
     C = (w * r).T @ r / np.where(together > 0, together, 1)
     values, vectors = np.linalg.eigh(C)
-    return vectors * np.maximum(values, 1e-9 * max(values.max(), 1e-300)) @ vectors.T
+    return vectors * np.maximum(values, 1e-9 * max(values.max(), 1e-300)) @ vectors.T + least
 
 
 def carried_over(
@@ -268,13 +271,14 @@ def carried_over(
     C, # (D, D) covariance of residuals, D ≥ d
     ridge=0.03, # relative to the variances
 ): # (n, D) what it is expected to miss
-    "Conditional means of residuals given those that are known."
+    "Conditional means of residuals given those that are known, none as more than four deviations."
     n, d = residuals.shape
+    most = 4 * np.sqrt(np.diag(C)[:d])
     known, A = ~np.isnan(residuals), C[:d, :d] + ridge * np.diag(np.diag(C)[:d])
-    tiny = 1e-12 * max(np.diag(A).max(), 1e-300) # so that a column that is never missed is no zero
+    tiny = 1e-12 * max(np.diag(A).max(), 1e-300) # for a column in which nothing is missed
     masks, which = np.unique(known, axis=0, return_inverse=True)
     order, out = np.argsort(which, kind="stable"), np.empty((n, len(C)))
-    counts, r = np.bincount(which), np.nan_to_num(residuals)
+    counts, r = np.bincount(which), np.clip(np.nan_to_num(residuals), -most, most)
     step = max(2**21 // d**2, 1)
     for i in range(0, len(masks), step):
         m = masks[i : i + step]
@@ -288,7 +292,7 @@ def carried_over(
         out[mine] = solved @ C[:d]
     return out
 
-# %% ../../nbs/api/memories/estimators.ipynb #670908ea
+# %% ../../nbs/api/memories/estimators.ipynb #ef0a7cfe
 def tried(
     linear, # True, False or "auto"
     d, # columns
@@ -299,7 +303,7 @@ def tried(
         raise ValueError(f"linear must be True, False or 'auto', got {linear!r}.")
     return [False, True] if d <= 256 else [False]
 
-# %% ../../nbs/api/memories/estimators.ipynb #ef0a7cfe
+# %% ../../nbs/api/memories/estimators.ipynb #eb7b8b60
 class MemoryImputer(OneToOneFeatureMixin, TransformerMixin, AbstractMemoryEstimator):
     "Fill in missing values by what the rows of a table recall."
     shares = 0.1, 0.3, 0.5, 0.7 # of entries unknown, for each of which there is a temperature
@@ -376,7 +380,7 @@ class MemoryImputer(OneToOneFeatureMixin, TransformerMixin, AbstractMemoryEstima
 
         plain = error(mean[:n]), beta, None
         if True not in ways: return [plain]
-        C = residual_covariance(out.x - mean, out.weights)
+        C = residual_covariance(out.x - mean, out.weights, np.nanvar(out.rows, 0))
         carried = error((mean + carried_over(part - mean, C)[:, : part.shape[1]])[:n]), beta, C
         return [plain, carried] if False in ways else [carried]
 
@@ -401,7 +405,7 @@ class MemoryImputer(OneToOneFeatureMixin, TransformerMixin, AbstractMemoryEstima
             answers[rows[here]] = np.where(np.isnan(mine), whole, mine)
         return answers
 
-# %% ../../nbs/api/memories/estimators.ipynb #eb7b8b60
+# %% ../../nbs/api/memories/estimators.ipynb #83478759
 class MemoryClassifier(ClassifierMixin, AbstractMemoryEstimator):
     "The label that the rows nearest to a query have, all weighed by their distance."
     def __init__(self,
@@ -441,7 +445,7 @@ class MemoryClassifier(ClassifierMixin, AbstractMemoryEstimator):
         weights = self.predict_proba(X)
         return self.classes_[weights.argmax(1)]
 
-# %% ../../nbs/api/memories/estimators.ipynb #83478759
+# %% ../../nbs/api/memories/estimators.ipynb #e695cc7f
 class MemoryRegressor(MultiOutputMixin, RegressorMixin, AbstractMemoryEstimator):
     "The average of what rows were stored with, weighed by their distance to the query."
     def __init__(self,
@@ -485,7 +489,8 @@ class MemoryRegressor(MultiOutputMixin, RegressorMixin, AbstractMemoryEstimator)
     def _covariance(self, out, p, own):
         mean, said = self._means(out, p)
         missed = np.concatenate([out.rows[own] - mean, out.values[own] - said], 1)
-        return residual_covariance(missed, np.exp(out.logs[own]))
+        spread = np.concatenate([np.nanvar(out.rows, 0), np.zeros(out.values.shape[1])])
+        return residual_covariance(missed, np.exp(out.logs[own]), spread)
 
     def _guess(self, out, p, own, linear):
         "What rows that are left out are said to have."
@@ -505,7 +510,7 @@ class MemoryRegressor(MultiOutputMixin, RegressorMixin, AbstractMemoryEstimator)
             said = said + carried[:, x.shape[1] :]
         return said.reshape(len(x), *self.shape_)
 
-# %% ../../nbs/api/memories/estimators.ipynb #e695cc7f
+# %% ../../nbs/api/memories/estimators.ipynb #fa7b1a99
 class MemoryDetector(OutlierMixin, AbstractMemoryEstimator):
     "Rows that are unlike what is remembered, at a level of false alarms that is kept."
     _holes = _merges = False
@@ -537,7 +542,7 @@ class MemoryDetector(OutlierMixin, AbstractMemoryEstimator):
         x, beta = self._inside(self._checked(X)), self._inner()
         own = same_pattern(self.memory_, x)
         log_sum, count = averages(self.memory_, x, own=own).log_sum, np.zeros(len(x), int)
-        step = max(2**22 // len(self.rows_), 1)
+        step = max(2**20 // len(self.rows_), 1)
         for part in (slice(i, i + step) for i in range(0, len(x), step)):
             s = -0.5 * beta * squared_distances(x[part], self.rows_)
             new = own[part, None] < 0 # a row that is stored is among the others already
@@ -564,7 +569,7 @@ class MemoryDetector(OutlierMixin, AbstractMemoryEstimator):
         "−1 where the p-value is at most alpha, else 1."
         return np.where(self.decision_function(X) < 0, -1, 1)
 
-# %% ../../nbs/api/memories/estimators.ipynb #fa7b1a99
+# %% ../../nbs/api/memories/estimators.ipynb #390c6e40
 def settled(
     memory: Memory,
     x, # (n, d) in the frame
@@ -603,7 +608,7 @@ def grouped(
     order = np.argsort(-np.bincount(label), kind="stable")
     return np.array(centres)[order], np.argsort(order)[label]
 
-# %% ../../nbs/api/memories/estimators.ipynb #9b7a26bd
+# %% ../../nbs/api/memories/estimators.ipynb #a28b155b
 class MemoryClusterer(ClusterMixin, AbstractMemoryEstimator):
     "The rows that one attractor draws are a cluster; the temperature says how many there are."
     _holes = _merges = False
