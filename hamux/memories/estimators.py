@@ -1,4 +1,4 @@
-"""Memories in scikit-learn's terms: missing values, labels, targets, outliers, clusters.
+"""Missing values, labels, targets, outliers and clusters: memories as scikit-learn knows them.
 
 Docs: https://hamux.github.io/hamux/api/memories/estimators.html.md"""
 
