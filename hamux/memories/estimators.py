@@ -1,4 +1,4 @@
-"""Memories in scikit-learn's terms: missing values, labels, targets, outliers, clusters.
+"""Missing values, labels, targets, outliers and clusters: memories as scikit-learn knows them.
 
 Docs: https://hamux.github.io/hamux/api/memories/estimators.html.md"""
 
@@ -279,7 +279,7 @@ def carried_over(
     masks, which = np.unique(known, axis=0, return_inverse=True)
     order, out = np.argsort(which, kind="stable"), np.empty((n, len(C)))
     counts, r = np.bincount(which), np.clip(np.nan_to_num(residuals), -most, most)
-    step = max(2**21 // d**2, 1)
+    step = max(2**18 // d**2, 1)
     for i in range(0, len(masks), step):
         m = masks[i : i + step]
         both = m[:, :, None] & m[:, None, :]
@@ -390,20 +390,26 @@ class MemoryImputer(OneToOneFeatureMixin, TransformerMixin, AbstractMemoryEstima
         X = self._checked(X)
         if self.steps and np.isnan(X).any():
             return self.memory_.recall(X, max_steps=self.steps).patterns.astype(X.dtype)
-        rows = np.flatnonzero(np.isnan(X).any(1))
-        x, answers = self._inside(X[rows]), X.copy()
+        answers, unknown = X.copy(), np.flatnonzero(np.isnan(X).any(1))
+        for i in range(0, len(unknown), 2**13):
+            rows = unknown[i : i + 2**13]
+            answers[rows] = np.where(np.isnan(X[rows]), self._filled(X[rows]), X[rows])
+        return answers
+
+    def _filled(self, X):
+        "What rows should be, of which something is unknown."
+        x = self._inside(X)
         own = same_pattern(self.memory_, x) # which knows nothing of what it lacks itself
         level = np.abs(np.isnan(x).mean(1)[:, None] - self.shares).argmin(1)
+        answers = np.empty_like(x)
         for i in np.unique(level):
             here = level == i
             mean = averages(self.memory_, x[here], self.inner_[i], own[here]).mean
             mean = np.where(np.isnan(mean), 0, mean)
             if self.covariances_[i] is not None:
                 mean = mean + carried_over(x[here] - mean, self.covariances_[i])
-            whole = self.memory_.frame.outside(mean)
-            mine = X[rows[here]]
-            answers[rows[here]] = np.where(np.isnan(mine), whole, mine)
-        return answers
+            answers[here] = mean
+        return self.memory_.frame.outside(answers)
 
 # %% ../../nbs/api/memories/estimators.ipynb #83478759
 class MemoryClassifier(ClassifierMixin, AbstractMemoryEstimator):
