@@ -191,6 +191,7 @@ def large(quick):
             print(f"{name:9s}{n:8d} rows {out['seconds']:9.1f} s {out['mb']:9.0f} MB"
                   f"   error {out['error']:.3f}", flush=True)
     small, big = sizes["k-NN"][-1], sizes["memory"][-1]
+    if small == big: return
     factor = (big / small) ** 2
     scaled = seen["k-NN", small]["seconds"] * factor
     ours = seen["memory", big]
