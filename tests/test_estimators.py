@@ -131,13 +131,8 @@ def test_hot_targets_with_what_is_missed_are_ridge_regression():
     y = ROWS @ [1.0, -0.2, 3.0, 0.5] + 2
     model = hsk.MemoryRegressor(beta=1e-9, linear=True).fit(ROWS, y)
     z = (ROWS - ROWS.mean(0)) / ROWS.std(0)
-<<<<<<< HEAD
     ridge = (0.03 * 1.003 + 0.003) * np.eye(4)
     slope = np.linalg.solve(z.T @ z / 60 + ridge, z.T @ (y - y.mean()) / 60)
-=======
-    C = z.T @ z / 60 + (0.03 * 1.003 + 0.003) * np.eye(4)
-    slope = np.linalg.solve(C, z.T @ (y - y.mean()) / 60)
->>>>>>> 742944121bab89cf1da28cc57f29fee59eaa2866
     asked = (ASKED - ROWS.mean(0)) / ROWS.std(0)
     np.testing.assert_allclose(model.predict(ASKED), y.mean() + asked @ slope, rtol=1e-4)
 

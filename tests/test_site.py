@@ -729,6 +729,24 @@ def test_links_sees(url, problem, tmp_path):
     assert found == [] if problem is None else len(found) == 1 and problem in found[0]
 
 
+def moves_for_all(svg: str) -> bool:
+    "Whether a picture moves for those, too, who ask for reduced motion"
+    calm = re.search(r"@media ?\(prefers-reduced-motion: ?reduce\)\s*\{[^@]*animation: ?none", svg)
+    return ("@keyframes" in svg and not calm) or "<animate" in svg
+
+
+@pytest.mark.parametrize("path", sorted(NBS.rglob("*.svg")), ids=lambda p: p.name)
+def test_pictures_stand_still_for_those_who_ask(path):
+    assert not moves_for_all(path.read_text(encoding="utf-8"))
+
+
+def test_a_picture_that_never_stands_still_is_seen():
+    moving = "<style>@keyframes a{0%{opacity:1}} g{animation:a 1s infinite}"
+    calm = "@media (prefers-reduced-motion:reduce){g{animation:none}}"
+    assert moves_for_all(moving) and not moves_for_all(moving + calm)
+    assert moves_for_all("<svg><circle><animate/></circle></svg>") and not moves_for_all("<svg/>")
+
+
 @pytest.mark.parametrize(
     "page, problems",
     [
