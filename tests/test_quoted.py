@@ -28,6 +28,7 @@ ELSEWHERE = {
     "06_two_directions": {"5,000": DATA, "500": DATA}
     | dict.fromkeys(("150", "95.2 %", "70", "96.3 %", "95.6 %", "130"), TRIAL),
     "08_completing_digits": {"5,000": DATA},
+    "09_memories_for_tables": {"569": DATA, "797": DATA},
 }
 
 
