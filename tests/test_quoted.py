@@ -26,7 +26,7 @@ ELSEWHERE = {
     | dict.fromkeys(("20", "0.039", "23", "128", "240", "0.062", "0.09"), TRIAL)
     | dict.fromkeys(("0.022", "0.024", "0.054"), TRIAL),
     "06_two_directions": {"5,000": DATA, "500": DATA}
-    | dict.fromkeys(("150", "95.2 %", "70", "96.3 %", "95.6 %", "130"), TRIAL),
+    | dict.fromkeys(("150", "95.2 %", "70", "96.3 %", "95.6 %", "77 %", "130"), TRIAL),
     "08_completing_digits": {"5,000": DATA},
     "09_memories_for_tables": {"569": DATA, "797": DATA},
 }
