@@ -220,7 +220,7 @@ structured = np.zeros(3, [("a", float)]).reshape(3, 1)
 REFUSED = {
     "empty": ("x.npy", b"", "is empty (0 bytes); make it or copy it again"),
     "empty csv": ("x.csv", b"", "is empty (0 bytes)"),
-    "extension": ("x.txt", b"1,2", ".txt is no known format; name a .npy, .npz or .csv file"),
+    "extension": ("x.txt", b"1,2", ".txt is no known format; name a .npy, .npz, .csv or .parquet"),
     "no extension": ("x", b"1,2", "a name without extension is no known format"),
     "not npy": ("x.npy", b"1,2\n3,4\n", "is not a .npy file; save it with numpy.save"),
     "pickle": ("x.npy", b"\x80\x04\x95abc", "is not a .npy file"),

@@ -231,7 +231,7 @@ def in_one_piece_with_gaps(L, similarity, mask):
         bias, s = hyper.pop("bias"), []
         for k in range(len(Xi)) if mask is None else np.flatnonzero(mask):
             j = np.flatnonzero(KNOWN[k])
-            if similarity == "dot": s.append(Xi[k, j] @ x[j] + bias[k])
+            if similarity == "dot": s.append((Xi[k, j] * x[j]).sum() + bias[k])
             else: s.append(bias[k] - 0.5 * len(x) / len(j) * ((x[j] - Xi[k, j]) ** 2).sum())
         return -L(jnp.stack(s), **hyper)
     return energy

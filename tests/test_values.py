@@ -187,7 +187,7 @@ def test_an_inverse_temperature_is_real_and_finite(beta):
         lambda: hmx.MemorySynapse(jnp.eye(3), hot),
         lambda: hmx.AttentionSynapse(W, W, beta),
         lambda: hmx.memory_ham(jnp.eye(3), beta),
-        lambda: hmx.Memory(np.eye(3), beta),
+        lambda: hmx.Memory(np.eye(3), beta=beta),
     ):
         with pytest.raises(ValueError, match="beta must be .*finite"): make()
 

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 
 from ..dynamics.adaptive import Adaptive
 from ..dynamics.descent import Descent, descend
+from ..dynamics.programs import cut_batch, filled_size
 from ..dynamics.results import CONVERGED, MAX_STEPS
 from ..dynamics.solver import AbstractSolver
 from .bank import ArrayRows, Bank, FileRows, as_source
@@ -383,15 +384,17 @@ def _settled(self: Memory, x, free, k, solver, max_steps):
         return settle(self.bank, x, free, self._inner, solver=solver, max_steps=max_steps, k=k,
                       values=values, block=self.block)
     ham = self.network().vectorize()
-    x, held = jax.device_put((x, ~free)) # which compiles nothing for another number of rows
-    clamp = None if free.all() else {"pattern": held}
+    n, clamp = len(x), None if free.all() else {"pattern": ~free}
+    fill = lambda v: jax.device_put(np.concatenate([v, np.repeat(v[:1], filled_size(n) - n, 0)]))
+    x, clamp = jax.tree_util.tree_map(fill, (x, clamp)) # no program for another number of rows
     out = descend(
         ham, {"pattern": x}, solver=solver or Adaptive(), clamp=clamp, max_steps=max_steps
     )
+    out = cut_batch(out, n)
     seen = look(
         self.bank, np.asarray(out.xs["pattern"]), self._inner, k, values=values, block=self.block
     )
-    return Settled(out, seen, np.ones(len(x), bool))
+    return Settled(out, seen, np.ones(n, bool))
 
 
 @patch

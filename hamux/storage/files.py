@@ -126,12 +126,12 @@ _FORMATS = {".npy": Npy, ".npz": Npz, ".csv": Csv, ".parquet": Parquet}
 _MAGIC = {b"\x93NUMPY": ".npy", b"PK\x03\x04": ".npz", b"PK\x05\x06": ".npz", b"PAR1": ".parquet"}
 
 
-def _suffix(path):
+def _suffix(path, advice="name a .npy, .npz, .csv or .parquet file"):
     "The extension of a path. Raises `FileProblem` if it names no format."
     if (suffix := path.suffix.lower()) in _FORMATS: return suffix
     named = suffix or "a name without extension"
     what = f"{named} is no known format"
-    raise FileProblem.at(path, f"{what}; name a .npy, .npz, .csv or .parquet file")
+    raise FileProblem.at(path, f"{what}; {advice}")
 
 
 def _check_content(path, suffix, start):
@@ -273,9 +273,10 @@ def write_rows(
 ) -> Iterator[RowWriter]: # raises `FileProblem` if there is no place for the file
     "Write a file of rows in batches. Raises ValueError if fewer rows came than were announced."
     path = as_path(path, "write_rows")
-    form = _FORMATS[_suffix(path)]
+    advice = "name a .npy, .npz or .csv file"
+    form = _FORMATS[_suffix(path, advice)]
     if form is Parquet:
-        raise FileProblem.at(path, ".parquet is read only; name a .npy, .npz or .csv file")
+        raise FileProblem.at(path, f".parquet is read only; {advice}")
     shape = tuple(int(n) for n in (n_rows, *np.atleast_1d(row_shape)))
     layout = check_layout(Layout(shape, np.dtype(dtype).newbyteorder("=")), path)
     with atomic_file(path) as file:
