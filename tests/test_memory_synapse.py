@@ -225,15 +225,14 @@ KNOWN[~KNOWN.any(1), 0] = True
 
 
 def in_one_piece_with_gaps(L, similarity, mask):
-    "The energy written plainly, a loop over entries, from what each memory knows."
+    "The energy written plainly, from what each memory knows."
     def energy(Xi, hyper, x):
         hyper = dict(hyper)
-        bias, s = hyper.pop("bias"), []
-        for k in range(len(Xi)) if mask is None else np.flatnonzero(mask):
-            j = np.flatnonzero(KNOWN[k])
-            if similarity == "dot": s.append((Xi[k, j] * x[j]).sum() + bias[k])
-            else: s.append(bias[k] - 0.5 * len(x) / len(j) * ((x[j] - Xi[k, j]) ** 2).sum())
-        return -L(jnp.stack(s), **hyper)
+        bias, share = hyper.pop("bias"), len(x) / KNOWN.sum(1)
+        s = (KNOWN * Xi * x).sum(1)
+        if similarity == "euclidean": s = -0.5 * share * (KNOWN * (x - Xi) ** 2).sum(1)
+        s = s + bias
+        return -L(s if mask is None else s[np.flatnonzero(mask)], **hyper)
     return energy
 
 
