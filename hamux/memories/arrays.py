@@ -357,7 +357,7 @@ def _scaled(self: Memory, queries):
         f" {queries[row, column]}, and the patterns are {self.unit:.3g} apart at most."
     )
 
-
+# %% ../../nbs/api/memories/arrays.ipynb #4f5fe278
 @patch
 def network(self: Memory) -> HAM: # of the layer "pattern" (d,), in the frame
     "The network of the patterns, with room for more. Raises ValueError for a bank too large."
@@ -374,7 +374,7 @@ def network(self: Memory) -> HAM: # of the layer "pattern" (d,), in the frame
         self._kept = {"version": self.bank.version, "ham": ham}
     return self._kept["ham"]
 
-
+# %% ../../nbs/api/memories/arrays.ipynb #5bb8fbf6
 @patch
 def _settled(self: Memory, x, free, k, solver, max_steps):
     "Descend from the first step."

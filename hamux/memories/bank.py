@@ -268,7 +268,7 @@ def blocks(self: Bank,
         yield block
     if keep: self._held = {size: out}
 
-
+# %% ../../nbs/api/memories/bank.ipynb #5c164980
 @patch
 def take(self: Bank,
          slots: np.ndarray, # integers of any shape
@@ -347,7 +347,7 @@ def add(self: Bank,
     if self.lengths is not None: self.prefer_long(self.tilt)
     self._clear()
 
-
+# %% ../../nbs/api/memories/bank.ipynb #da8c5c87
 @patch
 def remove(self: Bank, ids): # ids that are there
     "Empty the slots of some patterns. Raises ValueError for an unknown id, or for the last."

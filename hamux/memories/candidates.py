@@ -72,7 +72,7 @@ def _with_others(rows, log_weights, x, logits, log_sum, mean, beta, alone):
     rows = jnp.concatenate([rows, centre[:, None]], 1)
     return rows, jnp.concatenate([log_weights, log_weight[:, None]], 1), jnp.log(weight) + log_sum
 
-
+# %% ../../nbs/api/memories/candidates.ipynb #bf26a661
 @ft.partial(jax.jit, static_argnames=("holes", "max_steps"))
 def _descend_few(rows, log_weights, x, free, beta, holes, solver, max_steps):
     "A descent in a network of its own for every row."
@@ -116,7 +116,7 @@ def _slide(rows, log_weights, x, free, beta, tol, max_steps):
     xs, code = {"pattern": x}, jnp.where(rest, CONVERGED, MAX_STEPS).astype(jnp.int32)
     return Descent(xs, xs, energy, None, steps, residual, code, zero, (steps + 1).astype(x.dtype))
 
-
+# %% ../../nbs/api/memories/candidates.ipynb #3c6d0dcd
 @ft.partial(jax.jit, static_argnames=("holes", "alone"))
 def _bounds(x, begin, rows, log_weights, others, rivals, beta, count, heaviest, holes, alone):
     "Similarities at the end, and bounds: of the others' weight, gradient and similarities."

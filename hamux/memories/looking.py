@@ -122,7 +122,7 @@ def relative_scale(
     "exp(top − new), and 0 where there was nothing."
     return jnp.where(jnp.isneginf(top), 0, jnp.exp(top - jnp.where(jnp.isneginf(new), 0, new)))
 
-
+# %% ../../nbs/api/memories/looking.ipynb #c44b7b98
 def _averages(kept, p, old, rows, values, holes):
     "The weighted sums with a block added to them."
     add = lambda sum, v: old[:, None] * sum + jnp.einsum("bn,bd->nd", p, v)
@@ -226,7 +226,7 @@ def exact_sum(
     others = kept.total - xp.exp(kept.sums - top[:, None]).sum(1)
     return xp.maximum(others, 0) + xp.exp(members - top)
 
-
+# %% ../../nbs/api/memories/looking.ipynb #24929afb
 def queries_at_a_time(
     n: int, # queries
     width: int, # numbers in the patterns that each is compared with
@@ -265,8 +265,10 @@ def block_rows(
     n: int, # queries
     d: int, # numbers in a pattern
     K: int, # patterns
-) -> int: # a power of two, at least the size of a group
+    asked: int | None = None, # how many somebody wants
+) -> int: # a multiple of the size of a group
     "How many patterns to take at a time: similarities and rows of some megabytes."
+    if asked: return -(-asked // GROUP) * GROUP
     room = 2 ** ((2**22 // max(n, d, 1)).bit_length() - 1)
     whole = 2 ** max(K - 1, 1).bit_length()
     return int(max(GROUP, min(max(room, 256), 2**14, whole)))
@@ -305,7 +307,7 @@ def look(
     found = Look(log_sum, slots, logits, rivals, rows, mean, mass, average)
     return Look(*(None if v is None else v[:n] for v in found))
 
-
+# %% ../../nbs/api/memories/looking.ipynb #df592671
 @patch
 def pass_over(self: ArrayRows | FileRows,
               bank: Bank, # of which these are the first rows
@@ -325,7 +327,7 @@ def pass_over(self: ArrayRows | FileRows,
 def _pass(bank, query, beta, m, averages, values, block):
     "What is kept at the end of all blocks."
     n, d = query.x.shape
-    size = -(-block // GROUP) * GROUP if block else block_rows(n, d, bank.size)
+    size = block_rows(n, d, bank.size, block)
     v = bank.values.shape[1] if values else 0
     kept = jax.device_put(nothing_kept(n, d, m, v, averages, bank.holes, query.x.dtype))
     beta, lens = np.asarray(beta, query.x.dtype), jax.device_put(bank.lens)

@@ -57,7 +57,7 @@ def _is_number(v):
         return v is None
     return not isinstance(v, str)
 
-
+# %% ../../nbs/api/memories/reading.ipynb #fb4eb4d3
 def _from_mask(masked, what):
     "A masked array, NaN where it is masked."
     floating = np.issubdtype(masked.dtype, np.inexact)
@@ -89,7 +89,7 @@ def _from_pandas(frame, what):
     back = lambda array: pandas.DataFrame(array, index=frame.index, columns=frame.columns)
     return Table(rows, back, tuple(frame.columns))
 
-
+# %% ../../nbs/api/memories/reading.ipynb #39058568
 def _from_arrow(table, what):
     "An Arrow table or batch, column by column."
     pyarrow = sys.modules["pyarrow"]

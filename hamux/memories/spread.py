@@ -240,7 +240,7 @@ def pass_over(self: SpreadRows,
               ) -> tuple: # `Kept`, its exact sum, slots, logits, rivals and rows as in `Look`
     "One pass over a bank, of each device over its own rows."
     (n, d), own = query.x.shape, len(self.rows) // self.spread.devices
-    size = -(-block // GROUP) * GROUP if block else block_rows(n, d, own)
+    size = block_rows(n, d, own, block)
     settings = dict(m=m, block=size, averages=averages, holes=bank.holes, spread=self.spread)
     out = look_on_all(self.parts(bank, values), query, self.dtype.type(beta), **settings)
     kept, *nearest = jax.tree.map(np.asarray, out)
