@@ -124,19 +124,16 @@ def _bounds(x, begin, rows, log_weights, others, rivals, beta, count, heaviest, 
     # a pattern that knows one entry only counts d times its distance there
     stretch = math.sqrt(x.shape[1]) if holes else 1.0
     r = 2 * stretch * jnp.sqrt(((x - begin)**2).sum(1)) # with room for the way
-    D = 2 * jnp.sqrt(jnp.maximum(2 * (heaviest - rivals) / beta, 0)) + r + 1 / jnp.sqrt(beta)
+    R = jnp.sqrt(jnp.maximum(2 * (heaviest - rivals) / beta, 0)) # the least distance of the others
+    D = 2 * R + r + 1 / jnp.sqrt(beta)
     whole = jax.nn.logsumexp(s, 1)
     near = jnp.exp(others - whole + beta * r * D)
     far = jnp.exp(heaviest + jnp.log(count) - 0.5 * beta * (D - r) ** 2 - whole)
     changed = near if alone else jnp.exp(others - whole) * jnp.expm1(beta * r * D)
     none = jnp.isneginf(rivals) | (count <= 0)
     error = jnp.where(none, 0, stretch * (2 * changed * D + far * D))
-    return (
-        s,
-        jnp.where(none, 0, near + far),
-        error,
-        jnp.where(none, -jnp.inf, rivals + beta * r * D),
-    )
+    best = jnp.where(none, -jnp.inf, heaviest - 0.5 * beta * jnp.maximum(R - r, 0) ** 2)
+    return s, jnp.where(none, 0, near + far), error, best
 
 # %% ../../nbs/api/memories/candidates.ipynb #f2f3e8ca
 class Settled(NamedTuple):
@@ -184,15 +181,15 @@ def settle(
     s, share, error, rivals = (np.asarray(v)[:n] for v in found)
     out = jax.tree_util.tree_map(lambda v: np.asarray(v)[:n], out)
     size = np.abs(out.xs["pattern"]).max(1)
-    streamed = ~(error <= 0.1 * tol * (1 + size))
     whole = np.where(share > 0, np.asarray(others)[:n], -np.inf)
     ends = _resorted(near, s, k, whole, bank.values if values else None)
-    # what is returned of the others must not depend on how they changed, either
-    again = streamed | (np.sort(s, 1)[:, -k] < rivals) | (share > 1e-6 if values else False)
-    out = dataclasses.replace(out, residual=out.residual + np.where(streamed, 0, error))
+    out = dataclasses.replace(out, residual=out.residual + error)
+    # the gradient, the ranks and the values that are returned must not depend on what was left out
+    again = ~(error <= 0.1 * tol * (1 + size)) | (np.sort(s, 1)[:, -k] < rivals)
+    if values: again |= share > 1e-6
     if again.any():
         out, ends = _stream(bank, out, ends, free, beta, again, max_steps, tol, k, values, block)
-    return Settled(out, ends, streamed)
+    return Settled(out, ends, again)
 
 
 def _resorted(near, s, k, others, values):
