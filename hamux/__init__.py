@@ -30,7 +30,7 @@ from .dynamics import (
     Problem, Euler, Backtracking, Adaptive, Relaxation, Langevin, AbstractAdjoint, UnrolledAdjoint,
     CheckpointedAdjoint, ImplicitAdjoint, OneStepAdjoint,
 )
-from .display import plot_energy, plot_recall, plot_lagrangian, draw, describe
+from .display import plot_energy, plot_recall, plot_lagrangian, plot_attractors, draw, describe
 
 # The same of the wings that not everybody enters: they are imported when one of these is asked for.
 _LATER = {
@@ -42,8 +42,8 @@ _LATER = {
     "memories": "recall Memory Recalled memory_ham",
     "analysis": """
         which_memory stability Stability basin_size flip_signs add_noise erase cover
-        AbstractDiscreteMemory DiscreteHopfield DiscreteMemory hebbian pseudo_inverse
-        recall_bits flip_together
+        find_attractors Landscape composition AbstractDiscreteMemory DiscreteHopfield
+        DiscreteMemory hebbian pseudo_inverse recall_bits flip_together
     """,
     "storage": "save load to_config from_config FileProblem",
 }

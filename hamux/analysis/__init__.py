@@ -1,4 +1,6 @@
 """What the landscape holds, and memories of binary neurons."""
 
 from .attractors import *
+from .landscape import *
+from .joining import *
 from .discrete import *
