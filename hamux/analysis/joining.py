@@ -72,7 +72,7 @@ def _best_first(points, ranks):
     "The order of rows by their ranks, and among equals by their first coordinates."
     return np.lexsort((*points.T[:4][::-1], *np.asarray(ranks).T[::-1]))
 
-# %% ../../nbs/api/analysis/joining.ipynb #fb87c3d9
+# %% ../../nbs/api/analysis/joining.ipynb #c021c88f
 def join_near(
     points: Float[np.ndarray, "m D"], # the best first
     tolerance, # distance
@@ -85,8 +85,8 @@ def join_near(
         near = np.array(tree.query_ball_point(points[i], tolerance / 2), int)
         ball[near[ball[near] < 0]] = len(centres)
         centres.append(i)
-    pairs = cKDTree(points[centres]).query_pairs(tolerance, output_type="ndarray")
-    return join_pairs(len(centres), pairs)[ball]
+    near = tree.sparse_distance_matrix(cKDTree(points[centres]), tolerance, output_type="ndarray")
+    return join_pairs(len(centres), np.stack([ball[near["i"]], near["j"]], 1))[ball]
 
 
 def join_pairs(

@@ -55,7 +55,7 @@ class Composition(eqx.Module):
         said = [f"{self.weights[i, j]:.2f} of {int(self.parts[i, j])}" for j in range(min(n, most))]
         return ", ".join(said) + f" and {n - most} more" * (n > most)
 
-# %% ../../nbs/api/analysis/landscape.ipynb #1e674ca9
+# %% ../../nbs/api/analysis/landscape.ipynb #3fb48887
 _CANDIDATES = 64
 
 
@@ -100,7 +100,7 @@ def composition(
     found = which_memory(
         states, patterns, measure=measure, threshold=threshold, either_sign=either_sign
     )
-    rows = np.asarray(states, float).reshape(len(states), -1)
+    rows = np.asarray(states, float).reshape(len(states), math.prod(np.shape(patterns)[1:]))
     stored = np.asarray(patterns, float).reshape(len(patterns), -1)
     made = [_weights(x, stored, measure, either_sign) for x in rows]
     misfit = np.array([m for *_, m in made])
@@ -184,7 +184,7 @@ def __repr__(self: Landscape) -> str:
     table = ["", *text_table(header, fold_rows(rows, 24), {0, 2, 3, 4, 5, 6})] if rows else []
     return "\n".join([self.result, *table])
 
-# %% ../../nbs/api/analysis/landscape.ipynb #1c58b23f
+# %% ../../nbs/api/analysis/landscape.ipynb #64677fd7
 def _read_starts(ham, starts, clamp, batch):
     "The starts as arrays of one length. Raises ValueError or TypeError for bad input."
     if not isinstance(ham, HAM | VectorizedHAM):
@@ -226,7 +226,8 @@ def _first_rows(tree, n):
 
 def _as_points(xhats):
     "Activations of all layers as rows of numbers."
-    rows = [np.asarray(v, float).reshape(len(v), -1) for v in xhats.values()]
+    flat = lambda v: np.asarray(v, float).reshape(len(v), math.prod(v.shape[1:]))
+    rows = [flat(v) for v in xhats.values()]
     return np.concatenate(rows, 1)
 
 # %% ../../nbs/api/analysis/landscape.ipynb #645c0669
@@ -259,18 +260,30 @@ def _descend_all(many, starts, batch, tolerance, settings):
     place[code == CONVERGED] = of_row
     return points, dict(zip(many.neurons, kept)), place, code
 
-# %% ../../nbs/api/analysis/landscape.ipynb #bcce26e9
-def _read_symmetry(symmetry):
+# %% ../../nbs/api/analysis/landscape.ipynb #e2e09328
+def _negative(xs): return {n: -x for n, x in xs.items()}
+
+
+def _read_symmetry(symmetry, starts):
     "The maps of states that make points one. Raises ValueError for anything else."
     if symmetry is None: return ()
-    if isinstance(symmetry, str) and symmetry == "sign":
-        return (lambda xs: {n: -x for n, x in xs.items()},)
-    maps = (symmetry,) if callable(symmetry) else symmetry
+    maps = _negative if isinstance(symmetry, str) and symmetry == "sign" else symmetry
+    maps = (maps,) if callable(maps) else maps
     if isinstance(maps, str) or not all(map(callable, maps)):
         raise ValueError(
             "find_attractors: symmetry must be 'sign', a function from states to states (by layer),"
             f" or several, got {symmetry!r}."
         )
+    shapes = lambda xs: {n: v.shape for n, v in xs.items()}
+    one = jax.eval_shape(lambda xs: {n: x[0] for n, x in xs.items()}, starts)
+    for f in maps:
+        made = jax.eval_shape(f, one)
+        if not isinstance(made, Mapping) or shapes(made) != shapes(one):
+            got = shapes(made) if isinstance(made, Mapping) else type(made).__name__
+            raise ValueError(
+                "find_attractors: symmetry must give states by layer of the shapes that it is"
+                f" given, {shapes(one)}, got {got}."
+            )
     return tuple(maps)
 
 
@@ -284,7 +297,6 @@ def _energies(many, xs):
 def _image(many, xs, f):
     "Where a symmetry leads, as points. Raises ValueError for what is no symmetry of the energy."
     images = jax.vmap(f)(xs)
-    read_start("find_attractors, symmetry", many, images)
     (_, before), (xhats, after) = _energies(many, xs), _energies(many, images)
     before, after = np.asarray(before, float), np.asarray(after, float)
     worst = int(np.argmax(abs(after - before)))
@@ -341,8 +353,8 @@ def _widths(points, label, plain, first):
     other = label[ours][near] != label[first][:, None]
     return spread, np.where(other, d, np.inf).min(1)
 
-# %% ../../nbs/api/analysis/landscape.ipynb #771c4c10
-def _read_patterns(many, patterns, layer):
+# %% ../../nbs/api/analysis/landscape.ipynb #91637980
+def _read_patterns(many, patterns, layer, which):
     "The layer that the patterns are of. Raises ValueError for what does not fit."
     layer = next(iter(many.neurons)) if layer is None else layer
     if layer not in many.neurons:
@@ -354,6 +366,9 @@ def _read_patterns(many, patterns, layer):
             f"find_attractors: patterns must be activations of the layer {layer!r} of shape"
             f" {shape}, one per row, got shape {np.shape(patterns)}."
         )
+    patterns = jnp.asarray(patterns)
+    # bad settings are heard now, and not after the descents
+    jax.eval_shape(lambda: which_memory(patterns[:1], patterns, **which))
     return layer
 
 
@@ -362,7 +377,7 @@ def _is_positive(value, name):
     if value is not None and not (isinstance(value, numbers.Real) and 0 < value < math.inf):
         raise ValueError(f"find_attractors: {name} must be a positive number, got {value!r}.")
 
-# %% ../../nbs/api/analysis/landscape.ipynb #401e67e1
+# %% ../../nbs/api/analysis/landscape.ipynb #78480664
 def find_attractors(
     ham: HAM | VectorizedHAM, # the network
     starts: dict, # states of all layers, by layer, one row for each start
@@ -388,16 +403,16 @@ def find_attractors(
     "The fixed points that many starts find. Raises ValueError or TypeError for bad input."
     many, starts = _read_starts(ham, starts, clamp, batch)
     _is_positive(tolerance, "tolerance"); _is_positive(flat, "flat")
-    maps = _read_symmetry(symmetry)
-    if patterns is not None: layer = _read_patterns(many, patterns, layer)
+    maps = _read_symmetry(symmetry, starts)
+    sign = symmetry == "sign" if either_sign is None else bool(either_sign)
+    which = dict(measure=measure, threshold=threshold, either_sign=sign and measure == "overlap")
+    if patterns is not None: layer = _read_patterns(many, patterns, layer, which)
     settings = dict(solver=solver, max_steps=max_steps, rtol=rtol, atol=atol, clamp=clamp)
     if tolerance is None: tolerance = _typical_tolerance(many, starts, batch)
     points, kept, place, code = _descend_all(many, starts, batch, tolerance, settings)
     ends = _points_of(many, points, kept, place, tolerance, maps, clamp, steps)
     dtype = jnp.result_type(jnp.float32, *ends["xs"].values())
     flat = float(jnp.finfo(dtype).eps) ** 0.5 if flat is None else flat
-    sign = symmetry == "sign" if either_sign is None else bool(either_sign)
-    which = dict(measure=measure, threshold=threshold, either_sign=sign and measure == "overlap")
     made = None if patterns is None else composition(ends["xhats"][layer], patterns, **which)
     numbers_ = dict(code=code, tolerance=tolerance, flat=flat)
     return Landscape(**ends, composition=made, **{n: jnp.asarray(v) for n, v in numbers_.items()})
