@@ -120,6 +120,7 @@ def plot_attractors(
     **style, # passed on to matplotlib's plot
 ): # the axes
     "Draw the share of the starts that each fixed point got, against its energy."
+    from matplotlib.ticker import LogLocator, NullFormatter
     if ax is None:
         import matplotlib.pyplot as plt
         _, ax = plt.subplots(figsize=(4.8, 2.8), layout="constrained")
@@ -136,7 +137,8 @@ def plot_attractors(
             energy, share = np.asarray(found.energy)[these], np.asarray(found.share)[these]
             ax.plot(energy, share, label=f"{k}{words} ({these.sum()})", **(look | style))
     ax.set(xlabel="energy", ylabel="share of the starts", yscale="log")
-    for axis in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
-        axis(lambda share, _: f"{100 * share:.2g} %")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.2g} %")
+    ax.yaxis.set_minor_formatter(NullFormatter())
     if len(kind): ax.legend(fontsize=8)
     return ax
