@@ -173,6 +173,33 @@ def test_clamps_pass_through_and_each_input_has_its_own_points():
         find_wells({0: begin}, clamp={0: np.ones((len(begin), 2), bool)})
 
 
+def test_layers_are_compared_together_and_may_be_clamped_as_a_whole():
+    "Two layers whose energies are wells: points that agree in one layer are not one."
+    ham = HAM(
+        {"x": IdentityLayer(1, leak=False), "y": IdentityLayer(1, leak=False)},
+        {"wells": lambda x, y: wells(x) + wells(y)},
+        [(("x", "y"), "wells")],
+    )
+    begin = {"x": GRID[:, :1], "y": GRID[:, 1:]}
+    found = find_attractors(ham, begin, solver=Euler(0.1), **TIGHT)
+    close(np.sort(found.share), np.sort(find_wells({0: GRID}).share))
+    held = find_attractors(ham, begin, clamp="y", solver=Euler(0.1), **TIGHT)
+    assert len(held) == 3 * 21 # of x, for each of the values of y
+    assert set(held.softest.mode) == {"x"} and (held.kind == "minimum").sum() == 2 * 21
+
+
+def test_what_is_flat_is_a_question_of_a_threshold():
+    "A trough of curvature 1.5e-7: each start keeps its place along it."
+    valley = lambda x: x[0] ** 2 * 7.5e-8 + x[1] ** 2
+    trough = HAM([IdentityLayer(2, leak=False)], [valley], [((0,), 0)])
+    begin = {0: np.stack([np.arange(8) / 90, np.ones(8)], 1)}
+    find = ft.partial(find_attractors, trough, begin, solver=Euler(0.4), rtol=0.0, atol=1e-7)
+    for flat, kind in ((None, "minimum"), (1e-6, "flat")):
+        found = find(flat=flat)
+        assert found.kind.tolist() == 8 * [kind]
+        close(found.softest.curvature, 1.5e-7, rtol=1e-2)
+
+
 def test_starts_that_do_not_converge_are_counted():
     begin = GRID.copy()
     begin[::21] = np.nan
@@ -311,6 +338,17 @@ def test_composition_recovers_weights():
     assert signed.parts[0].tolist() == [1, 4] and signed.kind.tolist() == ["mixture"]
     close(signed.weights[0], [2, -1], atol=1e-6)
     close(signed.misfit, 0, atol=1e-6)
+    # with distances: the nearest point p of the hull, where (x − p)·(ξ − p) ≤ 0 for every pattern
+    x = 2 * rng.normal(size=(5, 20)) + patterns[:5]
+    outside = composition(x, patterns, measure="distance")
+    dense[:] = 0
+    for row, k, w in zip(dense, np.asarray(outside.parts), np.asarray(outside.weights)):
+        row[k[k >= 0]] = w[k >= 0]
+    p = dense @ patterns
+    close(dense.sum(1), 1)
+    close(outside.misfit, np.linalg.norm(x - p, axis=1), rtol=1e-6)
+    inward = ((x - p)[:, None] * (patterns[None] - p[:, None])).sum(-1)
+    assert inward.max() < 1e-2 * np.linalg.norm(x - p, axis=1).max() ** 2
     off = np.linalg.svd(patterns)[2][-1][None] # at right angles to all of them
     assert composition(off, patterns).kind.tolist() == ["spurious"]
     assert composition(np.zeros((0, 20)), patterns).parts.shape[0] == 0
