@@ -72,21 +72,25 @@ def _best_first(points, ranks):
     "The order of rows by their ranks, and among equals by their first coordinates."
     return np.lexsort((*points.T[:4][::-1], *np.asarray(ranks).T[::-1]))
 
-# %% ../../nbs/api/analysis/joining.ipynb #c021c88f
+# %% ../../nbs/api/analysis/joining.ipynb #a05e042a
 def join_near(
     points: Float[np.ndarray, "m D"], # the best first
     tolerance, # distance
 ) -> Int[np.ndarray, " m"]: # 0, 1, … in the order of their best points
     "A number for each point, the same for those that are one."
-    if not len(points): return np.zeros(0, int)
-    tree, ball, centres = cKDTree(points), np.full(len(points), -1), []
-    for i in range(len(points)):
+    if len(points) < 2: return np.zeros(len(points), int)
+    nearest = cKDTree(points).query(points, 2, distance_upper_bound=tolerance, workers=-1)[0][:, 1]
+    some = np.flatnonzero(nearest <= tolerance) # the others are alone
+    tree, ball, centres = cKDTree(points[some]), np.full(len(some), -1), []
+    for i in range(len(some)):
         if ball[i] >= 0: continue
-        near = np.array(tree.query_ball_point(points[i], tolerance / 2), int)
+        near = np.array(tree.query_ball_point(points[some[i]], tolerance / 2), int)
         ball[near[ball[near] < 0]] = len(centres)
-        centres.append(i)
+        centres.append(some[i])
     near = tree.sparse_distance_matrix(cKDTree(points[centres]), tolerance, output_type="ndarray")
-    return join_pairs(len(centres), np.stack([ball[near["i"]], near["j"]], 1))[ball]
+    pairs = np.stack([some[near["i"]], np.array(centres, int)[near["j"]]], 1)
+    own = np.stack([some, np.array(centres, int)[ball]], 1)
+    return join_pairs(len(points), np.concatenate([pairs, own]))
 
 
 def join_pairs(
