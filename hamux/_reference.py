@@ -62,7 +62,7 @@ def comments(thing) -> dict[str, str]:
     "The comment beside each parameter, on one line"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = docments(thing)
+        found = docments(thing, args_kwargs=True)
     return {name: " ".join(text.split()) for name, text in found.items() if text}
 
 
@@ -71,6 +71,8 @@ def comments(thing) -> dict[str, str]:
 
 def type_of(annotation: ast.AST | None, default: ast.AST | None) -> str:
     "A type as it is written, or that of a default that shows it"
+    if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
+        return annotation.value
     if annotation is not None:
         return ast.unparse(annotation).replace("'", '"')
     value = getattr(default, "value", None)
@@ -85,19 +87,49 @@ def default_of(value: ast.AST | None) -> tuple[ast.AST | None, str]:
     return value, "" if value is None else ast.unparse(value).replace("'", '"')
 
 
+def named(place: ast.AST, known: dict):
+    "The thing that an expression names, `lg.lagr_tanh` say; None for any other expression"
+    if not isinstance(place, ast.Name | ast.Attribute): return None
+    first, *rest = ast.unparse(place).split(".")
+    thing = functools.reduce(lambda owner, name: getattr(owner, name, None), rest, known.get(first))
+    return plain(thing) if callable(thing) else None
+
+
+def passed_on(function) -> Iterator[tuple[str, object]]:
+    """(parameter, function) for what is handed on under its own name: to what is called, or to what
+    that is to call"""
+    for node in ast.walk(tree(function)):
+        if not isinstance(node, ast.Call): continue
+        words = [k for k in node.keywords if isinstance(k.value, ast.Name)]
+        same = [k.arg for k in words if k.value.id == k.arg]
+        for place in (node.func, *node.args) if same else ():
+            taker = named(place, function.__globals__)
+            if inspect.isfunction(taker): yield from ((name, taker) for name in same)
+
+
+def held_by(cls):
+    "The public class whose methods a class gives on: that of its first field"
+    if not inspect.isclass(cls): return None
+    first = next(iter(cls.__dict__.get("__annotations__", {}).values()), None)
+    return first if inspect.isclass(first) and first.__name__ in MODULES else None
+
+
 def told_elsewhere(function) -> dict[str, str]:
     """What a parameter means where a function does not say it: what the class that it returns says
-    of it, or the method of a base class that it implements"""
+    of it, the function that it is passed on to, or the same method of a base class, or of the class
+    that it holds"""
     said = {}
     returned = tree(function).returns
     made = function.__globals__.get(returned.id) if isinstance(returned, ast.Name) else None
     init = init_of(made) if inspect.isclass(made) else None
     if init and init is not function: said |= comments(init)
+    for name, taker in passed_on(function):
+        if name in comments(taker): said[name] = comments(taker)[name]
     owner, _, name = function.__qualname__.rpartition(".")
     cls = function.__globals__.get(owner)
-    for base in getattr(cls, "__mro__", ())[1:] if name != "__init__" else ():
-        method = base.__dict__.get(name)
-        if base.__module__.startswith("hamux.") and inspect.isfunction(method):
+    for base in (*getattr(cls, "__mro__", ())[1:], held_by(cls)) if name != "__init__" else ():
+        method = getattr(base, "__dict__", {}).get(name)
+        if inspect.isfunction(method) and base.__module__.startswith("hamux."):
             said = comments(method) | said
     return said
 
@@ -120,7 +152,7 @@ def parameters(function) -> list[Row]:
 
 
 def fields(cls) -> list[Row]:
-    "The public fields of a class and of its bases"
+    "The public fields of a class and of its bases, which speak for what it does not explain itself"
     rows = {}
     for base in reversed(cls.__mro__):
         if not base.__module__.startswith("hamux."): continue
@@ -129,13 +161,15 @@ def fields(cls) -> list[Row]:
             if not isinstance(node, ast.AnnAssign) or node.target.id.startswith("_"): continue
             value, text = default_of(node.value)
             kind = type_of(node.annotation, value)
-            rows[node.target.id] = Row(node.target.id, kind, text, beside(node, lines))
+            said = beside(node, lines) or getattr(rows.get(node.target.id), "meaning", "")
+            rows[node.target.id] = Row(node.target.id, kind, text, said)
     return list(rows.values())
 
 
 def beside(node: ast.AST, lines: list[str]) -> str:
     "The comment at the end of a field's line, or on the lines above it"
-    _, mark, comment = lines[node.end_lineno - 1][node.end_col_offset :].partition("#")
+    rest = lines[node.end_lineno - 1].encode()[node.end_col_offset :] # Python counts in bytes
+    _, mark, comment = rest.decode().partition("#")
     if mark: return comment.strip()
     above = []
     for line in reversed(lines[: node.lineno - 1]):
@@ -288,7 +322,7 @@ def function_blocks(function, name: str) -> Iterator[str]:
     yield f"```python\n{call(name, rows, star_of(node.args))}\n```"
     yield first_line(docstring(function) or "")
     if any(row.type or row.meaning for row in rows): yield table(rows)
-    said = comments(function).get("return", "")
+    said = comments(function).get("return") or told_elsewhere(function).get("return", "")
     if node.returns is not None and ast.unparse(node.returns) != "None":
         kind = quoted(type_of(node.returns, None))
         yield f"[Returns]{{.api-word}} {kind}{': ' if said else ''}{escaped(said)}"
