@@ -290,7 +290,7 @@ class Memory:
 
     @property
     def centre(self) -> np.ndarray:
-        "The middle (d,) from which distances are measured, in the scaled data."
+        "The middle of the patterns (d,), in the units of the data; 0 for the dot product."
         return self.frame.centre * self.frame.size
 
     @property

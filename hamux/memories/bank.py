@@ -30,10 +30,14 @@ class ArrayRows:
         self.array = array
 
     @property
-    def shape(self): return self.array.shape
+    def shape(self) -> tuple:
+        "How many rows there are, and how many numbers in each."
+        return self.array.shape
 
     @property
-    def dtype(self): return self.array.dtype
+    def dtype(self) -> np.dtype:
+        "That of the rows."
+        return self.array.dtype
 
     def blocks(
         self,
@@ -63,10 +67,14 @@ class FileRows:
         self.source = source
 
     @property
-    def shape(self): return self.source.shape
+    def shape(self) -> tuple:
+        "How many rows there are, and how many numbers in each."
+        return self.source.shape
 
     @property
-    def dtype(self): return self.source.dtype
+    def dtype(self) -> np.dtype:
+        "That of the rows."
+        return self.source.dtype
 
     def blocks(
         self,
@@ -177,7 +185,9 @@ class Bank:
     def _clear(self): self._held, self.version = {}, getattr(self, "version", -1) + 1
 
     @property
-    def shape(self): return self.size, self.source.shape[1] # slots, numbers in each
+    def shape(self) -> tuple:
+        "How many slots there are, and how many numbers in each."
+        return self.size, self.source.shape[1]
 
     def __len__(self): return int(np.isfinite(self.log_weights[: self.size]).sum())
 
