@@ -8,6 +8,7 @@ import inspect
 import re
 import textwrap
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from importlib import import_module
 from typing import NamedTuple
@@ -21,8 +22,10 @@ MODULES = {
     for module, names in INDEX["syms"].items()
     for name in names
 }
+FACE = set(import_module("hamux").__all__)
 DASHES = 20, 30, 14, 48 # the widths of a table's columns to each other
-MOST_RAISED = 8
+MOST_RAISED = 12
+MOST_VISITS = 3 # to a helper that is called with several names
 
 
 class Row(NamedTuple):
@@ -216,33 +219,76 @@ def init_of(cls):
     return None
 
 
-def message(node: ast.AST) -> str:
-    "The first sentence of an error's message, with `…` for what is filled in"
-    if isinstance(node, ast.Constant): text = str(node.value)
-    elif isinstance(node, ast.JoinedStr):
-        text = "".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in node.values)
-    elif isinstance(node, ast.BinOp): text = message(node.left) + message(node.right)
-    else: return ""
-    first = re.split(r"(?<=[.])\s+(?=[A-Z])", " ".join(text.split()))[0]
-    return re.sub(r"…[. …]*$", "…", first)
+def message(node: ast.AST, known: dict) -> str:
+    "An error's message, with `…` for what is filled in, unless the calls that led here say it"
+    if isinstance(node, ast.Constant): return str(node.value)
+    if isinstance(node, ast.Name): return known.get(node.id, "…")
+    if isinstance(node, ast.BinOp): return message(node.left, known) + message(node.right, known)
+    if not isinstance(node, ast.JoinedStr): return "…"
+    parts = [getattr(part, "value", part) for part in node.values]
+    return "".join(part if isinstance(part, str) else message(part, known) for part in parts)
 
 
-def raised(function, seen: set | None = None) -> Iterator[tuple[str, str]]:
-    "(error, message) of what a function raises itself, or through private helpers of its module"
-    seen = set() if seen is None else seen
-    if function in seen: return
-    seen.add(function)
-    for node in ast.walk(tree(function)):
-        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
-            error, text = ast.unparse(node.exc.func), message(node.exc.args[0])
-            says = re.sub(r"^\w+: ", "", text).strip("… .:")
-            if error.endswith("Error") and says: yield error, text
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            helper = function.__globals__.get(node.func.id)
-            helper = plain(helper) if callable(helper) else None
-            private = node.func.id.startswith("_") and inspect.isfunction(helper)
-            if private and helper.__module__ == function.__module__:
-                yield from raised(helper, seen)
+def first_sentence(text: str) -> str:
+    "Of a message, without the name that it begins with where nobody said that"
+    text = re.split(r"(?<=[.])\s+(?=[A-Z])", " ".join(text.split()))[0]
+    text = re.sub(r"…[. ]*$", "…", re.sub(r"…[ .…]*…", "…", text))
+    return re.sub(r"^…: (?=\S)", "", text)
+
+
+def says_something(text: str) -> bool:
+    words = re.sub(r"^\w+: |must be (a )?…, got …$", "", text).strip("… .:").split()
+    return len(words) > 2
+
+
+def words_given(call: ast.Call, helper, known: dict) -> dict[str, str]:
+    "The words that a call fills into the messages of a helper, by parameter"
+    node = tree(helper).args
+    names = [arg.arg for arg in (*node.posonlyargs, *node.args)]
+    given = dict(zip(names, call.args, strict=False)) | {k.arg: k.value for k in call.keywords}
+    unset = dict(zip(reversed(names), reversed(node.defaults), strict=False))
+    words = {
+        name: message(value, known)
+        for name, value in (unset | given).items()
+        if not isinstance(value, ast.Constant) or isinstance(value.value, str)
+    }
+    return {name: text for name, text in words.items() if text.strip("… ")}
+
+
+def is_told_anew(node: ast.AST) -> bool:
+    "Whether an error inside may be caught, or put in other words"
+    contexts = [item.context_expr for item in node.items] if isinstance(node, ast.With) else []
+    return isinstance(node, ast.Try) or any(isinstance(c, ast.Call) for c in contexts)
+
+
+def passed_through(node: ast.AST) -> Iterator[ast.AST]:
+    "The parts of a definition whose errors reach who calls it"
+    for part in ast.iter_child_nodes(node):
+        if is_told_anew(part): yield from (n for n in ast.walk(part) if isinstance(n, ast.Raise))
+        else: yield from (part, *passed_through(part))
+
+
+def raised(function) -> Iterator[tuple[str, str]]:
+    "(error, message) of what a function raises itself, and then through helpers that have no page"
+    queue, visits = [(function, {})], Counter()
+    while queue:
+        here, known = queue.pop(0)
+        visits[here] += 1
+        for node in passed_through(tree(here)) if visits[here] <= MOST_VISITS else ():
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+                error = ast.unparse(node.exc.func)
+                text = first_sentence(message(node.exc.args[0], known))
+                if re.fullmatch(r"[\w.]+Error", error) and says_something(text): yield error, text
+            elif isinstance(node, ast.Call):
+                helper = named(node.func, here.__globals__)
+                if inspect.isfunction(helper) and is_helper(helper):
+                    queue.append((helper, words_given(node, helper, known)))
+
+
+def is_helper(function) -> bool:
+    "Whether it is ours, and not what people call"
+    ours = function.__module__.startswith("hamux.")
+    return ours and function.__name__ not in FACE and not inspect.isgeneratorfunction(function)
 
 
 # --- on the page ----------------------------------------------------------------------------------

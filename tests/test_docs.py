@@ -154,6 +154,20 @@ def test_what_is_returned_and_raised():
     assert "- `ValueError`: NeuronLayer: tau must be a positive finite number, got …" in text
 
 
+def test_what_helpers_raise_is_told_in_the_words_of_the_call():
+    "Not what is caught, and not what says nothing without its numbers"
+    text = lambda name: str(Reference(getattr(hamux, name)))
+    raised = lambda name: re.findall(r"^- `(\w+)`: (.*)$", text(name), re.M)
+    assert ("ValueError", "HAM: a connection must join a layer, got …") in raised("HAM")
+    assert ("TypeError", "LinearSynapse: W must be real, got dtype …") in raised("LinearSynapse")
+    assert ("ValueError", "LinearSynapse: W must have … axes, got shape …") in raised("LinearSynapse")
+    wanted = "TypeError", "descend: ham must be a HAM or a VectorizedHAM, got …"
+    assert wanted in raised("descend")
+    assert not raised("load") # all of it becomes a `FileProblem`
+    messages = [said for name in hamux.__all__ if name in MODULES for _, said in raised(name)]
+    assert not [said for said in messages if re.search(r"…[. …]*…|^…:", said)]
+
+
 def test_what_a_page_defines_is_read_from_the_package():
     "A class of `__main__` has no source"
     page = {}
