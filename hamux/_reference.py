@@ -26,6 +26,7 @@ FACE = set(import_module("hamux").__all__)
 DASHES = 20, 30, 14, 48 # the widths of a table's columns to each other
 MOST_RAISED = 12
 MOST_VISITS = 3 # to a helper that is called with several names
+MOST_DEPTH = 3 # of helpers of helpers
 
 
 class Row(NamedTuple):
@@ -270,11 +271,12 @@ def passed_through(node: ast.AST) -> Iterator[ast.AST]:
 
 def raised(function) -> Iterator[tuple[str, str]]:
     "(error, message) of what a function raises itself, and then through helpers that have no page"
-    queue, visits = [(function, {})], Counter()
+    queue, visits = [(function, {}, 0)], Counter()
     while queue:
-        here, known = queue.pop(0)
+        here, known, depth = queue.pop(0)
         visits[here] += 1
-        for node in passed_through(tree(here)) if visits[here] <= MOST_VISITS else ():
+        if visits[here] > MOST_VISITS or depth > MOST_DEPTH: continue
+        for node in passed_through(tree(here)):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
                 error = ast.unparse(node.exc.func)
                 text = first_sentence(message(node.exc.args[0], known))
@@ -282,7 +284,7 @@ def raised(function) -> Iterator[tuple[str, str]]:
             elif isinstance(node, ast.Call):
                 helper = named(node.func, here.__globals__)
                 if inspect.isfunction(helper) and is_helper(helper):
-                    queue.append((helper, words_given(node, helper, known)))
+                    queue.append((helper, words_given(node, helper, known), depth + 1))
 
 
 def is_helper(function) -> bool:

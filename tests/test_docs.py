@@ -160,7 +160,8 @@ def test_what_helpers_raise_is_told_in_the_words_of_the_call():
     raised = lambda name: re.findall(r"^- `(\w+)`: (.*)$", text(name), re.M)
     assert ("ValueError", "HAM: a connection must join a layer, got …") in raised("HAM")
     assert ("TypeError", "LinearSynapse: W must be real, got dtype …") in raised("LinearSynapse")
-    assert ("ValueError", "LinearSynapse: W must have … axes, got shape …") in raised("LinearSynapse")
+    wanted = "ValueError", "LinearSynapse: W must have … axes, got shape …"
+    assert wanted in raised("LinearSynapse")
     wanted = "TypeError", "descend: ham must be a HAM or a VectorizedHAM, got …"
     assert wanted in raised("descend")
     assert not raised("load") # all of it becomes a `FileProblem`

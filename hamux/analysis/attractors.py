@@ -259,8 +259,8 @@ class Stability(eqx.Module):
     # layer
     mode: dict
     error: Float[Array, "*batch"] # some eigenvalue is within this of `curvature`
-    residual: Float[Array, "*batch"] # how far from rest it is, as for `descend`; defined with
-    # `check_rest`
+    # how far from rest it is, as for `descend`; defined with `check_rest`
+    residual: Float[Array, "*batch"]
     # whether that is small: stability is a question about fixed points
     at_rest: Bool[Array, "*batch"]
     products: Int[Array, "*batch"] # products with the linearised dynamics that this took

@@ -330,8 +330,9 @@ class MemoryImputer(OneToOneFeatureMixin, TransformerMixin, AbstractMemoryEstima
                  beta=None, # inverse temperature, of the scaled columns; None to choose
                  noise=None, # instead: the standard deviation of noise in an entry, 1/√beta
                  scale="std", # what columns are divided by: "std", numbers, or None
-                 linear="auto", # whether what is known and was missed is carried over; with
-                                # "auto" if it helped rows that were left out, up to 256 columns
+                 # whether what is known and was missed is carried over; with "auto" if it
+                 # helped rows that were left out, up to 256 columns
+                 linear="auto",
                  steps=0, # after the first; above 0 rows descend, and nothing is carried over
                  max_samples=10_000): # rows to remember, a sample of more; None for all
         self.beta, self.noise, self.scale = beta, noise, scale
