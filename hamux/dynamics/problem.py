@@ -46,8 +46,9 @@ def clamp_dict(
 
 # %% ../../nbs/api/dynamics/problem.ipynb #842bd87f
 def _clamp_mask(name, mask, shape, batch):
-    "A boolean array of the layer's shape, after the batch axis if there is one."
+    "A boolean array of the layer's shape, after the batch axis if there is one; None if all false."
     mask = as_mask(mask, f"The clamp of the layer {name!r}", "a mask", shape, batch + shape)
+    if isinstance(mask, np.ndarray) and not mask.any(): return None
     return jnp.broadcast_to(jnp.asarray(mask), batch + shape)
 
 
@@ -66,7 +67,9 @@ def read_clamp(
             )
         if isinstance(mask, bool | np.bool_): mask = bool(mask)
         if mask is True: whole.append(name)
-        elif mask is not False: masks[name] = _clamp_mask(name, mask, neurons[name].shape, batch)
+        elif mask is not False:
+            mask = _clamp_mask(name, mask, neurons[name].shape, batch)
+            if mask is not None: masks[name] = mask
     return tuple(whole), masks
 
 # %% ../../nbs/api/dynamics/problem.ipynb #3edaefa7
