@@ -378,8 +378,8 @@ def test_words_are_linked_once(text, wanted):
 
 def test_glossary():
     terms = before_render.glossary(ROOT / "nbs/explanations/glossary.qmd")
-    wanted = "state activation Lagrangian hypersynapse clamp residual fixed-point basin landscape"
-    assert {anchor for anchor, _ in terms.values()} == {*wanted.lower().split(), "recall"}
+    wanted = "state activation lagrangian hypersynapse clamp residual fixed-point basin recall"
+    assert {anchor for anchor, _ in terms.values()} == {*wanted.split(), "landscape"}
     assert "clamped" in terms and "fixed points" in terms
     for _, meaning in terms.values():
         assert 20 < len(meaning) < 140 and not re.search(r"[\\$`{}\"→]", meaning)

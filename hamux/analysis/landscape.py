@@ -64,7 +64,7 @@ def in_parts(
     made = [_first_rows(f(_filled(tree, p, size)), p.stop - p.start) for p in parts]
     return jax.tree_util.tree_map(lambda *v: jnp.asarray(np.concatenate(v)), *made)
 
-# %% ../../nbs/api/analysis/landscape.ipynb #045427fe
+# %% ../../nbs/api/analysis/landscape.ipynb #98940855
 class Composition(eqx.Module):
     "Which stored patterns states are made of; the first axis is that of the states."
     index: Int[Array, " A"] # the pattern that a state is, or −1
@@ -79,7 +79,10 @@ class Composition(eqx.Module):
         index, mixed = np.asarray(self.index), np.asarray(self.mixed)
         return np.where(index >= 0, "stored", np.where(mixed, "mixture", "spurious"))
 
-    def words(self, i, most=3) -> str:
+    def words(self,
+              i: int, # which state
+              most: int = 3, # parts of a mixture that are named
+              ) -> str: # such as "0.51 of 0, 0.49 of 2"
         "What one state is, in a few words."
         if self.index[i] >= 0: return f"pattern {int(self.index[i])}"
         if not self.mixed[i]: return "spurious"
@@ -144,12 +147,12 @@ def composition(
     arrays = parts, weights, misfit, misfit <= limit
     return Composition(found.index, *map(jnp.asarray, arrays))
 
-# %% ../../nbs/api/analysis/landscape.ipynb #268e4f0d
+# %% ../../nbs/api/analysis/landscape.ipynb #38318713
 class Landscape(eqx.Module):
     "The fixed points that many starts found, the most frequent first."
     xs: dict # states by layer, a row for each point
     xhats: dict # activations by layer
-    energy: Float[Array, " A"]
+    energy: Float[Array, " A"] # total energy
     softest: Stability # curvature, residual, at rest: of each point
     share: Float[Array, " A"] # share of all starts that ended there
     spread: Float[Array, " A"] # distance from it to the furthest end that was joined with it
@@ -176,7 +179,7 @@ class Landscape(eqx.Module):
         "Whether the descent from each start converged."
         return self.code == CONVERGED
 
-# %% ../../nbs/api/analysis/landscape.ipynb #62778274
+# %% ../../nbs/api/analysis/landscape.ipynb #d0f27a08
 _WHY = {
     MAX_STEPS: "out of steps", NONFINITE: "not finite", UNBOUNDED: "not bounded below",
     STUCK: "stuck", SAMPLED: "samples",
@@ -184,7 +187,7 @@ _WHY = {
 
 
 @patch(as_prop=True)
-def result(self: Landscape) -> str:
+def result(self: Landscape) -> str: # as many as there are of each kind, and what was lost
     "What was found, in a sentence or two."
     kinds = Counter(self.kind.tolist())
     found = [plural(kinds[k], k) for k in ("minimum", "saddle") if kinds[k]]

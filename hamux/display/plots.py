@@ -120,7 +120,7 @@ def plot_attractors(
     found, # a `Landscape`
     ax=None, # matplotlib axes; None for new ones
     **style, # passed on to matplotlib's plot
-): # the axes
+) -> Any: # matplotlib axes
     "Draw the share of the starts that each fixed point got, against its energy."
     from matplotlib.ticker import LogLocator, NullFormatter
     if ax is None:
