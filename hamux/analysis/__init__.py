@@ -2,3 +2,5 @@
 
 from .attractors import *
 from .discrete import *
+from .convergence import *
+from .likelihood import *

@@ -91,7 +91,7 @@ def _visit(problem, law, name, values, temperature, key):
         return options[jr.categorical(jr.fold_in(key, site), heights)]
     return jax.lax.fori_loop(0, law.sites, one, values[name])
 
-# %% ../../nbs/api/dynamics/gibbs.ipynb #b69b1f40
+# %% ../../nbs/api/dynamics/gibbs.ipynb #4e061a18
 class Gibbs(AbstractSampler):
     "Draws the corners of all free layers, each given the others, from the law exp(−E/T)."
     # T > 0: a number, an array, or a function of the sweep; None for 1/β of the layers
@@ -144,9 +144,12 @@ class Gibbs(AbstractSampler):
     def values(self, problem, state): return problem.states(state)
     def xhats(self, problem, state): return problem.states(state)
 
-    def expected(self, problem, state, temperature):
-        "All activations, those of the layers that would be drawn next at their means."
+    def anywhere(self, ham): return ham.activations(ham.init_states())
+
+    def estimate(self, problem, state, temperature):
+        "The energy, the layers that would be drawn next at their means."
         laws, (together, _) = corner_laws(problem), blocks(problem)[0]
         fields = input_fields(problem, problem.states(state), together, temperature)
         means = {n: laws[n].mean(field) for n, field in fields.items()}
-        return problem.states(state | means)
+        fixed = jax.lax.stop_gradient(state | means)
+        return synapse_energy(problem, problem.states(fixed))

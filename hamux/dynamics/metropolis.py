@@ -19,7 +19,7 @@ from .langevin import potential_slope
 from .sampling import AbstractSampler
 from .solver import at_step, check_setting
 
-# %% ../../nbs/api/dynamics/metropolis.ipynb #64f9d3d7
+# %% ../../nbs/api/dynamics/metropolis.ipynb #07aad9fa
 def log_slopes(
     problem, # the energy of the free states
     xs: dict, # the free states
@@ -87,3 +87,8 @@ class MetropolisLangevin(AbstractSampler):
     def energy(self, problem, state): return state.energy
     def values(self, problem, state): return problem.states(state.xs)
     def xhats(self, problem, state): return problem.ham.activations(problem.states(state.xs))
+    def anywhere(self, ham): return ham.init_states()
+
+    def estimate(self, problem, state, temperature):
+        xs = jax.lax.stop_gradient(problem.states(state.xs))
+        return problem.ham.energy(jax.lax.stop_gradient(problem.ham.activations(xs)), xs)

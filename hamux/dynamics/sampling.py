@@ -23,7 +23,7 @@ from .problem import Problem, read_start
 from .programs import solver_as_data
 from ..network.hypergraph import HAM, VectorizedHAM
 
-# %% ../../nbs/api/dynamics/sampling.ipynb #06a3b80f
+# %% ../../nbs/api/dynamics/sampling.ipynb #64fe288b
 class AbstractSampler(eqx.Module):
     "How one chain moves so that its law stays what it is."
     temperature: eqx.AbstractVar[Any] # T: a number, an array, or a function of the sweep
@@ -70,6 +70,14 @@ class AbstractSampler(eqx.Module):
     @abc.abstractmethod
     def xhats(self, problem: Problem, state: PyTree) -> dict:
         "The activations of all layers."
+
+    @abc.abstractmethod
+    def anywhere(self, ham: HAM) -> dict:
+        "Where a chain may start of which nothing is known, in the form of `values`."
+
+    @abc.abstractmethod
+    def estimate(self, problem: Problem, state: PyTree, temperature) -> Float[Array, ""]:
+        "An energy at fixed activations, whose mean and derivative are those of E."
 
 # %% ../../nbs/api/dynamics/sampling.ipynb #9c7c78b8
 class Samples(eqx.Module):

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from .sampling import AbstractSampler
 
-# %% ../../nbs/api/dynamics/tempering.ipynb #e6cbd6d4
+# %% ../../nbs/api/dynamics/tempering.ipynb #906b21f3
 class Tempered(AbstractSampler):
     "A sampler at many temperatures, whose states are swapped; draws are those of the first."
     sampler: AbstractSampler # how the chain of each level moves
@@ -54,6 +54,10 @@ class Tempered(AbstractSampler):
     def energy(self, problem, state): return self.sampler.energy(problem, self._coldest(state))
     def values(self, problem, state): return self.sampler.values(problem, self._coldest(state))
     def xhats(self, problem, state): return self.sampler.xhats(problem, self._coldest(state))
+    def anywhere(self, ham): return self.sampler.anywhere(ham)
+
+    def estimate(self, problem, state, temperature):
+        return self.sampler.estimate(problem, self._coldest(state), temperature[0])
 
 
 def tempering(
