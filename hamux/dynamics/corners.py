@@ -7,16 +7,14 @@ Docs: https://hamux.github.io/hamux/api/dynamics/corners.html.md"""
 # %% auto #0
 __all__ = ['CornerLaw', 'PairLaw', 'OneHotLaw', 'corner_law', 'common_temperature', 'all_corners']
 
-# %% ../../nbs/api/dynamics/corners.ipynb #bf5d91d4
+# %% ../../nbs/api/dynamics/corners.ipynb #4c5ebdb6
 import abc
-import itertools
 import math
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -193,18 +191,19 @@ def common_temperature(
         " Give temperature=…, and the law is exp(−E/T) of the hypersynapses, whatever beta is."
     )
 
-# %% ../../nbs/api/dynamics/corners.ipynb #b7d8902d
+# %% ../../nbs/api/dynamics/corners.ipynb #2a2ddbdf
 def all_corners(
     law: CornerLaw, # of a layer
     most: int = 2**20, # corners at most
 ) -> Float[Array, "corners ..."]:
     "Every corner of a layer, one a row. Raises ValueError where there are too many."
-    rows = jnp.zeros((1, *law.shape))
-    values = len(law.choices(rows[0], 0)[0])
+    nothing = jnp.zeros(law.shape)
+    sites = jnp.arange(law.sites)
+    options = np.asarray(jax.jit(jax.vmap(lambda i: law.choices(nothing, i)[0]))(sites))
+    values = options.shape[1]
     if values**law.sites > most:
         raise ValueError(
             f"all_corners: there must be at most {most} corners, got {values}^{law.sites}."
         )
-    for site in range(law.sites):
-        rows = jax.vmap(lambda row: law.choices(row, site)[0])(rows).reshape(-1, *law.shape)
-    return rows
+    picks = np.indices((values,) * law.sites).reshape(law.sites, -1)
+    return jnp.asarray(sum(own[pick] for own, pick in zip(options, picks, strict=True)))

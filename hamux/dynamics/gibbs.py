@@ -91,12 +91,13 @@ def _visit(problem, law, name, values, temperature, key):
         return options[jr.categorical(jr.fold_in(key, site), heights)]
     return jax.lax.fori_loop(0, law.sites, one, values[name])
 
-# %% ../../nbs/api/dynamics/gibbs.ipynb #4e061a18
+# %% ../../nbs/api/dynamics/gibbs.ipynb #daa0ce8e
 class Gibbs(AbstractSampler):
     "Draws the corners of all free layers, each given the others, from the law exp(−E/T)."
     # T > 0: a number, an array, or a function of the sweep; None for 1/β of the layers
     temperature: Any = None
     numbers: ClassVar[tuple] = ("temperature",)
+    moves_corners: ClassVar[bool] = True
 
     def __check_init__(self):
         if self.temperature is not None: check_setting(self.temperature, "Gibbs", "temperature")

@@ -19,7 +19,7 @@ from .langevin import potential_slope
 from .sampling import AbstractSampler
 from .solver import at_step, check_setting
 
-# %% ../../nbs/api/dynamics/metropolis.ipynb #07aad9fa
+# %% ../../nbs/api/dynamics/metropolis.ipynb #67cdac91
 def log_slopes(
     problem, # the energy of the free states
     xs: dict, # the free states
@@ -39,6 +39,7 @@ class MetropolisLangevin(AbstractSampler):
     dt: Any = 0.1 # step in units of time, > 0: a number, an array, or a function of the sweep
     temperature: Any = 1.0 # T > 0, in units of the energy: likewise
     numbers: ClassVar[tuple] = ("dt", "temperature")
+    moves_corners: ClassVar[bool] = False
 
     def __check_init__(self):
         check_setting(self.dt, "MetropolisLangevin", "dt")

@@ -23,12 +23,13 @@ from .problem import Problem, read_start
 from .programs import solver_as_data
 from ..network.hypergraph import HAM, VectorizedHAM
 
-# %% ../../nbs/api/dynamics/sampling.ipynb #64fe288b
+# %% ../../nbs/api/dynamics/sampling.ipynb #aeaffb8d
 class AbstractSampler(eqx.Module):
     "How one chain moves so that its law stays what it is."
     temperature: eqx.AbstractVar[Any] # T: a number, an array, or a function of the sweep
     # settings that only enter as numbers, so that another value needs no other program
     numbers: ClassVar[tuple] = ()
+    moves_corners: eqx.AbstractVar[bool] # whether its values are corners, and not states
 
     @abc.abstractmethod
     def check(self,

@@ -20,11 +20,14 @@ from jaxtyping import Array, Float
 
 from .sampling import AbstractSampler
 
-# %% ../../nbs/api/dynamics/tempering.ipynb #906b21f3
+# %% ../../nbs/api/dynamics/tempering.ipynb #5f09960d
 class Tempered(AbstractSampler):
     "A sampler at many temperatures, whose states are swapped; draws are those of the first."
     sampler: AbstractSampler # how the chain of each level moves
     temperature: Float[Array, " levels"] # from cold to hot
+
+    @property
+    def moves_corners(self): return self.sampler.moves_corners
 
     def check(self, problem): self.sampler.check(problem)
     def temperature_at(self, problem, sweep): return self.temperature

@@ -8,7 +8,7 @@ Docs: https://hamux.github.io/hamux/api/learning/generative.html.md"""
 __all__ = ['ContrastiveDivergence', 'PersistentDivergence', 'contrastive_divergence', 'PseudoLikelihood', 'pseudo_likelihood',
            'ScoreMatching', 'score_matching']
 
-# %% ../../nbs/api/learning/generative.ipynb #5283a90b
+# %% ../../nbs/api/learning/generative.ipynb #4084242e
 import numbers
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +21,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float
 
-from ..dynamics.corners import common_temperature
+from ..dynamics.corners import common_temperature, corner_law
 from ..dynamics.gibbs import Gibbs, corner_laws, input_fields, is_affine, synapse_energy
 from ..dynamics.langevin import potential_slope
 from ..dynamics.problem import Problem
@@ -133,12 +133,12 @@ def _model_half(loss, ham, values, key):
     keys = jr.split(key, len(next(iter(values.values()))))
     return jax.vmap(lambda v, k: _go_on(loss, ham, v, k))(values, keys)
 
-# %% ../../nbs/api/learning/generative.ipynb #d8575763
+# %% ../../nbs/api/learning/generative.ipynb #bd69f0a3
 def _check_divergence(loss, ham, data):
     "Raise for a network or data that the sampler cannot sample."
     ham = ham.unvectorize()
     rows = _by_layer("contrastive_divergence", ham, loss.layers, data)
-    if isinstance(loss.sampler, Gibbs): _check_corners("contrastive_divergence", ham, rows)
+    if loss.sampler.moves_corners: _check_corners("contrastive_divergence", ham, rows)
     start = loss.sampler.anywhere(ham) | {n: v[0] for n, v in rows.items()}
     loss.sampler.check(Problem(ham, start, {}, tuple(ham.neurons)))
 
