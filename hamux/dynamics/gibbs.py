@@ -91,7 +91,7 @@ def _visit(problem, law, name, values, temperature, key):
         return options[jr.categorical(jr.fold_in(key, site), heights)]
     return jax.lax.fori_loop(0, law.sites, one, values[name])
 
-# %% ../../nbs/api/dynamics/gibbs.ipynb #daa0ce8e
+# %% ../../nbs/api/dynamics/gibbs.ipynb #06285f3b
 class Gibbs(AbstractSampler):
     "Draws the corners of all free layers, each given the others, from the law exp(−E/T)."
     # T > 0: a number, an array, or a function of the sweep; None for 1/β of the layers
@@ -147,10 +147,10 @@ class Gibbs(AbstractSampler):
 
     def anywhere(self, ham): return ham.activations(ham.init_states())
 
-    def estimate(self, problem, state, temperature):
-        "The energy, the layers that would be drawn next at their means."
+    def estimate(self, problem, state, temperature, means=True):
+        if not means: return self.energy(problem, jax.lax.stop_gradient(state))
         laws, (together, _) = corner_laws(problem), blocks(problem)[0]
         fields = input_fields(problem, problem.states(state), together, temperature)
-        means = {n: laws[n].mean(field) for n, field in fields.items()}
-        fixed = jax.lax.stop_gradient(state | means)
+        mean = {n: laws[n].mean(field) for n, field in fields.items()}
+        fixed = jax.lax.stop_gradient(state | mean)
         return synapse_energy(problem, problem.states(fixed))

@@ -19,7 +19,7 @@ from .langevin import potential_slope
 from .sampling import AbstractSampler
 from .solver import at_step, check_setting
 
-# %% ../../nbs/api/dynamics/metropolis.ipynb #67cdac91
+# %% ../../nbs/api/dynamics/metropolis.ipynb #c7691c97
 def log_slopes(
     problem, # the energy of the free states
     xs: dict, # the free states
@@ -90,6 +90,6 @@ class MetropolisLangevin(AbstractSampler):
     def xhats(self, problem, state): return problem.ham.activations(problem.states(state.xs))
     def anywhere(self, ham): return ham.init_states()
 
-    def estimate(self, problem, state, temperature):
+    def estimate(self, problem, state, temperature, means=True):
         xs = jax.lax.stop_gradient(problem.states(state.xs))
         return problem.ham.energy(jax.lax.stop_gradient(problem.ham.activations(xs)), xs)

@@ -23,7 +23,7 @@ from .problem import Problem, read_start
 from .programs import solver_as_data
 from ..network.hypergraph import HAM, VectorizedHAM
 
-# %% ../../nbs/api/dynamics/sampling.ipynb #aeaffb8d
+# %% ../../nbs/api/dynamics/sampling.ipynb #9932e165
 class AbstractSampler(eqx.Module):
     "How one chain moves so that its law stays what it is."
     temperature: eqx.AbstractVar[Any] # T: a number, an array, or a function of the sweep
@@ -77,7 +77,12 @@ class AbstractSampler(eqx.Module):
         "Where a chain may start of which nothing is known, in the form of `values`."
 
     @abc.abstractmethod
-    def estimate(self, problem: Problem, state: PyTree, temperature) -> Float[Array, ""]:
+    def estimate(self,
+                 problem: Problem, # the energy of the free layers
+                 state: PyTree, # of the chain
+                 temperature, # T
+                 means: bool = True, # whether units that would be drawn next may be at their means
+                 ) -> Float[Array, ""]:
         "An energy at fixed activations, whose mean and derivative are those of E."
 
 # %% ../../nbs/api/dynamics/sampling.ipynb #9c7c78b8

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from .sampling import AbstractSampler
 
-# %% ../../nbs/api/dynamics/tempering.ipynb #5f09960d
+# %% ../../nbs/api/dynamics/tempering.ipynb #c631371b
 class Tempered(AbstractSampler):
     "A sampler at many temperatures, whose states are swapped; draws are those of the first."
     sampler: AbstractSampler # how the chain of each level moves
@@ -59,8 +59,8 @@ class Tempered(AbstractSampler):
     def xhats(self, problem, state): return self.sampler.xhats(problem, self._coldest(state))
     def anywhere(self, ham): return self.sampler.anywhere(ham)
 
-    def estimate(self, problem, state, temperature):
-        return self.sampler.estimate(problem, self._coldest(state), temperature[0])
+    def estimate(self, problem, state, temperature, means=True):
+        return self.sampler.estimate(problem, self._coldest(state), temperature[0], means)
 
 
 def tempering(

@@ -82,7 +82,7 @@ def _only(who, ham, names):
             " (MemorySynapse), or train with contrastive_divergence."
         )
 
-# %% ../../nbs/api/learning/generative.ipynb #71f24045
+# %% ../../nbs/api/learning/generative.ipynb #db92a955
 def _sweeps(problem, sampler, state, k, T, key):
     "The state after k sweeps."
     step = lambda i, s: sampler.sweep(problem, s, T, jr.fold_in(key, i))[0]
@@ -97,18 +97,18 @@ def _halves(loss, ham, row, key):
     T = sampler.temperature_at(whole, 0)
     values = sampler.values(whole, sampler.init(whole, k[0]))
     hidden = tuple(n for n in ham.neurons if n not in loss.layers)
-    if not hidden: return _energy(loss, ham, values, T), values
+    if not hidden: return _energy(loss, ham, values, T, means=False), values
     held = Problem(still, values, {}, hidden)
     state = _sweeps(held, sampler, sampler.init(held, k[1]), loss.k, T, k[2])
     E = sampler.estimate(Problem(ham, values, {}, hidden), _frozen(state), T)
     return E / T, sampler.values(held, state)
 
 
-def _energy(loss, ham, values, T):
+def _energy(loss, ham, values, T, means=True):
     "The energy at the values of all layers, whose derivative is that of the law."
     problem = Problem(ham, values, {}, tuple(ham.neurons))
     state = loss.sampler.init(problem, jr.key(0)) # corners stay what they are
-    return loss.sampler.estimate(problem, _frozen(state), T) / T
+    return loss.sampler.estimate(problem, _frozen(state), T, means) / T
 
 
 def _go_on(loss, ham, values, key):
