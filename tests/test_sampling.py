@@ -287,8 +287,8 @@ def test_chains_are_carried_through_fit_and_its_file(tmp_path):
 
 
 def test_score_matching_is_least_at_the_law_of_the_noisy_data():
-    """A tanh layer with bias: the states of its own law, exp(−U/T), are the data; with noise that is
-    small the slope in the bias is nothing, and beside it is not"""
+    """A tanh layer with bias: the states of its own law, exp(−U/T), are the data; with noise
+    that is small the slope in the bias is nothing, and beside it is not"""
     b, T = jnp.array([0.4]), 0.5
     ham = lambda b: hmx.HAM({"x": hmx.TanhLayer(1)}, {"b": hmx.BiasSynapse(b)}, [(("x",), "b")])
     many = ham(b).vectorize()

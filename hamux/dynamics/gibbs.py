@@ -7,13 +7,12 @@ Docs: https://hamux.github.io/hamux/api/dynamics/gibbs.html.md"""
 # %% auto #0
 __all__ = ['is_affine', 'blocks', 'corner_laws', 'synapse_energy', 'input_fields', 'Gibbs']
 
-# %% ../../nbs/api/dynamics/gibbs.ipynb #6db9c5f6
+# %% ../../nbs/api/dynamics/gibbs.ipynb #2c7b496d
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import jax.tree_util as jtu
 
 from .corners import common_temperature, corner_law
 from .problem import Problem

@@ -19,7 +19,7 @@ from .langevin import potential_slope
 from .sampling import AbstractSampler
 from .solver import at_step, check_setting
 
-# %% ../../nbs/api/dynamics/metropolis.ipynb #c7691c97
+# %% ../../nbs/api/dynamics/metropolis.ipynb #18ddb60a
 def log_slopes(
     problem, # the energy of the free states
     xs: dict, # the free states
@@ -36,8 +36,9 @@ def log_slopes(
 
 class MetropolisLangevin(AbstractSampler):
     "Langevin steps with a Metropolis test (MALA): activations have the law exp(−E/T)."
-    dt: Any = 0.1 # step in units of time, > 0: a number, an array, or a function of the sweep
-    temperature: Any = 1.0 # T > 0, in units of the energy: likewise
+    dt: Any = 0.1 # step in units of time, > 0: a number or an array
+    # T > 0, in units of the energy: a number, an array, or a function of the sweep
+    temperature: Any = 1.0
     numbers: ClassVar[tuple] = ("dt", "temperature")
     moves_corners: ClassVar[bool] = False
 

@@ -125,7 +125,7 @@ def _sample(start, sampler, keys, counts, keep):
         return _chain(problem, sampler, key, counts, keep)
     return jax.vmap(one)(start.xs, start.masks, keys)
 
-# %% ../../nbs/api/dynamics/sampling.ipynb #be69ac7e
+# %% ../../nbs/api/dynamics/sampling.ipynb #141d2e1b
 def _check_call(sampler, key, **counts):
     "Raise for settings that cannot be meant."
     if not isinstance(sampler, AbstractSampler):
@@ -159,7 +159,6 @@ def sample(
     if unknown: raise ValueError(f"sample: keep must name layers, got {unknown}.")
     if not begin.free: raise ValueError("sample: there must be a layer that is not clamped.")
     keys = jr.split(key, len(next(iter(begin.xs.values())))) if begin.batched else key[None]
-    row = lambda v: v[:1] if begin.batched else v
     if not begin.batched:
         begin = begin._replace(**jtu.tree_map(
             lambda v: v[None], {"xs": begin.xs, "masks": begin.masks}))

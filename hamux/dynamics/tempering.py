@@ -7,10 +7,7 @@ Docs: https://hamux.github.io/hamux/api/dynamics/tempering.html.md"""
 # %% auto #0
 __all__ = ['Tempered', 'tempering']
 
-# %% ../../nbs/api/dynamics/tempering.ipynb #190f9c1c
-import math
-from typing import Any
-
+# %% ../../nbs/api/dynamics/tempering.ipynb #9ec061ba
 import jax
 import jax.numpy as jnp
 import jax.random as jr

@@ -168,8 +168,8 @@ def train_step(
     import optax
     if carries(loss):
         (opt_state, carried), failed = opt_state, jnp.array(-1)
-        one = eqx.filter_value_and_grad(lambda h: loss.advance(h, batch, key, carried), has_aux=True)
-        (value, carried), grads = one(ham)
+        advance = lambda ham: loss.advance(ham, batch, key, carried)
+        (value, carried), grads = eqx.filter_value_and_grad(advance, has_aux=True)(ham)
     else: value, grads, failed = loss_and_gradient(loss, ham, batch, key)
     grads, trained = eqx.filter(grads, mask), eqx.filter(ham, mask)
     update = optax.with_extra_args_support(optimizer).update
