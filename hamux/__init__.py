@@ -28,7 +28,8 @@ from .synapses import (
 from .dynamics import (
     descend, Descent, Trace, with_beta, flow, Flow, compiled_programs, AbstractSolver, Move, Point,
     Problem, Euler, Backtracking, Adaptive, Relaxation, Langevin, AbstractAdjoint, UnrolledAdjoint,
-    CheckpointedAdjoint, ImplicitAdjoint, OneStepAdjoint,
+    CheckpointedAdjoint, ImplicitAdjoint, OneStepAdjoint, sample, Samples, Gibbs,
+    MetropolisLangevin, tempering,
 )
 from .display import plot_energy, plot_recall, plot_lagrangian, plot_attractors, draw, describe
 
@@ -38,12 +39,14 @@ _LATER = {
         gradient Gradient AbstractMethod EquilibriumPropagation ContrastiveHebbian RecallLoss
         denoising_loss completion_loss classification_loss squared_error cross_entropy
         hide_pixels hide_half hide_rectangle fit Fit batches unit_norm fit_memory
+        contrastive_divergence pseudo_likelihood score_matching
     """,
     "memories": "recall Memory Recalled memory_ham",
     "analysis": """
         which_memory stability Stability basin_size flip_signs add_noise erase cover
         find_attractors Landscape composition AbstractDiscreteMemory DiscreteHopfield
-        DiscreteMemory hebbian pseudo_inverse recall_bits flip_together
+        DiscreteMemory hebbian pseudo_inverse recall_bits flip_together effective_sample_size r_hat
+        free_energy log_partition
     """,
     "storage": "save load to_config from_config FileProblem",
 }

@@ -4,3 +4,5 @@ from .attractors import *
 from .landscape import *
 from .joining import *
 from .discrete import *
+from .convergence import *
+from .likelihood import *

@@ -12,3 +12,8 @@ from .loop import *
 from .adjoints import *
 from .descent import *
 from .continuous import *
+from .corners import *
+from .sampling import *
+from .gibbs import *
+from .metropolis import *
+from .tempering import *

@@ -62,6 +62,13 @@ def _log_slopes(lagrangian, facts, x):
     return jnp.broadcast_to(declared, x.shape), derivative_at_zero(log_steep)
 
 
+def _between(lagrangian, facts, x):
+    "The mean of a unit that takes one of two values, at the Lagrangian's inverse temperature."
+    low, high = facts.corners
+    beta = jnp.asarray(setting_of(lagrangian, facts.beta, 1.0))
+    return low + (high - low) * jax.nn.sigmoid(beta * (high - low) * x)
+
+
 def _apart(got, true, eps):
     "Where two arrays of one row per state differ most, beyond rounding; None if nowhere."
     got, true = (np.reshape(a, (len(a), -1)) for a in (got, true))
@@ -92,6 +99,10 @@ def wrong_fact(
         if (i := _apart(wanted, got, eps)) is not None:
             state = state_in_words(x[i], size[i])
             return f"to have the energy {wanted[i]:.4g} at {state}, but it has {got[i]:.4g}"
+    if facts.corners is not None:
+        wanted, got = every(lambda x: (_between(L, facts, x), jax.grad(L)(x)))
+        if (i := _apart(wanted, got, eps)) is not None:
+            return f"with corners {facts.corners}, but its activation is not the mean of such units"
     if facts.form is None or facts.log_slope is None: return None
     wanted, got = every(lambda x: _log_slopes(L, facts, x))
     if (i := _apart(wanted, got, 1e-8)) is None: return None

@@ -126,6 +126,7 @@ _tanh = _elementwise(tempered(logcosh_value, jnp.tanh, sech2, logcosh_dual), "la
     form="sum",
     name="tanh",
     log_slope=lambda xhat, beta: -2 * beta * xhat,
+    corners=(-1.0, 1.0),
     conjugate=_own_energy(logcosh_dual),
 )
 def lagr_tanh(
@@ -147,6 +148,7 @@ _sigmoid = _elementwise(tempered(
     form="sum",
     name="sigmoid",
     log_slope=lambda xhat, beta: beta * (1 - 2 * xhat),
+    corners=(0.0, 1.0),
     conjugate=_own_energy(softplus_dual),
 )
 def lagr_sigmoid(

@@ -37,6 +37,9 @@ class Facts:
     outer: Callable | None = None # of a function of a sum: (sum, **settings) → the value
     # of a sum: (σ(x), **settings) → d log σ′(x)/dx, if σ′ > 0 everywhere
     log_slope: Callable | None = None
+    # of a sum: the two values that an entry of σ has without temperature, where β is the inverse
+    # temperature of a unit that takes either of them
+    corners: tuple | None = None
     # (x, **settings) → <σ(x), x> − L(x), written without a difference of large numbers
     conjugate: Callable | None = None
 
@@ -54,6 +57,10 @@ class Facts:
         if self.silent and self.form != "competition":
             raise ValueError(
                 f"Facts: silent must be 0 unless the form is 'competition', got {self.form!r}."
+            )
+        if self.corners and self.form != "sum":
+            raise ValueError(
+                f"Facts: corners must be None unless the form is 'sum', got {self.form!r}."
             )
 
 

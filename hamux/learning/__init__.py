@@ -2,6 +2,7 @@
 
 from .corruption import *
 from .gradients import *
+from .generative import *
 from .losses import *
 from .memory_training import *
 from .run import *

@@ -129,6 +129,11 @@ def _check_scalar(value):
     return value
 
 # %% ../../nbs/api/learning/run.ipynb #dcd8e02e
+def carries(loss): # one that carries something from step to step
+    "Whether a loss has `carried`, what it begins with, and `advance`, which takes and returns it."
+    return hasattr(loss, "carried") and hasattr(loss, "advance")
+
+
 def loss_and_gradient(loss, ham, batch, key):
     "Loss, gradient, and the number of rows that did not converge (−1 where the loss does not say)."
     if not hasattr(loss, "gradient"):
@@ -151,7 +156,7 @@ def batch_loss(loss, ham, batch, key):
 @eqx.filter_jit
 def train_step(
     ham, # the network
-    opt_state, # the optimizer's state
+    opt_state, # the optimizer's state; with it, in a pair, what the loss carries
     batch, # rows of the data
     key, # a PRNG key of this step
     loss, # of (ham, batch, key)
@@ -161,13 +166,18 @@ def train_step(
 ): # network and state after it; loss, failed rows, and whether loss, gradients, values are finite
     "One step of training."
     import optax
-    value, grads, failed = loss_and_gradient(loss, ham, batch, key)
+    if carries(loss):
+        (opt_state, carried), failed = opt_state, jnp.array(-1)
+        advance = lambda ham: loss.advance(ham, batch, key, carried)
+        (value, carried), grads = eqx.filter_value_and_grad(advance, has_aux=True)(ham)
+    else: value, grads, failed = loss_and_gradient(loss, ham, batch, key)
     grads, trained = eqx.filter(grads, mask), eqx.filter(ham, mask)
     update = optax.with_extra_args_support(optimizer).update
     updates, opt_state = update(grads, opt_state, trained, value=value)
     new = eqx.combine(optax.apply_updates(trained, updates), ham)
     new = project_trained(new, project, mask)
     finite = lambda tree: jnp.stack([jnp.isfinite(v).all() for v in jtu.tree_leaves(tree)])
+    if carries(loss): opt_state = opt_state, carried
     checks = jnp.isfinite(value), finite(grads), finite(eqx.filter(new, mask))
     return new, opt_state, (value, failed, *checks)
 

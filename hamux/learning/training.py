@@ -28,6 +28,7 @@ from hamux.learning.run import (
     as_key,
     batch_loss,
     batches,
+    carries,
     check_like,
     is_count,
     read_run,
@@ -58,7 +59,8 @@ class Fit:
     # rows of the batch that did not converge, of every step; −1 where the loss does not say
     unconverged: np.ndarray
     steps: int # steps taken
-    opt_state: PyTree # the optimizer's state after the last step
+    # the optimizer's state after the last step; in a pair with it, what a loss carries
+    opt_state: PyTree
     seconds: float # of all calls that went on from one file, together
     code: str # "done", "early", "not finite", "failed" or "interrupted"
     result: str # why it ended, in words
@@ -85,8 +87,8 @@ def _count_steps(steps, epochs, per_epoch, **counts):
     return steps if epochs is None else epochs * per_epoch
 
 # %% ../../nbs/api/learning/training.ipynb #35e88646
-def _start_state(optimizer, trained, given):
-    "The optimizer's state at the start: new, or the one given, if it fits."
+def _start_state(optimizer, trained, given, carried=None):
+    "The optimizer's state at the start, and what the loss carries: new, or given, if it fits."
     try:
         import optax # noqa: F401
     except ImportError as e:
@@ -96,6 +98,7 @@ def _start_state(optimizer, trained, given):
             f"fit: optimizer must be one of optax, such as optax.adam(1e-3), got {optimizer!r}."
         )
     new = jtu.tree_map(jnp.asarray, optimizer.init(trained))
+    if carried is not None: new = new, jtu.tree_map(jnp.asarray, carried)
     if given is None: return new
     if jtu.tree_structure(given) != jtu.tree_structure(new):
         raise ValueError(
@@ -315,7 +318,8 @@ def fit(
     validate_every: int | None = None, # steps; None for an epoch
     checkpoint=None, # a file to save to, and to go on from if it is there
     checkpoint_every: int | None = None, # steps; None for an epoch
-    opt_state=None, # state of the optimizer to begin with; None for a new one
+    # state of the optimizer to begin with, as `Fit.opt_state` has it; None for a new one
+    opt_state=None,
 ) -> Fit: # the network, and how it went
     "Train a network. Raises ValueError or TypeError for bad input, `FileProblem` for another file."
     (host, n), key = as_data(data, batch_size), as_key(key)
@@ -328,7 +332,8 @@ def fit(
     mask = trainable_mask(ham, trainable)
     project = as_projection(ham, project, mask)
     ham = project_trained(ham, project, mask)
-    run = Run((0, ham, _start_state(optimizer, eqx.filter(ham, mask), opt_state)))
+    carried = loss.carried(ham, jr.fold_in(key, 3)) if carries(loss) else None
+    run = Run((0, ham, _start_state(optimizer, eqx.filter(ham, mask), opt_state, carried)))
     identity, write = run_identity(run, mask, host, batch_size, key), None
     if checkpoint is not None:
         run.digests = run_digests(run, host, validation)
