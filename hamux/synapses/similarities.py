@@ -23,7 +23,8 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from ..lagrangians.arguments import hyperparameter, reduced_axes
-from ..lagrangians.facts import facts_of, setting_of, settings_for, taken_apart
+from ..lagrangians.facts import Threshold, facts_of, setting_of, settings_for, taken_apart
+from ..lagrangians.sparse import find_level
 from ..network.neurons import readable_name
 from ..network.parameters import seal, unseal
 from ..numerics.streaming import stream, stream_tangent
@@ -207,6 +208,142 @@ def _compete_jvp(how, primals, tangents):
         dshare = [jnp.zeros_like(share) + ghost]
     return out, (dz, jnp.zeros_like(top), dmean, *dshare)
 
+# %% ../../nbs/api/synapses/similarities.ipynb #8e667ee7
+@dataclass(frozen=True)
+class _Rule:
+    "How memories share a total: what does not depend on numbers."
+    bank: Bank
+    threshold: Threshold
+    total: int
+    constants: tuple # pairs of a keyword and its value
+    names: tuple # keywords whose values are arrays
+    loop: tuple # pairs of a keyword of `stream` and its value
+
+    def settings(self, numbers):
+        return dict(self.constants) | dict(zip(self.names, numbers, strict=True))
+
+
+@dataclass(frozen=True)
+class _Shares:
+    "Sums over a block under a threshold; args are x̂, β, the largest s, T and shared numbers."
+    what: str # "share" Σ g, "slope" Σ g′, "balance" both, "worth" Σ f
+    rule: _Rule
+
+    def __call__(self, size, args, blocks):
+        x, beta, top, level, *numbers = args
+        rows, threshold = self.rule.bank.read(x, blocks), self.rule.threshold
+        above, settings = beta * (rows.s - top) - level, self.rule.settings(numbers)
+        g = threshold.worth if self.what == "worth" else threshold.share
+        of = lambda above: g(above, **settings)
+        if self.what in ("share", "worth"): found = (of(above),)
+        else: found = jax.jvp(of, (above,), (jnp.ones_like(above),))
+        if self.what == "slope": found = found[1:]
+        if rows.there is not None: found = [jnp.where(rows.there, v, 0) for v in found]
+        return tuple(v.sum() for v in found), ()
+
+# %% ../../nbs/api/synapses/similarities.ipynb #f56e813a
+@dataclass(frozen=True)
+class _Best:
+    "The n largest similarities of a block."
+    bank: Bank
+    n: int
+
+    def __call__(self, size, args, blocks):
+        rows = self.bank.read(args[0], blocks)
+        low = jnp.finfo(rows.s.dtype).min
+        s = rows.s if rows.there is None else jnp.where(rows.there, rows.s, low)
+        if self.n == 1: return (s.max()[None],), ()
+        s = jnp.pad(s, (0, max(0, self.n - size)), constant_values=low)
+        return (jax.lax.top_k(s, self.n)[0],), ()
+
+
+@dataclass(frozen=True)
+class _KeepBest:
+    "The n largest of two blocks."
+    def __call__(self, args, old, new):
+        if len(old[0]) == 1: return (jnp.maximum(old[0], new[0]),)
+        return (jax.lax.top_k(jnp.concatenate([old[0], new[0]]), len(old[0]))[0],)
+
+# %% ../../nbs/api/synapses/similarities.ipynb #acddad9d
+@ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _level(rule, x, beta, *rest):
+    "T, and the largest similarity; `rest` are shared numbers and the blocks."
+    numbers, blocks = rest[: len(rule.names)], rest[len(rule.names) :]
+    n, threshold, loop = rule.total, rule.threshold, dict(rule.loop)
+    start = (float(jnp.finfo(x.dtype).min),)
+    (best,) = stream(_Best(rule.bank, n), (x,), blocks, fold=_KeepBest(), start=start, **loop)
+    top, balance = best[0], _Shares("balance", rule)
+
+    def excess_at(level):
+        shares, slope = stream(balance, (x, beta, top, level, *numbers), blocks, **loop)
+        return (shares - n) / n, slope / n
+
+    low = beta * (best[-1] - top)
+    e = 1.0 if threshold.bend is None else threshold.bend(**rule.settings(numbers))
+    return find_level(excess_at, low, low + 1 if threshold.capped else None, e), top
+
+
+def _given(tangents):
+    "Tangents, None where there is none."
+    odd = lambda t: isinstance(t, SymbolicZero) or t.dtype == jax.dtypes.float0
+    return [None if odd(t) else t for t in tangents]
+
+
+@ft.partial(_level.defjvp, symbolic_zeros=True)
+def _level_jvp(rule, primals, tangents):
+    (x, beta, *rest), (dx, dbeta, *drest) = primals, _given(tangents)
+    n, loop, (level, top) = len(rule.names), dict(rule.loop), _level(rule, *primals)
+    args, blocks, dargs = (x, beta, top, level, *rest[:n]), rest[n:], (dx, dbeta, None, None)
+    share, dblocks = _Shares("share", rule), tuple(drest[n:])
+    (rise,) = stream_tangent(share, args, blocks, (*dargs, *drest[:n]), dblocks, **loop)
+    (slope,) = stream(_Shares("slope", rule), args, blocks, **loop)
+    return (level, top), (rise / jnp.where(slope > 0, slope, 1), jnp.zeros_like(top))
+
+# %% ../../nbs/api/synapses/similarities.ipynb #11cda986
+@ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _shared_out(rule, x, beta, *rest):
+    "β(L − n s), s the largest similarity, and s."
+    level, top = _level(rule, x, beta, *rest)
+    n, loop = len(rule.names), dict(rule.loop)
+    args = (x, beta, top, level, *rest[:n])
+    (worth,) = stream(_Shares("worth", rule), args, rest[n:], **loop)
+    return rule.total * level + worth - _full(rule, level, *rest[:n]), top
+
+
+def _full(rule, level, *numbers):
+    "n f(0)."
+    return rule.total * rule.threshold.worth(jnp.zeros_like(level), **rule.settings(numbers))
+
+
+@ft.partial(_shared_out.defjvp, symbolic_zeros=True)
+def _shared_out_jvp(rule, primals, tangents):
+    (x, beta, *rest), (dx, dbeta, *drest) = primals, _given(tangents)
+    n, loop, out = len(rule.names), dict(rule.loop), _shared_out(rule, *primals)
+    level, top = _level(rule, *primals)
+    numbers, dnumbers, dblocks = rest[:n], drest[:n], tuple(drest[n:])
+    args, dargs = (x, beta, top, level, *numbers), (dx, dbeta, None, None, *dnumbers)
+    worth = _Shares("worth", rule)
+    (rise,) = stream_tangent(worth, args, rest[n:], dargs, dblocks, **loop)
+    if any(d is not None for d in dnumbers):
+        zeros = [jnp.zeros_like(v) if d is None else d for v, d in zip(numbers, dnumbers)]
+        full = lambda *numbers: _full(rule, level, *numbers)
+        rise = rise - jax.jvp(full, tuple(numbers), tuple(zeros))[1]
+    return out, (rise, jnp.zeros_like(top))
+
+
+def _threshold_of(lagrangian, bank, x, beta, blocks, loop):
+    "L(s) under a threshold, by passes."
+    threshold, who = facts_of(lagrangian).threshold, readable_name(lagrangian)
+    settings, total = settings_for(lagrangian, threshold.share), threshold.total
+    arrays = {n: v for n, v in settings.items() if isinstance(v, jax.Array | np.ndarray)}
+    numbers = [hyperparameter(v, n, who, (1,), x.dtype, -math.inf) for n, v in arrays.items()]
+    constants = tuple((n, v) for n, v in settings.items() if n not in arrays)
+    if isinstance(total, str): total = int(setting_of(lagrangian, total))
+    rule = _Rule(bank, threshold, total, constants, tuple(arrays), tuple(loop.items()))
+    find = _level if threshold.worth is None else _shared_out
+    value, top = find(rule, x, beta, *(v.reshape(()) for v in numbers), *blocks)
+    return total * top + value / beta
+
 # %% ../../nbs/api/synapses/similarities.ipynb #0350ecd1
 def _settings(lagrangian, names):
     "The values of these hyperparameters, as far as the Lagrangian has them."
@@ -225,10 +362,12 @@ def separation_of(
     facts, (function, _) = facts_of(lagrangian), taken_apart(lagrangian)
     who = readable_name(function)
     if facts.form == "sum": return _sum_of(lagrangian, bank, x, blocks, **loop)
-    if facts.form == "competition":
+    if facts.form in ("competition", "threshold"):
         reduced_axes(_settings(lagrangian, [facts.axis]).get(facts.axis, -1), 1, who)
         beta = _settings(lagrangian, [facts.beta]).get(facts.beta, 1.0)
         beta = hyperparameter(beta, facts.beta, who, (1,), x.dtype).reshape(())
+        if facts.form == "threshold":
+            return _threshold_of(lagrangian, bank, x, beta, blocks, loop)
         z, top, *_ = _compete((bank, facts.silent, tuple(loop.items())), x, beta, *blocks)
         return top + z / beta
     if facts.form == "function of a sum":
