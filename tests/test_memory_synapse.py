@@ -24,6 +24,10 @@ CASES = [  # lagrangian, its learned hyperparameter, similarity, mask
     (hmx.lagr_repu, {"n": 3.5}, "dot", None),
     (hmx.lagr_exp, {"beta": 0.7}, "euclidean", MASK),
     (log_sum_relu, {"beta": 0.2}, "euclidean", MASK),
+    (hmx.lagr_sparsemax, {"beta": 0.7}, "euclidean", MASK),
+    (hmx.lagr_entmax, {"alpha": 1.4, "beta": 0.7}, "dot", None),
+    (hmx.lagr_normmax, {"alpha": 1.7, "beta": 0.7}, "dot", MASK),
+    (Partial(hmx.lagr_ksubsets, k=3), {"beta": 0.7}, "euclidean", None),
 ]
 
 

@@ -222,22 +222,47 @@ class _Rule:
     def settings(self, numbers):
         return dict(self.constants) | dict(zip(self.names, numbers, strict=True))
 
+    def share(self, t, *numbers): return self.threshold.share(t, **self.settings(numbers))
+    def worth(self, t, *numbers): return self.threshold.worth(t, **self.settings(numbers))
 
+    def slope(self, t, *numbers):
+        return jax.jvp(lambda t: self.share(t, *numbers), (t,), (jnp.ones_like(t),))[1]
+
+
+@ft.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _pull(rule, f, t, gap, beta, *numbers):
+    "f(t)/β with t = β gap − T: its derivative in the gap is f′(t), to the last bit."
+    return getattr(rule, f)(t, *numbers) / beta
+
+
+@_pull.defjvp
+def _pull_jvp(rule, f, primals, tangents):
+    (t, gap, beta, *numbers), (_, dgap, dbeta, *dnumbers) = primals, tangents
+    g = (rule.share if f == "worth" else rule.slope)(t, *numbers)
+    rise = g * (dgap + gap * (dbeta / beta))
+    if numbers:
+        of = lambda *numbers: getattr(rule, f)(t, *numbers)
+        rise = rise + jax.jvp(of, tuple(numbers), tuple(dnumbers))[1] / beta
+    return _pull(rule, f, *primals), rise
+
+# %% ../../nbs/api/synapses/similarities.ipynb #ca4003f1
 @dataclass(frozen=True)
 class _Shares:
     "Sums over a block under a threshold; args are x̂, β, the largest s, T and shared numbers."
-    what: str # "share" Σ g, "slope" Σ g′, "balance" both, "worth" Σ f
     rule: _Rule
+    what: str # "balance" Σ g and Σ g′, "slope" Σ g′, "worth" Σ f
+    pulled: bool = False # whether to sum `_pull` of "worth" or "share"
 
     def __call__(self, size, args, blocks):
-        x, beta, top, level, *numbers = args
-        rows, threshold = self.rule.bank.read(x, blocks), self.rule.threshold
-        above, settings = beta * (rows.s - top) - level, self.rule.settings(numbers)
-        g = threshold.worth if self.what == "worth" else threshold.share
-        of = lambda above: g(above, **settings)
-        if self.what in ("share", "worth"): found = (of(above),)
-        else: found = jax.jvp(of, (above,), (jnp.ones_like(above),))
-        if self.what == "slope": found = found[1:]
+        (x, beta, top, level, *numbers), rule = args, self.rule
+        rows = rule.bank.read(x, blocks)
+        gap = rows.s - top
+        t = beta * gap - level
+        won = (level == 0) & (t > -0.1) & (rule.total == 1)
+        t = t - jax.lax.stop_gradient(jnp.where(won, t, 0))
+        if self.pulled: found = (_pull(rule, self.what, t, gap, beta, *numbers),)
+        elif self.what == "balance": found = rule.share(t, *numbers), rule.slope(t, *numbers)
+        else: found = (getattr(rule, self.what)(t, *numbers),)
         if rows.there is not None: found = [jnp.where(rows.there, v, 0) for v in found]
         return tuple(v.sum() for v in found), ()
 
@@ -272,7 +297,7 @@ def _level(rule, x, beta, *rest):
     n, threshold, loop = rule.total, rule.threshold, dict(rule.loop)
     start = (float(jnp.finfo(x.dtype).min),)
     (best,) = stream(_Best(rule.bank, n), (x,), blocks, fold=_KeepBest(), start=start, **loop)
-    top, balance = best[0], _Shares("balance", rule)
+    top, balance = best[0], _Shares(rule, "balance")
 
     def excess_at(level):
         shares, slope = stream(balance, (x, beta, top, level, *numbers), blocks, **loop)
@@ -291,46 +316,51 @@ def _given(tangents):
 
 @ft.partial(_level.defjvp, symbolic_zeros=True)
 def _level_jvp(rule, primals, tangents):
-    (x, beta, *rest), (dx, dbeta, *drest) = primals, _given(tangents)
-    n, loop, (level, top) = len(rule.names), dict(rule.loop), _level(rule, *primals)
-    args, blocks, dargs = (x, beta, top, level, *rest[:n]), rest[n:], (dx, dbeta, None, None)
-    share, dblocks = _Shares("share", rule), tuple(drest[n:])
-    (rise,) = stream_tangent(share, args, blocks, (*dargs, *drest[:n]), dblocks, **loop)
-    (slope,) = stream(_Shares("slope", rule), args, blocks, **loop)
-    return (level, top), (rise / jnp.where(slope > 0, slope, 1), jnp.zeros_like(top))
+    level, top = _level(rule, *primals)
+    rise = _rise(rule, "share", level, top, primals, _given(tangents))
+    return (level, top), (primals[1] * rise, jnp.zeros_like(top))
+
+
+def _rise(rule, f, level, top, primals, tangents):
+    "The derivative at a fixed level: of Σ f/β, or of T/β for shares."
+    (x, beta, *rest), (dx, dbeta, *drest) = primals, tangents
+    n, loop = len(rule.names), dict(rule.loop)
+    args, blocks = (x, beta, top, level, *rest[:n]), rest[n:]
+    dargs, dblocks = (dx, dbeta, None, None, *drest[:n]), tuple(drest[n:])
+    (rise,) = stream_tangent(_Shares(rule, f, True), args, blocks, dargs, dblocks, **loop)
+    if f == "worth": return rise
+    (slope,) = stream(_Shares(rule, "slope"), args, blocks, **loop)
+    return rise / jnp.where(slope > 0, slope, 1)
 
 # %% ../../nbs/api/synapses/similarities.ipynb #11cda986
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _shared_out(rule, x, beta, *rest):
-    "β(L − n s), s the largest similarity, and s."
+    "L − n s, s the largest similarity, and s."
     level, top = _level(rule, x, beta, *rest)
+    if rule.threshold.worth is None: return rule.total * level / beta, top
     n, loop = len(rule.names), dict(rule.loop)
     args = (x, beta, top, level, *rest[:n])
-    (worth,) = stream(_Shares("worth", rule), args, rest[n:], **loop)
-    return rule.total * level + worth - _full(rule, level, *rest[:n]), top
-
-
-def _full(rule, level, *numbers):
-    "n f(0)."
-    return rule.total * rule.threshold.worth(jnp.zeros_like(level), **rule.settings(numbers))
+    (worth,) = stream(_Shares(rule, "worth"), args, rest[n:], **loop)
+    return (rule.total * (level - rule.worth(jnp.zeros_like(level), *rest[:n])) + worth) / beta, top
 
 
 @ft.partial(_shared_out.defjvp, symbolic_zeros=True)
 def _shared_out_jvp(rule, primals, tangents):
-    (x, beta, *rest), (dx, dbeta, *drest) = primals, _given(tangents)
-    n, loop, out = len(rule.names), dict(rule.loop), _shared_out(rule, *primals)
-    level, top = _level(rule, *primals)
-    numbers, dnumbers, dblocks = rest[:n], drest[:n], tuple(drest[n:])
-    args, dargs = (x, beta, top, level, *numbers), (dx, dbeta, None, None, *dnumbers)
-    worth = _Shares("worth", rule)
-    (rise,) = stream_tangent(worth, args, rest[n:], dargs, dblocks, **loop)
-    if any(d is not None for d in dnumbers):
-        zeros = [jnp.zeros_like(v) if d is None else d for v, d in zip(numbers, dnumbers)]
-        full = lambda *numbers: _full(rule, level, *numbers)
-        rise = rise - jax.jvp(full, tuple(numbers), tuple(zeros))[1]
-    return out, (rise, jnp.zeros_like(top))
+    (value, top), (level, _) = _shared_out(rule, *primals), _level(rule, *primals)
+    known = _given(tangents)
+    (_, beta, *rest), (_, dbeta, *drest) = primals, known
+    f = "share" if rule.threshold.worth is None else "worth"
+    rise = _rise(rule, f, level, top, primals, known)
+    if f == "share": rise = rule.total * rise
+    if dbeta is not None: rise = rise - value * dbeta / beta
+    n = len(rule.names)
+    if f == "worth" and any(d is not None for d in drest[:n]):
+        moves = [jnp.zeros_like(v) if d is None else d for v, d in zip(rest[:n], drest[:n])]
+        full = lambda *numbers: rule.worth(jnp.zeros_like(level), *numbers)
+        rise = rise - rule.total / beta * jax.jvp(full, tuple(rest[:n]), tuple(moves))[1]
+    return (value, top), (rise, jnp.zeros_like(top))
 
-
+# %% ../../nbs/api/synapses/similarities.ipynb #4d54db08
 def _threshold_of(lagrangian, bank, x, beta, blocks, loop):
     "L(s) under a threshold, by passes."
     threshold, who = facts_of(lagrangian).threshold, readable_name(lagrangian)
@@ -340,9 +370,8 @@ def _threshold_of(lagrangian, bank, x, beta, blocks, loop):
     constants = tuple((n, v) for n, v in settings.items() if n not in arrays)
     if isinstance(total, str): total = int(setting_of(lagrangian, total))
     rule = _Rule(bank, threshold, total, constants, tuple(arrays), tuple(loop.items()))
-    find = _level if threshold.worth is None else _shared_out
-    value, top = find(rule, x, beta, *(v.reshape(()) for v in numbers), *blocks)
-    return total * top + value / beta
+    value, top = _shared_out(rule, x, beta, *(v.reshape(()) for v in numbers), *blocks)
+    return total * top + value
 
 # %% ../../nbs/api/synapses/similarities.ipynb #0350ecd1
 def _settings(lagrangian, names):
