@@ -439,9 +439,12 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize("L", [hmx.lagr_softmax, hmx.lagr_ghostmax, hmx.lagr_entmax],
-                         ids=lambda v: v.__name__)
-def test_own_similarities_stream_in_every_derivative(L):
+@pytest.mark.parametrize("L, names", [
+    (hmx.lagr_softmax, ["mahalanobis", "cosine"]),
+    (hmx.lagr_ghostmax, ["mapped"]),
+    (hmx.lagr_entmax, ["bilinear"]),
+], ids=lambda v: getattr(v, "__name__", None))
+def test_own_similarities_stream_in_every_derivative(L, names):
     with jax.enable_x64(True):
         X, Xi = jr.normal(jr.key(1), (4, 3), float), jr.normal(jr.key(2), (13, 3), float)
         hyper = {"W": jr.normal(jr.key(3), (3, 3), float), "beta": jnp.array(0.7)}
@@ -456,7 +459,7 @@ def test_own_similarities_stream_in_every_derivative(L):
             return -L(jnp.stack([one(x, xi) for xi in Xi[rows]]), beta=hyper["beta"])
 
         def every(f): # all similarities in one program
-            return [derivatives(lambda *a, name=name: f(*a, name), Xi, hyper, X) for name in OWN]
+            return [derivatives(lambda *a, name=name: f(*a, name), Xi, hyper, X) for name in names]
 
         got, wanted = (jax.jit(every, static_argnums=0)(f) for f in (ours, plain))
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
@@ -483,21 +486,22 @@ def test_a_pattern_that_leads_by_the_margin_is_recalled_to_the_bit(similarity):
     """Santos et al. 2024: it is a fixed point if and only if its separation is 1/(β(α − 1))."""
     rng = np.random.default_rng(0)
     Xi = rng.normal(size=(300, 24)).astype(np.float32)
+    stored = jnp.asarray(Xi)
     s = Xi.astype(float) @ Xi.T.astype(float)
     if similarity == "euclidean": s = s - (Xi.astype(float) ** 2).sum(1) / 2
     lead = np.diag(s) - np.where(np.eye(300) > 0, -np.inf, s).max(1)
 
     @jax.jit
     def after(alpha, beta):
-        memory = MemorySynapse(Xi, Partial(hmx.lagr_entmax, alpha=alpha, beta=beta), similarity,
+        memory = MemorySynapse(stored, Partial(hmx.lagr_entmax, alpha=alpha, beta=beta), similarity,
                                block=64)
-        slope = jax.vmap(jax.grad(memory))(Xi)
+        slope = jax.vmap(jax.grad(memory))(stored)
         return slope if similarity == "euclidean" else slope + Xi
 
     for alpha in (1.0, 1.25, 1.5, 2.0):
         for beta in (0.07, 0.3, 1.0, 11.0):
-            margin = 1 / (beta * (alpha - 1)) if alpha > 1 else np.inf
-            sure = abs(lead - margin) > 1e-4
+            margin = 1 / (beta * (alpha - 1)) if alpha > 1 else 1e9
+            sure = abs(lead - margin) > 0.05 * margin # nearer, what others weigh may round to 0
             still = (np.asarray(after(alpha, beta)) == 0).all(1)
             # a softmax whose other weights round to nothing has moved nothing either
             if alpha > 1: np.testing.assert_array_equal(still[sure], (lead >= margin)[sure])

@@ -316,8 +316,9 @@ class _Shares:
         rows = rule.bank.read(x, blocks)
         gap = rows.s - top
         t = beta * gap - level
-        won = (level == 0) & (t > -0.1) & (rule.total == 1)
-        t = t - jax.lax.stop_gradient(jnp.where(won, t, 0))
+        first = (level == 0) & (rule.total == 1)
+        if self.what == "balance": t = jnp.where(first, jnp.minimum(t, 0), t)
+        else: t = t - jax.lax.stop_gradient(jnp.where(first & (t > -0.1), t, 0))
         if self.pulled: found = (_pull(rule, self.what, t, gap, beta, *numbers),)
         elif self.what == "balance": found = rule.share(t, *numbers), rule.slope(t, *numbers)
         else: found = (getattr(rule, self.what)(t, *numbers),)
