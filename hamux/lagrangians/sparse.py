@@ -8,7 +8,7 @@ Docs: https://hamux.github.io/hamux/api/lagrangians/sparse.html.md"""
 __all__ = ['entmax_threshold', 'sparsemax_threshold', 'normmax_threshold', 'subsets_threshold', 'newton_step', 'find_level',
            'lagr_entmax', 'lagr_sparsemax', 'lagr_normmax', 'lagr_ksubsets']
 
-# %% ../../nbs/api/lagrangians/sparse.ipynb #27ba0777
+# %% ../../nbs/api/lagrangians/sparse.ipynb #8146704b
 import functools as ft
 import math
 import numbers
@@ -24,7 +24,7 @@ from .arguments import hyperparameter, real_state, reduced_axes
 from .facts import Threshold, with_facts
 from ..numerics.derivatives import along, dense, rpow_learned, total
 
-# %% ../../nbs/api/lagrangians/sparse.ipynb #e6806f2e
+# %% ../../nbs/api/lagrangians/sparse.ipynb #bd95d325
 @jax.custom_jvp
 def _bent(y):
     "(y eʸ − eʸ + 1)/y², ½ at 0."
@@ -48,7 +48,7 @@ def _series(y, coefficients):
     for c in reversed(coefficients): total = total * near + c
     return total
 
-# %% ../../nbs/api/lagrangians/sparse.ipynb #a305fdb6
+# %% ../../nbs/api/lagrangians/sparse.ipynb #421a561a
 @jax.custom_jvp
 def _log1p(y):
     "log(1 + y), 0 for y ≤ −1; jnp.log1p loses two digits at −0.4."
@@ -72,7 +72,7 @@ def _lag(p, a):
     log = jnp.log(jnp.where(p > 0, p, 1))
     return log * log * _bent(a * log)
 
-# %% ../../nbs/api/lagrangians/sparse.ipynb #c3b3d760
+# %% ../../nbs/api/lagrangians/sparse.ipynb #282f74f5
 @ft.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _power(t, a, known):
     "[1 + at]₊^(1/a); `known` is a where it is a constant."
@@ -97,7 +97,7 @@ def _power_slope(t, a, known):
     if known == 0: return jnp.exp(t)
     return rpow_learned(_power(t, a, known), 1 - a)
 
-# %% ../../nbs/api/lagrangians/sparse.ipynb #98b608cb
+# %% ../../nbs/api/lagrangians/sparse.ipynb #982ab7f1
 @dataclass(frozen=True)
 class _Entmax:
     "Weights [1 + at]₊^(1/a)."
@@ -130,7 +130,7 @@ class _Entmax:
 
 def _summed(rows): return rows.sum(-1, keepdims=True)
 
-# %% ../../nbs/api/lagrangians/sparse.ipynb #f3475017
+# %% ../../nbs/api/lagrangians/sparse.ipynb #a8c7e2f0
 @dataclass(frozen=True)
 class _Normmax:
     "Weights in proportion to [1 + t]₊^(1/a)."
@@ -182,7 +182,7 @@ class _Subsets:
     def value(self, t, chosen, a):
         return 0.5 * _summed(jnp.where(chosen, self.lack(t, a), self.share(t, a)) ** 2)
 
-# %% ../../nbs/api/lagrangians/sparse.ipynb #c9ff155e
+# %% ../../nbs/api/lagrangians/sparse.ipynb #d3c1fbad
 def newton_step(
     excess, # Σ g − 1
     slope, # Σ g′
@@ -220,7 +220,7 @@ def find_level(
     state = low, low, high, jnp.full_like(low, jnp.inf), jnp.ones_like(low, bool), 0
     return jax.lax.while_loop(lambda s: s[4].any() & (s[5] < 64), step, state)[0]
 
-# %% ../../nbs/api/lagrangians/sparse.ipynb #c062ed8d
+# %% ../../nbs/api/lagrangians/sparse.ipynb #48160e3d
 def _reference(x, k):
     "Of a row: the k-th largest entry, which are the k largest, and where the k-th is."
     best, where = jax.lax.top_k(x, k)
@@ -256,7 +256,7 @@ def _above_jvp(member, primals, tangents):
     rise, whole = slope * dz + along((lambda: member.turn(t, a), da)), _summed(slope)
     return t, dz - _summed(rise) / jnp.where(whole > 0, whole, 1)
 
-# %% ../../nbs/api/lagrangians/sparse.ipynb #b0a84be0
+# %% ../../nbs/api/lagrangians/sparse.ipynb #9e76a8de
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _entropy(member, x, beta, a):
     "H = −Ω of the weights of each row (keepdims)."
@@ -284,14 +284,14 @@ def _largest(member, x, beta, a):
 
 @ft.partial(_largest.defjvp, symbolic_zeros=True)
 def _largest_jvp(member, primals, tangents):
-    (x, beta, a), (dx, dbeta, da) = primals, tangents
+    (_, beta, a), (dx, dbeta, da) = primals, tangents
     y, t = _largest(member, *primals), _above(member, *primals)
     H, dy = lambda: _entropy(member, *primals), jnp.zeros_like(y)
     if not isinstance(dx, SymbolicZero): dy = dy + _summed(member.weights(t, a) * dx)
     warmer, bent = lambda: -H() / beta**2, lambda: member.drift(H(), t, a) / beta
     return y, dy + along((warmer, dbeta), (bent, da))
 
-# %% ../../nbs/api/lagrangians/sparse.ipynb #cd9f9c51
+# %% ../../nbs/api/lagrangians/sparse.ipynb #e4c8215f
 def _in_rows(x, axes, *numbers):
     "The axes as the last one, and numbers per row beside."
     kept = tuple(i for i in range(x.ndim) if i not in axes)
@@ -332,7 +332,7 @@ def _own_energy(member, x, beta, a, axes):
     rows, beta, a = _in_rows(x, axes, beta, a)
     return -total(_entropy(member, rows, beta, a) / beta)
 
-# %% ../../nbs/api/lagrangians/sparse.ipynb #d0b2875d
+# %% ../../nbs/api/lagrangians/sparse.ipynb #c37b830c
 def _degree(t, alpha):
     return jnp.asarray(alpha, t.dtype) - 1
 
@@ -369,7 +369,7 @@ entmax_threshold = Threshold(
     bend=lambda alpha: alpha - 1,
 )
 
-# %% ../../nbs/api/lagrangians/sparse.ipynb #1f039bef
+# %% ../../nbs/api/lagrangians/sparse.ipynb #62e38a90
 @with_facts(
     form="threshold", name="entmax", threshold=entmax_threshold, conjugate=_entmax_energy
 )
@@ -385,7 +385,7 @@ def lagr_entmax(
     a, known = _checked_degree(alpha, "lagr_entmax", row, x.dtype)
     return _lagrangian(_Entmax(known), x, beta, a, axes, dtype)
 
-# %% ../../nbs/api/lagrangians/sparse.ipynb #42230175
+# %% ../../nbs/api/lagrangians/sparse.ipynb #1d682543
 def _sparsemax_energy(x, beta, axis):
     x, _, beta, axes, _ = _rows(x, beta, axis, "lagr_sparsemax")
     return _own_energy(_Entmax(1.0), x, beta, jnp.ones((), x.dtype), axes)
@@ -413,7 +413,7 @@ def lagr_sparsemax(
     x, dtype, beta, axes, _ = _rows(x, beta, axis, "lagr_sparsemax")
     return _lagrangian(_Entmax(1.0), x, beta, jnp.ones((), x.dtype), axes, dtype)
 
-# %% ../../nbs/api/lagrangians/sparse.ipynb #39f3ee07
+# %% ../../nbs/api/lagrangians/sparse.ipynb #f179f59f
 def _normmax_of(alpha):
     return _Normmax(float(alpha) - 1 if isinstance(alpha, numbers.Real) else None)
 
@@ -445,7 +445,7 @@ def lagr_normmax(
     a, known = _checked_degree(alpha, "lagr_normmax", row, x.dtype, math.inf)
     return _lagrangian(_Normmax(known), x, beta, a, axes, dtype)
 
-# %% ../../nbs/api/lagrangians/sparse.ipynb #4f540dff
+# %% ../../nbs/api/lagrangians/sparse.ipynb #d4a3e4bc
 def _checked_size(k, size, who):
     "How many win: an int between 1 and the number of entries."
     if not isinstance(k, numbers.Integral) or isinstance(k, bool) or not 1 <= k <= size:
