@@ -13,13 +13,13 @@ from . import numerics as _numerics
 # Everything else is in its wing.
 from .lagrangians import (
     lagr_identity, lagr_repu, lagr_relu, lagr_exp, lagr_rexp, lagr_tanh, lagr_sigmoid,
-    lagr_softmax, lagr_ghostmax, ghostmax, lagr_layernorm, lagr_spherical_norm, log_sum_relu,
-    Facts, with_facts, check_lagrangian,
+    lagr_softmax, lagr_ghostmax, ghostmax, lagr_layernorm, lagr_spherical_norm, lagr_sparsemax,
+    lagr_entmax, lagr_normmax, lagr_ksubsets, log_sum_relu, Facts, with_facts, check_lagrangian,
 )
 from .network import (
     NeuronLayer, legendre_transform, IdentityLayer, ReluLayer, RepuLayer, ExpLayer, RexpLayer,
     TanhLayer, SigmoidLayer, SoftmaxLayer, GhostmaxLayer, LayerNormLayer, SphericalNormLayer,
-    HAM, VectorizedHAM, Lazy, build,
+    SparsemaxLayer, EntmaxLayer, NormmaxLayer, KSubsetsLayer, HAM, VectorizedHAM, Lazy, build,
 )
 from .synapses import (
     LinearSynapse, LinearSynapseWithBias, BiasSynapse, DenseSynapse, ConvSynapse, PoolSynapse,

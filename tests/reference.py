@@ -249,6 +249,137 @@ def norm(x, t, gamma, delta, eps, unit, center):
     )
 
 
+# Weights that share a total: p = g(s), s_i = β(x_i − x_ref) − T, T where they add up to k
+
+
+class Sharing:
+    "A member of the sparse family at one row: its level, weights and Hessian."
+
+    def __init__(self, name, x, beta, alpha, k):
+        self.name, self.a, self.k, self.beta = name, alpha - 1, k, beta
+        self.ref = sorted(x)[-k]
+        gap = [beta * (xi - self.ref) for xi in x]
+        T = self.by_pieces(gap) if name == "ksubsets" else self.by_newton(gap)
+        self.t = [g - T for g in gap]
+
+    def by_pieces(self, gap):
+        "The middle of the interval of levels at which Σ min(max(1 + gap − T, 0), 1) = k."
+        total = lambda T: sum(min(max(1 + g - T, mp.zero), mp.one) for g in gap)
+        ends = sorted({*gap, *(g + 1 for g in gap)})
+        if self.k == len(gap): return min(gap)
+        low = max(T for T in ends if total(T) >= self.k)
+        if total(low) > self.k:
+            high = min(T for T in ends if T > low)
+            return low + (total(low) - self.k) * (high - low) / (total(low) - total(high))
+        return (low + min(T for T in ends if total(T) >= self.k and total(T) == self.k)) / 2
+
+    def by_newton(self, gap):
+        T = mp.zero
+        for _ in range(200):
+            t = [g - T for g in gap]
+            shares, slopes = ([self.share(v, self.a, o) for v in t] for o in (0, 1))
+            log = mp.log(sum(shares))
+            e = self.a if self.name == "entmax" else self.a / (1 + self.a)
+            root = mp.expm1(e * log) / e if e else log
+            move = root * mp.exp((1 - e) * log) / sum(slopes)
+            T += move
+            if move <= mp.ldexp(max(T, mp.mpf(2) ** -1200), 20 - mp.prec): break
+        return T
+
+    def share(self, t, a, order=0):
+        "g(t) or its derivative, or ∂g/∂a for order 'a'; 0 off the support."
+        if self.name == "ksubsets":
+            return (min(max(1 + t, mp.zero), mp.one) if order == 0 else
+                    mp.mpf(order == 1 and -1 < t < 0))
+        if order == "a":
+            step = mp.mpf(2) ** -70
+            return (self.share(t, a + step) - self.share(t, a)) / step
+        if self.name == "entmax":
+            if not a: return exp(t)
+            v, e, c = 1 + a * t, 1 / a, a
+        else: v, e, c = 1 + t, 1 + 1 / a, mp.one
+        if v <= 0: return mp.zero
+        return v**e if order == 0 else e * c * v ** (e - 1)
+
+    def live(self, t, a):
+        return 1 + (a if self.name == "entmax" else 1) * t > 0
+
+    def weights(self, t, a):
+        if self.name != "normmax": return [self.share(v, a) for v in t]
+        y = [(1 + v) ** (1 / a) if self.live(v, a) else mp.zero for v in t]
+        return [v / sum(y) for v in y]
+
+    def hessian(self, t, a):
+        "∂p/∂z."
+        every, p = range(len(t)), self.weights(t, a)
+        if self.name != "normmax":
+            s = [self.share(v, a, 1) for v in t]
+            whole = sum(s) or mp.one
+            return [[(s[i] * (whole - s[i]) if i == j else -s[i] * s[j]) / whole for j in every]
+                    for i in every]
+        s = [p[i] / (a * (1 + t[i])) if p[i] else mp.zero for i in every]
+        off = lambda k, i: mp.mpf(k == i) - p[i]
+        return [[sum(s[k] * off(k, i) * off(k, j) for k in every) for j in every] for i in every]
+
+    def moved(self, f, dz, da=0):
+        "The change of f(t, a) when z and a change, the level along with them."
+        slopes = [self.share(v, self.a, 1) for v in self.t]
+        rise = sum(s * d for s, d in zip(slopes, dz))
+        if da: rise += da * sum(self.share(v, self.a, "a") for v in self.t)
+        dT, step = rise / (sum(slopes) or mp.one), mp.mpf(2) ** -70
+        size = step / (1 + max(abs(d - dT) for d in dz) + abs(da))
+        there = [v + size * (d - dT) for v, d in zip(self.t, dz)]
+        flat = lambda v: [u for row in v for u in row] if isinstance(v[0], list) else v
+        new, old = flat(f(there, self.a + size * da)), flat(f(self.t, self.a))
+        return [(v - w) / size for v, w in zip(new, old)]
+
+    def entropy(self, p, a):
+        alpha = 1 + a
+        if self.name == "ksubsets": return sum(v * (1 - v) for v in p) / 2
+        if self.name == "normmax": return 1 - sum(v**alpha for v in p if v) ** (1 / alpha)
+        if not a: return -sum(v * mp.log(v) for v in p if v)
+        return (1 - sum(v**alpha for v in p if v)) / (alpha * a)
+
+
+def sparse(name, x, t, beta, alpha=2, k=1, unit=2.0**-53):
+    "(1/β) max <p, βx> + H(p), as `Ref`."
+    at, every = Sharing(name, x, beta, mp.mpf(alpha), k), range(len(x))
+    p, a = at.weights(at.t, at.a), at.a
+    with mp.workprec(1200): # H may be a difference of nearly equal numbers
+        H = at.entropy(at.weights(at.t, a), a)
+        value = sum(pi * xi for pi, xi in zip(p, x)) + H / beta
+    step = mp.mpf(2) ** -70
+    drift = (at.entropy(p, a + step) - at.entropy(p, a)) / step if name != "ksubsets" else mp.zero
+    cf = abs(value) + sum(abs(pi * xi) for pi, xi in zip(p, x)) + abs(H / beta)
+    cf += abs((1 + a) * drift / beta)
+    gap = [xi - at.ref for xi in x]
+    # off the support an entry may move without any effect
+    near = [g if at.live(v, a) else mp.zero for g, v in zip(gap, at.t)]
+    moves = [([beta * x[j] * (i == j) for i in every], 0) for j in every if at.live(at.t[j], a)]
+    moves += [([beta * g for g in near], 0), ([mp.zero] * len(x), 1 + a)]
+    if name == "ksubsets": moves.pop()
+    J = [v for row in at.hessian(at.t, a) for v in row]
+    dp = [at.moved(at.weights, *m) for m in moves]
+    dJ = [at.moved(at.hessian, *m) for m in moves]
+    cg = [p[i] + sum(abs(d[i]) for d in dp) for i in every]
+    n = len(x)
+    size = [abs(J[m]) + sum(abs(d[m]) for d in dJ) for m in range(n * n)]
+    # rows of the Hessian sum to 0
+    h = [beta * sum(J[i * n + j] * (t[j] - t[i]) for j in every) for i in every]
+    ch = [beta * sum(size[i * n + j] * abs(t[i] - t[j]) for j in every) for i in every]
+    cht = [beta * sum(size[i * n + j] * abs(t[j]) for j in every) + ch[i] for i in every]
+    # where rounding the state once can bring an entry over an end of its support
+    c = a if name == "entmax" else 1
+    blur = [64 * unit * (c * beta * (abs(xi) + abs(at.ref)) + 1) for xi in x]
+    ends = [1 + c * v for v in at.t], at.t if name == "ksubsets" else [mp.inf] * n
+    unsure = [a > 0 and any(abs(e[i]) <= blur[i] for e in ends) for i in every]
+    kink = [mp.inf if any(unsure) else mp.zero] * n
+    edge = [blur[i] ** (1 / a) if name == "normmax" and unsure[i] else mp.zero for i in every]
+    if any(edge): edge = [sum(edge)] * n
+    return Ref([value], [cf], p, cg, h, ch, edge, kink, [abs(J[i * n + i]) * beta for i in every],
+               floor=1 + beta + 1 / beta, hvp_cond_t=cht)
+
+
 def reference(name, x, t, hyper, unit=2.0**-53):
     """`Ref` of the Lagrangian `lagr_<name>` at the exact vectors x, t and the hyperparameters, in
     the order of its signature."""
@@ -258,6 +389,9 @@ def reference(name, x, t, hyper, unit=2.0**-53):
         return repu(x, t, hyper[0] if hyper else mp.mpf(2))
     if name in ("softmax", "ghostmax"):
         return softmax(x, t, *hyper, ghost=name == "ghostmax")
+    if name == "sparsemax": return sparse("entmax", x, t, *hyper, unit=unit)
+    if name == "ksubsets": return sparse(name, x, t, *hyper, k=2, unit=unit)
+    if name in ("entmax", "normmax"): return sparse(name, x, t, hyper[1], hyper[0], unit=unit)
     if name in ("layernorm", "spherical_norm"):
         return norm(x, t, *hyper, unit, center=name == "layernorm")
     psi = dict(

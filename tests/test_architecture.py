@@ -266,7 +266,7 @@ def wing_things(wing: str, test) -> list[str]:
     return sorted(n for n in vars(face) if not n.startswith("_") and test(getattr(face, n)))
 
 
-NEEDED = {"lagr_repu": {"n": 3.0}}
+NEEDED = {"lagr_ksubsets": {"k": 2}, "lagr_repu": {"n": 3.0}}
 STANDS = {
     "LinearSynapse": ([4, 3], {}),
     "LinearSynapseWithBias": ([4, 3], {}),

@@ -36,16 +36,22 @@ HYPER = dict(
     ghostmax=("beta",),
     layernorm=("gamma", "delta", "eps"),
     spherical_norm=("gamma", "delta", "eps"),
+    sparsemax=("beta",),
+    entmax=("alpha", "beta"),
+    normmax=("alpha", "beta"),
+    ksubsets=("beta",),
 )
+SPARSE = ["sparsemax", "entmax", "normmax", "ksubsets"]
 NAMES = list(HYPER)
 WITH_BETA = [k for k, v in HYPER.items() if "beta" in v]
 NORMS = ["layernorm", "spherical_norm"]
-WITH_AXIS = ["softmax", "ghostmax", *NORMS]
+WITH_AXIS = ["softmax", "ghostmax", *NORMS, *SPARSE]
 # every hypothesis example is a batch of ROWS vectors of DIM entries: one compilation for each
 # Lagrangian and dtype
 ROWS, DIM = 8, 4
 
 L = {name: getattr(lagr, f"lagr_{name}") for name in NAMES}
+L["ksubsets"] = functools.partial(lagr.lagr_ksubsets, k=2)
 MINIMAL = {"repu": (2.5,)}  # positional arguments without a default
 
 
@@ -146,6 +152,8 @@ def hypers(name, dtype):
         delta=delta,
         eps=eps,
         n=st.sampled_from([1.0, 1.5, 2.0, 2.5, 3.0, 7.25, 20.0]),
+        # each a number of every dtype
+        alpha=st.sampled_from([1.0, 1.0625, 1.25, 1.5, 1.75, 2.0][name == "normmax" :]),
     )
     return st.tuples(*(draw[h] for h in HYPER[name]))
 
@@ -277,6 +285,7 @@ def test_hard_cases(name, dtype):
         delta=[[0.0] * DIM, [0.5, -1.0, 0.25, 2.0]],
         n=[1.0, 1.5, 2.0, 3.0, 2.5],
         eps=[0.0, float(jnp.asarray(1e-5, dtype)), 0.25],
+        alpha=[1.5, 2.0, 1.25],
     )
     xs = [[rounded(v, dtype) for v in x] for x in hard_vectors(dtype)]
     rows = [(x, ts[(k + s) % 3], tuple(hyper[h][(k // 3 + s) % len(hyper[h])] for h in HYPER[name]))
@@ -338,6 +347,7 @@ def test_energies_of_pairs_do_not_cancel(name, dtype):
         n=[1.5, 2.0, 3.0],
         delta=[[0.0] * DIM, [0.5, -1.0, 0.25, 2.0]],
         eps=[0.0, rounded(1e-3, dtype), 0.25],
+        alpha=[1.5, 2.0, 1.25],
     )
     rows = [([rounded(v, dtype) for v in x],
              tuple(hyper[h][k % len(hyper[h])] for h in HYPER[name])) for k, x in enumerate(xs)]
@@ -352,7 +362,8 @@ def test_energies_of_other_pairs_and_their_derivatives(name):
     of −L in what is learned."""
     rng = np.random.default_rng(3)
     hyper = {"repu": (2.5,), "layernorm": (2.0, [0.5, -1.0, 0.25, 2.0], 0.1),
-             "spherical_norm": (2.0, [0.5, -1.0, 0.25, 2.0], 0.1)}
+             "spherical_norm": (2.0, [0.5, -1.0, 0.25, 2.0], 0.1),
+             "entmax": (1.4, 0.7), "normmax": (1.4, 0.7)}
     h = tuple(jnp.asarray(v) for v in hyper.get(name, (0.7,) if HYPER[name] else ()))
     x, xhat, t = (jnp.asarray(rng.normal(size=DIM)) for _ in range(3))
 
@@ -382,6 +393,8 @@ def test_reference_is_its_own_derivative(name):
         "repu": (2.5,),
         "layernorm": (2.0, [0.5, -1.0, 0.25, 2.0], 0.1),
         "spherical_norm": (2.0, [0.5, -1.0, 0.25, 2.0], 0.1),
+        "entmax": (1.375, 0.7),
+        "normmax": (1.375, 0.7),
     }
     h = hyper.get(name, (0.7,) if HYPER[name] else ())
     for x in (rng.normal(size=DIM) * 3, np.array([30.0, -1.0, 0.5, -25.0])):
@@ -411,7 +424,7 @@ def test_reference_is_its_own_derivative(name):
 @every(NAMES)
 def test_convex(name):
     rng = np.random.default_rng(zlib.crc32(name.encode()))
-    hyper = dict(beta=1.5, gamma=2.0, delta=0.3, eps=1e-5, n=2.5)
+    hyper = dict(beta=1.5, gamma=2.0, delta=0.3, eps=1e-5, n=2.5, alpha=1.4)
     args = tuple(hyper[h] for h in HYPER[name])
     x, y, t = (
         rng.normal(size=(200, DIM)) * np.exp(rng.uniform(-5, 4, size=(200, 1))) for _ in range(3)
@@ -457,7 +470,37 @@ CLOSED = dict(
     ghostmax=lambda x: jnp.exp(x) / (1 + jnp.sum(jnp.exp(x))),
     layernorm=lambda x: (x - jnp.mean(x)) / jnp.sqrt(jnp.var(x) + 1e-5),
     spherical_norm=lambda x: x / jnp.sqrt(jnp.sum(x**2) + 1e-5),
+    sparsemax=lambda x: by_sorting(x, 1.0),
+    entmax=lambda x: by_sorting(x, 0.5),
+    normmax=lambda x: by_sorting(x, None),
+    ksubsets=lambda x: nearest_subset(x, 2),
 )
+
+
+def by_sorting(x, a):
+    """[1 + at]₊^(1/a) for a = 1 and ½, or the normmax of degree 2, by trying every support."""
+    order = jnp.argsort(-x)
+    x = x[order]
+    size = jnp.arange(1, x.size + 1)
+    mean, square = jnp.cumsum(x) / size, jnp.cumsum(x * x) / size
+    if a == 1.0: tau = mean - 1 / size
+    else: # Σ (c(x − τ))² = 1, c = ½ or 1
+        c = a or 1.0
+        tau = mean - jnp.sqrt(jnp.maximum(1 / c**2 / size - square + mean**2, 0))
+    support = (x > tau).sum()
+    v = jnp.maximum((a or 1.0) * (x - tau[support - 1]), 0)
+    p = {1.0: v, 0.5: v * v, None: v / v.sum()}[a]
+    return jnp.zeros_like(p).at[order].set(p)
+
+
+def nearest_subset(x, k):
+    """min([x − τ]₊, 1), τ by halving."""
+    low, high = x.min() - 1, x.max()
+    for _ in range(80):
+        middle = (low + high) / 2
+        above = jnp.clip(x - middle, 0, 1).sum() > k
+        low, high = jnp.where(above, middle, low), jnp.where(above, high, middle)
+    return jnp.clip(x - low, 0, 1)
 
 
 @every(NAMES)
@@ -515,9 +558,17 @@ HYPER_X = dict(
         [0.0, 0.0, 0.0],
     ],
     n=[[0.5, -1.25, 2.0], [1.0, 1.0, -1.0], [1e4, 1e-4, 0.0], [90.0, -90.0, 3.0]],
+    alpha=[[0.5, -1.25, 2.0], [1.0, 1.0, -1.0], [0.25, 0.375, 1.0], [90.0, -90.0, 3.0]],
     gamma=[[0.5, -1.25, 2.0], [1e4, -1e4, 0.0], [1e-4, -1e-5, 1e-6], [1e20, 2e20, -3e20]],
 )
-HYPER_AT = dict(beta=[1.0, 0.25, 4.0], n=[2.5, 3.0, 1.5], gamma=[2.0], delta=[0.3], eps=[1e-5, 0.5])
+HYPER_AT = dict(
+    beta=[1.0, 0.25, 4.0],
+    n=[2.5, 3.0, 1.5],
+    gamma=[2.0],
+    delta=[0.3],
+    eps=[1e-5, 0.5],
+    alpha=[1.5, 1.25, 1.875],
+)
 
 
 def with_hyper(name, x, k, v):
@@ -580,7 +631,7 @@ def test_hyperparameter_derivatives(name, k, dtype):
 def test_hyperparameter_gradients_match_finite_differences(name, k):
     """In float64, through the library alone: no reference between."""
     x, param = jnp.asarray([[0.5, -1.25, 2.0], [3.0, 0.25, -0.75]]), HYPER[name][k]
-    base = dict(beta=0.7, gamma=2.0, delta=0.3, eps=0.1, n=2.5)
+    base = dict(beta=0.7, gamma=2.0, delta=0.3, eps=0.1, n=2.5, alpha=1.4)
     f = lambda v: call(name, x, [v if j == k else base[h] for j, h in enumerate(HYPER[name])])
     g = lambda v: jax.grad(
         lambda x: call(name, x, [v if j == k else base[h] for j, h in enumerate(HYPER[name])])
@@ -612,7 +663,7 @@ def test_fact_05_a_learnable_temperature_learns(name):
         beta: jax.Array
 
         def __call__(self, x):
-            return L[name](x, self.beta)
+            return L[name](x, beta=self.beta)
 
     def energy(lagrangian, x):  # the Legendre energy at rest
         return jnp.vdot(jax.grad(lagrangian)(x), x) - lagrangian(x)
@@ -762,6 +813,8 @@ BAD += [
         dict(eps=math.nan),
     )
 ]
+BAD += [("entmax", dict(alpha=a)) for a in (0.99, 2.01, jnp.asarray(3.0), math.nan)]
+BAD += [("normmax", dict(alpha=a)) for a in (1.0, 0.5, math.nan, math.inf)]
 BAD += [(n, dict(axis=a)) for n in WITH_AXIS for a in (1, -2, (0, 3))]
 
 
@@ -782,7 +835,7 @@ def test_hyperparameters_out_of_range(name, bad):
 def test_a_beta_that_would_enlarge_x(name):
     for beta in (jnp.ones((2, 3)), jnp.ones((2, 1)), jnp.ones(2)):
         with pytest.raises(ValueError, match="beta"):
-            L[name](jnp.ones(3), beta)
+            L[name](jnp.ones(3), beta=beta)
 
 
 @every(NORMS)
@@ -835,8 +888,8 @@ def xlogx(y):
     return jnp.where(y > 0, y * jnp.log(jnp.where(y > 0, y, 1)), 0)
 
 
-# beta, n, gamma, eps of the conjugates; y is the activation, less delta = 0.3 for the norms
-B, N, G, E = 0.7, 2.5, 1.5, 0.1
+# beta, n, gamma, eps, alpha of the conjugates; y is the activation, less 0.3 for the norms
+B, N, G, E, A = 0.7, 2.5, 1.5, 0.1, 1.4
 CONJUGATE = dict(
     identity=lambda y: jnp.sum(y**2) / 2,
     repu=lambda y: (1 - 1 / N) * jnp.sum(y ** (N / (N - 1))),
@@ -851,6 +904,10 @@ CONJUGATE = dict(
         y.shape[-1] * jnp.sqrt(E) * jnp.sqrt(G**2 - jnp.mean((y - 0.3) ** 2, -1))
     ),
     spherical_norm=lambda y: -jnp.sum(jnp.sqrt(E) * jnp.sqrt(G**2 - jnp.sum((y - 0.3) ** 2, -1))),
+    sparsemax=lambda y: jnp.sum(jnp.sum(y * y, -1) - 1) / 2 / B,
+    entmax=lambda y: jnp.sum(jnp.sum(y**A, -1) - 1) / A / (A - 1) / B,
+    normmax=lambda y: jnp.sum(jnp.sum(y**A, -1) ** (1 / A) - 1) / B,
+    ksubsets=lambda y: jnp.sum(jnp.sum(y * y, -1) - 2) / 2 / B,
 )
 
 
@@ -858,9 +915,10 @@ CONJUGATE = dict(
 def test_fenchel_young(name):
     x = jnp.asarray(np.random.default_rng(12).normal(size=(3, 4)) * 2)
     args = {"repu": (N,), "layernorm": (G, 0.3, -1, E), "spherical_norm": (G, 0.3, -1, E)}.get(
-        name, (B,) if HYPER[name] else ()
+        name, ()
     )
-    value, y = VG[name](x, *args)
+    bound = dict(beta=B, alpha=A) if name in SPARSE or name in WITH_BETA else {}
+    value, y = VG[name](x, *args, **{h: bound[h] for h in HYPER[name] if h in bound})
     np.testing.assert_allclose(value + CONJUGATE[name](y), jnp.vdot(x, y), rtol=1e-11)
 
 
@@ -887,7 +945,8 @@ def test_norms_of_a_constant_row_have_no_direction():
 # (i) check_lagrangian: no false alarm, and every fault named
 
 
-ARRAYS = dict(beta=jnp.array(1.7), n=jnp.array(2.5), gamma=jnp.array(0.8), delta=jnp.array(0.3))
+ARRAYS = dict(beta=jnp.array(1.7), n=jnp.array(2.5), gamma=jnp.array(0.8), delta=jnp.array(0.3),
+              alpha=jnp.array(1.4))
 
 
 @pytest.mark.parametrize("shape", [(5,), pytest.param((3, 4), marks=pytest.mark.thorough)], ids=str)

@@ -14,6 +14,7 @@ from hamux.dynamics.programs import network_as_data
 from hamux.lagrangians.separation import log_sum_relu
 from hamux.storage.config import from_config, to_config
 from hamux.synapses.memory import MemorySynapse
+from hamux.synapses.similarities import Cosine, Mahalanobis, MappedSimilarity
 
 MASK = np.arange(23) % 3 > 0
 CASES = [  # lagrangian, its learned hyperparameter, similarity, mask
@@ -24,6 +25,10 @@ CASES = [  # lagrangian, its learned hyperparameter, similarity, mask
     (hmx.lagr_repu, {"n": 3.5}, "dot", None),
     (hmx.lagr_exp, {"beta": 0.7}, "euclidean", MASK),
     (log_sum_relu, {"beta": 0.2}, "euclidean", MASK),
+    (hmx.lagr_sparsemax, {"beta": 0.7}, "euclidean", MASK),
+    (hmx.lagr_entmax, {"alpha": 1.4, "beta": 0.7}, "dot", None),
+    (hmx.lagr_normmax, {"alpha": 1.7, "beta": 0.7}, "dot", MASK),
+    (Partial(hmx.lagr_ksubsets, k=3), {"beta": 0.7}, "euclidean", None),
 ]
 
 
@@ -413,3 +418,103 @@ def test_a_batch_of_networks_descends_as_each_alone(solver):
             alone = end(make(Xi[i], bias[i], known[i], mask[i]), x[i])
             for a, b in zip(together, alone, strict=True):
                 np.testing.assert_allclose(a[i], b, rtol=1e-9, atol=1e-9)
+
+
+# --- similarities of a user's own, and memories that are recalled to the bit ----------------------
+
+
+class Bilinear(eqx.Module):
+    "A similarity that is none of the library's, with a number that is a constant."
+    W: jax.Array
+    power: int = eqx.field(static=True)
+
+    def __call__(self, xhat, xi): return jnp.tanh(xhat @ self.W @ xi) ** self.power
+
+
+OWN = {
+    "mapped": lambda W: MappedSimilarity(W, 2 * W[::-1]),
+    "mahalanobis": Mahalanobis,
+    "cosine": lambda W: Cosine(),
+    "bilinear": lambda W: Bilinear(W, 3),
+}
+
+
+@pytest.mark.parametrize("L, names", [
+    (hmx.lagr_softmax, ["mahalanobis", "cosine"]),
+    (hmx.lagr_ghostmax, ["mapped"]),
+    (hmx.lagr_entmax, ["bilinear"]),
+], ids=lambda v: getattr(v, "__name__", None))
+def test_own_similarities_stream_in_every_derivative(L, names):
+    with jax.enable_x64(True):
+        X, Xi = jr.normal(jr.key(1), (4, 3), float), jr.normal(jr.key(2), (13, 3), float)
+        hyper = {"W": jr.normal(jr.key(3), (3, 3), float), "beta": jnp.array(0.7)}
+        rows = np.flatnonzero(MASK[:13])
+
+        def ours(Xi, hyper, x, name):
+            how = dict(similarity=OWN[name](hyper["W"]), mask=MASK[:13], block=5)
+            return MemorySynapse(Xi, Partial(L, beta=hyper["beta"]), **how)(x)
+
+        def plain(Xi, hyper, x, name):
+            one = OWN[name](hyper["W"])
+            return -L(jnp.stack([one(x, xi) for xi in Xi[rows]]), beta=hyper["beta"])
+
+        def every(f): # all similarities in one program
+            return [derivatives(lambda *a, name=name: f(*a, name), Xi, hyper, X) for name in names]
+
+        got, wanted = (jax.jit(every, static_argnums=0)(f) for f in (ours, plain))
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-8)
+
+
+def test_an_own_similarity_is_saved_and_described(tmp_path):
+    W, Xi = jr.normal(jr.key(3), (3, 3)), jr.normal(jr.key(2), (13, 3))
+    net = lambda W: hmx.HAM(
+        [hmx.NeuronLayer(hmx.lagr_identity, 3, leak=False)],
+        [MemorySynapse(Xi, Partial(hmx.lagr_sparsemax, beta=4.0), Mahalanobis(W))],
+        [([0], 0)],
+    )
+    hmx.save(tmp_path / "net.hamux", net(W))
+    back, x = hmx.load(tmp_path / "net.hamux"), {0: jnp.ones(3)}
+    np.testing.assert_array_equal(back.hypersynapses[0].similarity.A, W)
+    assert back.energy(x, x) == net(W).energy(x, x)
+    slope = jax.grad(lambda ham: ham.energy(x, x))(back).hypersynapses[0].similarity.A
+    assert slope.shape == W.shape and (slope != 0).any()
+
+
+@pytest.mark.parametrize("similarity", ["dot", "euclidean"])
+def test_a_pattern_that_leads_by_the_margin_is_recalled_to_the_bit(similarity):
+    """Santos et al. 2024: it is a fixed point if and only if its separation is 1/(β(α − 1))."""
+    rng = np.random.default_rng(0)
+    Xi = rng.normal(size=(300, 24)).astype(np.float32)
+    stored = jnp.asarray(Xi)
+    s = Xi.astype(float) @ Xi.T.astype(float)
+    if similarity == "euclidean": s = s - (Xi.astype(float) ** 2).sum(1) / 2
+    lead = np.diag(s) - np.where(np.eye(300) > 0, -np.inf, s).max(1)
+
+    @jax.jit
+    def after(alpha, beta):
+        memory = MemorySynapse(stored, Partial(hmx.lagr_entmax, alpha=alpha, beta=beta), similarity,
+                               block=64)
+        slope = jax.vmap(jax.grad(memory))(stored)
+        return slope if similarity == "euclidean" else slope + Xi
+
+    for alpha in (1.0, 1.25, 1.5, 2.0):
+        for beta in (0.07, 0.3, 1.0, 11.0):
+            margin = 1 / (beta * (alpha - 1)) if alpha > 1 else 1e9
+            sure = abs(lead - margin) > 0.05 * margin # nearer, what others weigh may round to 0
+            still = (np.asarray(after(alpha, beta)) == 0).all(1)
+            # a softmax whose other weights round to nothing has moved nothing either
+            if alpha > 1: np.testing.assert_array_equal(still[sure], (lead >= margin)[sure])
+            elif beta < 1: assert not still.any()
+
+
+def test_sparse_memories_on_rows_that_are_traced_and_masked():
+    Xi, x = jr.normal(jr.key(0), (9, 4)), jr.normal(jr.key(1), (4,))
+    masks = np.array([[True] * 9, [True, False, True] * 3])
+    L = Partial(hmx.lagr_sparsemax, beta=2.0)
+    for f in (jax.value_and_grad(lambda x, m: MemorySynapse(Xi, L, mask=m, block=4)(x)),):
+        value, slope = jax.jit(jax.vmap(f, (None, 0)))(x, masks)
+        for m, v, g in zip(masks, value, slope, strict=True):
+            rows = Xi[np.flatnonzero(m)]
+            np.testing.assert_allclose(v, -L(rows @ x), rtol=1e-5)
+            np.testing.assert_allclose(g, -jax.grad(L)(rows @ x) @ rows, rtol=1e-4, atol=1e-6)

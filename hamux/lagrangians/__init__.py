@@ -5,6 +5,7 @@ from .arguments import *
 from .elementwise import *
 from .competitions import *
 from .norms import *
+from .sparse import *
 from .separation import *
 from .conjugates import *
 from .measure import *

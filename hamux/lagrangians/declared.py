@@ -44,11 +44,38 @@ def _outer_of_terms(lagrangian, facts, x):
     terms = jax.vmap(lambda s: facts.terms(s, **settings))(x.ravel()).sum()
     return facts.outer(terms, **settings_for(lagrangian, facts.outer))
 
+# %% ../../nbs/api/lagrangians/declared.ipynb #e21bef51
+def _by_bisection(lagrangian, facts, x):
+    "A threshold, its level by halving an interval a hundred times."
+    rule, axis = facts.threshold, setting_of(lagrangian, facts.axis, None)
+    axes = reduced_axes(axis, x.ndim, readable_name(lagrangian))
+    beta = jnp.asarray(setting_of(lagrangian, facts.beta, 1.0))
+    k = setting_of(lagrangian, rule.total) if isinstance(rule.total, str) else rule.total
+    settings = settings_for(lagrangian, rule.share)
+    summed = lambda v: v.sum(axes, keepdims=True)
+    top = x.max(axes, keepdims=True)
+    gap = beta * (x - top)
+    low, high = gap.min(axes, keepdims=True) - 1, 2 + summed(jnp.ones_like(gap))
 
+    def halve(_, ends):
+        low, high = ends
+        middle = (low + high) / 2
+        above = summed(rule.share(gap - middle, **settings)) > k
+        return jnp.where(above, middle, low), jnp.where(above, high, middle)
+
+    low, _ = jax.lax.fori_loop(0, 100, halve, (low, high))
+    value = k * low
+    if rule.worth is not None:
+        worth = lambda t: rule.worth(t, **settings)
+        value = value + summed(worth(gap - low)) - k * worth(jnp.zeros_like(low))
+    return (k * top + value / beta).sum()
+
+# %% ../../nbs/api/lagrangians/declared.ipynb #b485e701
 WRITTEN_OUT = {
     "sum": ("a sum over entries", _entry_by_entry),
     "competition": ("a competition", _log_sum_exp),
     "function of a sum": ("a function of a sum", _outer_of_terms),
+    "threshold": ("a threshold", _by_bisection),
 }
 
 # %% ../../nbs/api/lagrangians/declared.ipynb #0a93dd68

@@ -7,7 +7,7 @@ Docs: https://hamux.github.io/hamux/api/network/neurons.html.md"""
 # %% auto #0
 __all__ = ['scalar_lagrangian', 'legendre_transform', 'check_state', 'NeuronLayer', 'IdentityLayer', 'ReluLayer', 'RepuLayer',
            'ExpLayer', 'RexpLayer', 'TanhLayer', 'SigmoidLayer', 'SoftmaxLayer', 'GhostmaxLayer', 'LayerNormLayer',
-           'SphericalNormLayer']
+           'SphericalNormLayer', 'SparsemaxLayer', 'EntmaxLayer', 'NormmaxLayer', 'KSubsetsLayer']
 
 # %% ../../nbs/api/network/neurons.ipynb #f63988e0
 import math
@@ -296,3 +296,20 @@ def SphericalNormLayer(
     return _layer(
         lg.lagr_spherical_norm, shape, tau, leak, gamma=gamma, delta=delta, axis=axis, eps=eps
     )
+
+# %% ../../nbs/api/network/neurons.ipynb #de8f05ed
+def SparsemaxLayer(shape, beta=1.0, axis=-1, *, tau=1.0, leak=True) -> NeuronLayer:
+    "Neurons that compete along `axis`: who is far enough behind is exactly 0."
+    return _layer(lg.lagr_sparsemax, shape, tau, leak, beta=beta, axis=axis)
+
+def EntmaxLayer(shape, alpha=1.5, beta=1.0, axis=-1, *, tau=1.0, leak=True) -> NeuronLayer:
+    "Neurons that compete along `axis`: softmax for the degree `alpha` = 1, sparsemax for 2."
+    return _layer(lg.lagr_entmax, shape, tau, leak, alpha=alpha, beta=beta, axis=axis)
+
+def NormmaxLayer(shape, alpha=2.0, beta=1.0, axis=-1, *, tau=1.0, leak=True) -> NeuronLayer:
+    "Neurons that compete along `axis`: a sparse activation whose active ones are nearly even."
+    return _layer(lg.lagr_normmax, shape, tau, leak, alpha=alpha, beta=beta, axis=axis)
+
+def KSubsetsLayer(shape, k, beta=1.0, axis=-1, *, tau=1.0, leak=True) -> NeuronLayer:
+    "Neurons of which `k` win together along `axis`."
+    return _layer(lg.lagr_ksubsets, shape, tau, leak, k=k, beta=beta, axis=axis)

@@ -42,9 +42,20 @@ from hamux.network.parameters import (
 )
 from ..network.recipe import Lazy, trainable_config
 from ..numerics.streaming import Spread, gather_rows, spread_rows
-from .similarities import BankReader, separation_of
+from .similarities import BankReader, own_similarity, separation_of
 
 # %% ../../nbs/api/synapses/memory.ipynb #d238abb1
+def _check_similarity(similarity, Xi):
+    "Raise ValueError where a similarity does not return one real number."
+    one = jax.ShapeDtypeStruct(Xi.shape[1:], Xi.dtype)
+    out = jax.eval_shape(similarity, one, one)
+    if getattr(out, "shape", None) != () or not jnp.issubdtype(out.dtype, jnp.floating):
+        raise ValueError(
+            "MemorySynapse: similarity must return one real number for an activation and one"
+            f" memory of shape {Xi.shape[1:]}, got {out}."
+        )
+
+
 def _check_memories(Xi, lagrangian, similarity, block, over):
     "Raise ValueError or TypeError for what cannot be a memory."
     shape = Xi.shape
@@ -53,9 +64,11 @@ def _check_memories(Xi, lagrangian, similarity, block, over):
             "MemorySynapse: Xi must have one memory per row, (K, d) or (K, *shape), got shape"
             f" {shape}."
         )
-    if similarity not in ("dot", "euclidean"):
+    if callable(similarity): _check_similarity(similarity, Xi)
+    elif similarity not in ("dot", "euclidean"):
         raise ValueError(
-            f"MemorySynapse: similarity must be 'dot' or 'euclidean', got {similarity!r}."
+            "MemorySynapse: similarity must be 'dot' or 'euclidean', or a function of an"
+            f" activation and a memory, got {similarity!r}."
         )
     if block is not None and (
         not isinstance(block, numbers.Integral) or isinstance(block, bool) or block < 1
@@ -154,7 +167,11 @@ def _bank_of(synapse):
         "partial": None if entries is None else jax.lax.stop_gradient(entries.reshape(K, -1)),
     }
     arrays = {name: v for name, v in beside.items() if v is not None}
-    bank = BankReader(synapse.similarity, **dict.fromkeys(arrays, True))
+    given = dict.fromkeys(arrays, True)
+    if callable(synapse.similarity):
+        own, _ = own_similarity(synapse._similarity, synapse.Xi.shape[1:])
+        bank = BankReader("own", own=own, **given)
+    else: bank = BankReader(synapse.similarity, **given)
     return bank, (trained(synapse.Xi, synapse.trainable).reshape(K, -1), *arrays.values())
 
 
@@ -163,6 +180,7 @@ def _energy(synapse, xhat):
     bank, blocks = _bank_of(synapse)
     dtype = jnp.promote_types(xhat.dtype, synapse.Xi.dtype)
     x = xhat.reshape(-1).astype(jnp.promote_types(dtype, jnp.float32))
+    if bank.own is not None: x = bank.own.pack(x, jtu.tree_leaves(synapse._similarity))
     loop = {"block": synapse.block, "spread": synapse.spread}
     L = separation_of(synapse.lagrangian, bank, x, tuple(map(jnp.asarray, blocks)), **loop)
     if L is None:
@@ -212,7 +230,7 @@ class MemorySynapse(eqx.Module):
     _mask: PyTree
     bias: Float[Array, " K"] | None
     _known: PyTree
-    similarity: str = eqx.field(static=True)
+    _similarity: PyTree
     trainable: bool = eqx.field(static=True)
     block: int | None = eqx.field(static=True)
     over: str = eqx.field(static=True)
@@ -224,7 +242,9 @@ class MemorySynapse(eqx.Module):
                  # memories, one per row, each of the layer's shape (or of a token's)
                  Xi: Float[Array, "K ..."],
                  lagrangian: Callable = lagr_softmax, # function of the K similarities to one number
-                 similarity="dot", # "dot", ξ·x̂, or "euclidean", −½‖x̂ − ξ‖²
+                 # "dot", ξ·x̂, "euclidean", −½‖x̂ − ξ‖², or a function (x̂, ξ) → a number, as a module
+                 # of yours that learns
+                 similarity="dot",
                  *,
                  mask=None, # booleans (K,), False for an empty slot; None where all are used
                  # numbers (K,) to add to the similarities, log(w_k)/β for weights w_k; they learn
@@ -242,13 +262,18 @@ class MemorySynapse(eqx.Module):
         K, dtype = len(Xi), self.Xi.dtype
         mask = _memory_mask(mask, K)
         known = _memory_known(known, (K, *self.Xi.shape[1:]), mask)
+        if known is not None and callable(similarity):
+            raise ValueError(
+                "MemorySynapse: known= must be with similarity 'dot' or 'euclidean', got"
+                f" {readable_name(similarity)}, which cannot leave out entries."
+            )
         bias, self._lagrangian = _memory_bias(bias, K), seal(lagrangian)
         self._mask, self._known = seal_mask(mask, dtype), seal_mask(known, _narrow(dtype))
         self.bias, self.spread = bias, spread and replace(spread, rows=K)
         if spread is not None: _spread_beside(self, mask, known)
         if known is not None: # so that no parameter is NaN
             self.Xi = jnp.where(self.known, self.Xi, 0)
-        self.similarity, self.over = similarity, over
+        self._similarity, self.over = seal(similarity), over
         self.trainable, self.block = bool(trainable), block and int(block)
         scalar = scalar_lagrangian(
             self.lagrangian, f"MemorySynapse: the Lagrangian {readable_name(self.lagrangian)}"
@@ -259,6 +284,10 @@ class MemorySynapse(eqx.Module):
     def lagrangian(self) -> Callable:
         "The function of the similarities."
         return unseal(self._lagrangian)
+
+    @property
+    def similarity(self):
+        return unseal(self._similarity)
 
     @property
     def mask(self):
@@ -376,7 +405,8 @@ def alone(
     position: int, # which of its layers, counted from 0
 ) -> str | None: # "affine", "concave", or None where neither is known
     "How the energy depends on the layer, as `Relaxation` asks."
-    return "concave" if self.similarity == "dot" and facts_of(self.lagrangian).convex else None
+    dot = isinstance(self.similarity, str) and self.similarity == "dot"
+    return "concave" if dot and facts_of(self.lagrangian).convex else None
 
 
 @patch

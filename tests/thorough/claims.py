@@ -40,8 +40,13 @@ LAGRANGIANS = {
     "ghostmax": hmx.lagr_ghostmax,
     "layernorm": hmx.lagr_layernorm,
     "spherical": hmx.lagr_spherical_norm,
+    "sparsemax": hmx.lagr_sparsemax,
+    "entmax": hmx.lagr_entmax,
+    "normmax": hmx.lagr_normmax,
+    "ksubsets": ft.partial(hmx.lagr_ksubsets, k=2),
 }
-TEMPERED = {"exp", "rexp", "tanh", "sigmoid", "softmax", "ghostmax"}
+TEMPERED = {"exp", "rexp", "tanh", "sigmoid", "softmax", "ghostmax", "sparsemax", "entmax"}
+TEMPERED |= {"normmax", "ksubsets"}
 SEPARATIONS = {
     "softmax": hmx.lagr_softmax,
     "relu": hmx.lagr_relu,
