@@ -43,7 +43,7 @@ _LATER = {
     "analysis": """
         which_memory stability Stability basin_size flip_signs add_noise erase cover
         AbstractDiscreteMemory DiscreteHopfield DiscreteMemory hebbian pseudo_inverse
-        recall_bits flip_together
+        recall_bits flip_together SequenceMemory
     """,
     "storage": "save load to_config from_config FileProblem",
 }

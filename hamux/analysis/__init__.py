@@ -2,3 +2,4 @@
 
 from .attractors import *
 from .discrete import *
+from .sequences import *

@@ -34,8 +34,8 @@ def _sentence(code, steps, residual, rises, finite):
     "What happened, and what to do."
     if code == NONFINITE and not (steps or finite):
         return (
-            "Not finite at step 0: the start, its inputs or the parameters hold NaN or inf, or the"
-            " energy of the start is not finite. The states are returned as they were."
+            "Not finite at step 0: the start or the parameters hold NaN or inf, or an input does,"
+            " or the energy of the start is not finite. The states are returned as they were."
         )
     climbed = (
         f" The energy rose in {rises} of {steps} steps: take a smaller dt, or the default solver."
@@ -56,7 +56,7 @@ class Descent(eqx.Module):
     xs: dict # states by layer
     xhats: dict # activations by layer
     energy: Float[Array, "*batch"] # total energy at the end
-    # total energy at the start and after each step; NaN past the end
+    # total energy at the start and after each step, under the input of that step; NaN past the end
     energies: Float[Array, "*batch steps"] | None
     # steps taken; one that a solver rejects leaves the state where it was, and counts
     steps: Int[Array, "*batch"]
@@ -65,7 +65,8 @@ class Descent(eqx.Module):
     # why it stopped: 1 converged, 2 out of steps, 3 not finite, 4 not bounded below, 5 stuck, 6
     # sampled
     code: Int[Array, "*batch"]
-    rises: Int[Array, "*batch"] # steps in which the energy rose by more than rounding
+    # steps in which the energy rose by more than rounding, network and input being those of the end
+    rises: Int[Array, "*batch"]
     # evaluations of the gradient: 1 computes the input current of each layer once
     evaluations: Float[Array, "*batch"]
     # what `Trace` asked for, by name, with an axis of steps after the batch
