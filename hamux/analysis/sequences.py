@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from .discrete import as_signs
 
-# %% ../../nbs/api/analysis/sequences.ipynb #6655fe2f
+# %% ../../nbs/api/analysis/sequences.ipynb #3d05b2fa
 def _separation_table(f, N, K):
     "f at the overlaps −N−1, −N+1, …, N+1, those that cannot be as their neighbours, to a scale."
     x, dtype = np.arange(-N - 1, N + 2, 2, dtype=float), jnp.result_type(float)
@@ -48,12 +48,12 @@ def _separation_table(f, N, K):
     most = abs(y).max()
     return jnp.asarray(y * 2.0 ** -max(0, np.ceil(np.log2(max(most, 1))) - 20), dtype)
 
-
+# %% ../../nbs/api/analysis/sequences.ipynb #6655fe2f
 class SequenceMemory(eqx.Module):
     "Neurons of ±1 that go from each pattern to the next. Without symmetry there is no energy."
-    rows: Int[Array, "N K"]
-    table: Float[Array, " overlaps"]
-    cyclic: bool = eqx.field(static=True)
+    rows: Int[Array, "N K"] # the patterns, one per column
+    table: Float[Array, " overlaps"] # the separation at all overlaps
+    cyclic: bool = eqx.field(static=True) # whether the first pattern follows the last
 
     def __init__(self,
                  patterns: Int[Array, "K N"], # ±1, one pattern per row, in their order
@@ -66,9 +66,14 @@ class SequenceMemory(eqx.Module):
         self.table, self.cyclic = _separation_table(separation, N, K), bool(cyclic)
 
     @property
-    def size(self) -> int: return len(self.rows)
+    def size(self) -> int:
+        "The number of neurons."
+        return len(self.rows)
+
     @property
-    def patterns(self) -> Int[Array, "K N"]: return self.rows.T
+    def patterns(self) -> Int[Array, "K N"]:
+        "The patterns, one per row, in their order."
+        return self.rows.T
 
     def next(self,
              states: Int[Array, "... N"], # ±1, with any leading axes

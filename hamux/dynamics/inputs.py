@@ -15,7 +15,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
 # %% ../../nbs/api/dynamics/inputs.ipynb #25798f35
 class Inputs(eqx.Module):
@@ -23,12 +23,20 @@ class Inputs(eqx.Module):
     clamped: dict # layer → function of the time to the states at which it is held
     drive: dict # layer → function of the time to a current
 
-    def values(self, time) -> tuple:
+    def values(
+        self,
+        time, # a time, or a number of steps
+    ) -> tuple: # two dictionaries by layer: states that are held, currents
         "What the functions return at a time."
         return tuple({n: f(time) for n, f in d.items()} for d in (self.clamped, self.drive))
 
-    def at(self, problem, time, place):
-        "The problem of a row, which has a `place` in the batch, with the inputs of a time."
+    def at(
+        self,
+        problem, # the problem of a row
+        time, # a time, or a number of steps
+        place: Int[Array, ""], # of the row in the batch
+    ): # the problem, with what is held and what flows in then
+        "The problem of a row with the inputs of a time."
         held, currents = self.values(time)
         row = lambda n, v: v[place] if jnp.ndim(v) > problem.start[n].ndim else v
         cast = lambda n, v: jnp.asarray(row(n, v)).astype(problem.start[n].dtype)
@@ -36,12 +44,18 @@ class Inputs(eqx.Module):
         drive = problem.drive | {n: cast(n, v) for n, v in currents.items()}
         return dataclasses.replace(problem, start=start, drive=drive)
 
-    def is_finite(self, problem) -> Bool[Array, ""]:
+    def is_finite(
+        self,
+        problem, # the problem of a row, with the inputs of a time
+    ) -> Bool[Array, ""]: # whether no input is NaN or infinite
         "Whether the moving part of a problem is finite."
         moving = [problem.start[n] for n in self.clamped] + [problem.drive[n] for n in self.drive]
         return jnp.stack([jnp.isfinite(v).all() for v in moving]).all()
 
-    def last_change(self, steps: int):
+    def last_change(
+        self,
+        steps: int, # the last step
+    ) -> Int[Array, ""]: # `steps` where the input moves to the end
         "The first step from which no input changes any more, up to the last."
         still = jtu.tree_map(lambda v: jax.lax.stop_gradient(v) if eqx.is_array(v) else v, self)
         end = still.values(jnp.asarray(steps, jnp.result_type(int)))
