@@ -302,7 +302,7 @@ def driven(
 def total(
     self: Problem,
     xs: dict, # a state per layer
-) -> Float[Array, ""]:
+) -> Float[Array, ""]: # that of the drive included
     "The total energy, through which derivatives go."
     xhats = self.ham.activations(xs)
     return sum(self.driven(xhats).values(), self.ham.energy(xhats, xs))

@@ -367,7 +367,10 @@ class VectorizedHAM(eqx.Module):
     @property
     def dtype(self): return self.network.dtype
 
-    def row(self, i) -> HAM:
+    def row(
+        self,
+        i, # its number
+    ) -> HAM: # the network itself, where all rows share it
         "The network of one row."
         return map_rows(self.network, self.per_row, lambda v: v[i])
 
