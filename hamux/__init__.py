@@ -46,7 +46,7 @@ _LATER = {
         which_memory stability Stability basin_size flip_signs add_noise erase cover
         find_attractors Landscape composition AbstractDiscreteMemory DiscreteHopfield
         DiscreteMemory hebbian pseudo_inverse recall_bits flip_together effective_sample_size r_hat
-        free_energy log_partition
+        free_energy log_partition SequenceMemory
     """,
     "storage": "save load to_config from_config FileProblem",
 }

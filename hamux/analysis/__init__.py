@@ -6,3 +6,4 @@ from .joining import *
 from .discrete import *
 from .convergence import *
 from .likelihood import *
+from .sequences import *

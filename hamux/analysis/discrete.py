@@ -97,7 +97,7 @@ class AbstractDiscreteMemory(eqx.Module):
 def _known(x): return None if isinstance(x, jax.core.Tracer) else np.asarray(x)
 
 
-def _signs(x, what, least, most=None):
+def as_signs(x, what, least, most=None):
     "`x` as an int8 array of ±1, with `least` (to `most`) axes, the last of them neurons."
     try:
         x = jnp.asarray(x)
@@ -135,7 +135,7 @@ def _states(memory, states, most=2):
             "memory must be a discrete one, such as DiscreteMemory(patterns, 3), got"
             f" {memory!r}."
         )
-    s = _signs(states, "The states", 1, most)
+    s = as_signs(states, "The states", 1, most)
     if s.shape[-1] != memory.size:
         raise ValueError(
             f"The states must have {memory.size} neurons each, one state per row, got shape"
@@ -268,7 +268,7 @@ def hebbian(
     patterns: Int[Array, "K N"], # ±1, one pattern per row
 ) -> Int[Array, "N N"]: # Σ_μ ξ_i ξ_j, and 0 on the diagonal: integers, without the factor 1/N
     "The weights of Hebb's rule. Raises for patterns that are not rows of ±1."
-    return _hebb(_signs(patterns, "The patterns", 2))
+    return _hebb(as_signs(patterns, "The patterns", 2))
 
 
 @jax.jit
@@ -282,7 +282,7 @@ def pseudo_inverse(
     patterns: Int[Array, "K N"], # ±1, one pattern per row
 ) -> Float[Array, "N N"]: # the projection on the span of the patterns, and 0 on the diagonal
     "The weights of the pseudo-inverse rule. Raises for patterns that are not rows of ±1."
-    X = _signs(patterns, "The patterns", 2).astype(jnp.result_type(float))
+    X = as_signs(patterns, "The patterns", 2).astype(jnp.result_type(float))
     P = jnp.matmul(jnp.linalg.pinv(X), X, precision="highest")
     return jnp.where(jnp.eye(len(P), dtype=bool), 0, (P + P.T) / 2)
 
@@ -354,7 +354,7 @@ class DiscreteMemory(AbstractDiscreteMemory):
                  # a power n for xⁿ, "exp", or a function of an array of overlaps ξ·s
                  F: int | str | Callable = 2,
                  beta=None): # inverse temperature of "exp"; None for 1
-        self.rows = _signs(patterns, "The patterns", 2).T
+        self.rows = as_signs(patterns, "The patterns", 2).T
         is_exp = isinstance(F, str) and F == "exp"
         if beta is not None and not is_exp:
             raise ValueError(

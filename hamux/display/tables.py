@@ -215,12 +215,13 @@ def plural(
 def as_network(
     ham: HAM | VectorizedHAM, # a network
     who: str, # who asks, for the message
-) -> HAM: # without its batch axis
+) -> HAM: # without its batch axis; that of the first row, if each has its own
     "The network itself. Raises TypeError for anything else."
     if not isinstance(ham, HAM | VectorizedHAM):
         kind = type(ham).__name__
         raise TypeError(f"{who}: ham must be a HAM or a VectorizedHAM, got {kind}.")
-    return ham.unvectorize()
+    shared = isinstance(ham, HAM) or not ham.per_row
+    return ham.unvectorize() if shared else ham.row(0)
 
 
 def _memory(weights):

@@ -1,5 +1,6 @@
 """How a network moves: problems, solvers, adjoints, `descend` and `flow`."""
 
+from .inputs import *
 from .problem import *
 from .solver import *
 from .programs import *

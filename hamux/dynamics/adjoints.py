@@ -346,18 +346,13 @@ def as_adjoint(
 
 # %% ../../nbs/api/dynamics/adjoints.ipynb #dc2fd46c
 @eqx.filter_custom_jvp
-def energy_at(setup, xs, energy):
+def energy_at(setup, xs, energy, steps):
     "The energy of the rows at states for which it is known already, with its derivative."
     return energy
 
 @energy_at.def_jvp
 def _(primals, tangents):
-
-    def again(setup, xs):
-        return setup.over(
-            lambda p, _, xs: p.ham.energy(p.ham.activations(xs), xs), setup.max_steps, xs
-        )
-
-    setup, xs, energy = primals
+    setup, xs, energy, steps = primals
+    again = lambda setup, xs: setup.over(lambda p, _, xs: p.total(xs), steps, xs)
     _, slope = eqx.filter_jvp(again, (setup, xs), tangents[:2])
     return energy, slope

@@ -31,6 +31,7 @@ from hamux.dynamics.results import (
     sentence,
 )
 from ..network.hypergraph import HAM, VectorizedHAM
+from ..network.rows import over_rows
 
 # %% ../../nbs/api/dynamics/continuous.ipynb #49d605a7
 def _velocity(problem, y):
@@ -95,6 +96,13 @@ def _diffrax():
     return diffrax
 
 
+def _time_dtype(xs):
+    "The dtype of times: that of the states, float32 at least; float32 where they are no arrays."
+    known = [v.dtype for v in dict(xs).values() if hasattr(v, "dtype")]
+    known = [d for d in known if jnp.issubdtype(d, jnp.floating)]
+    return jnp.result_type(jnp.float32, *known)
+
+
 def _as_time(name, t, dtype):
     "One time as an array, checked where its value is known."
     if (
@@ -130,6 +138,21 @@ def _as_saveat(saveat, dtype):
     return saveat
 
 
+def _check_moving(inputs, steady, adjoint):
+    "Raise where an input that moves has no end to stop at, or to differentiate."
+    if inputs is None: return
+    if steady:
+        raise ValueError(
+            "flow: steady=True stops at rest, and an input that moves lets nothing rest for good."
+            " Give a time t1 without it; `.converged` says whether the end is at rest."
+        )
+    if isinstance(adjoint, _diffrax().ImplicitAdjoint):
+        raise ValueError(
+            "flow: ImplicitAdjoint differentiates a rest, and an input that moves has none. Take"
+            " the default adjoint, or descend with Euler and adjoint='implicit'."
+        )
+
+
 def _check_times(t0, t1, ts, steady):
     "Raise unless time goes forward and saved times lie in between; traced times go to diffrax."
     if any(isinstance(t, jax.core.Tracer) for t in (t0, t1)): return
@@ -148,13 +171,24 @@ def _check_times(t0, t1, ts, steady):
         )
 
 # %% ../../nbs/api/dynamics/continuous.ipynb #1e1c4666
+def _at_times(problem, inputs, place):
+    "The arrays of a problem, and the function that makes of a time and of these the problem then."
+    arrays, rest = eqx.partition((problem, inputs, place), eqx.is_array)
+    # as diffrax's `args`, since adjoints differentiate those; flat, since they take not every tree
+    leaves, tree = jtu.tree_flatten(arrays)
+    def problem_at(t, leaves):
+        problem, inputs, place = eqx.combine(tree.unflatten(leaves), rest)
+        return problem if inputs is None else inputs.at(problem, t, place)
+    return leaves, problem_at
+
+
 def _is_over(problem, y, rtol, atol):
     "Whether there is nothing to integrate any more: at rest, or not finite."
     _, residual, at_rest = _rest_of(problem, y, rtol, atol)
     return at_rest | ~jnp.isfinite(residual)
 
 
-def _saving(saveat, narrow, tree):
+def _saving(saveat, narrow, problem_at):
     "What diffrax is to save: energy and states at the times asked for, and the end."
     diffrax, ask = _diffrax(), saveat.subs
     if (
@@ -164,11 +198,10 @@ def _saving(saveat, narrow, tree):
     ):
         return saveat
     def fn(t, y, leaves):
-        problem = tree.unflatten(leaves)
+        problem = problem_at(t, leaves)
         xs = problem.states(y)
         plain = ask.fn is diffrax.SaveAt(t1=True).subs.fn
-        ham = problem.ham # its own energy, through which derivatives go
-        E = ham.energy(ham.activations(xs), xs).astype(jnp.result_type(*narrow(xs).values()))
+        E = problem.total(xs).astype(jnp.result_type(*narrow(xs).values()))
         return E, narrow(xs) if plain else ask.fn(t, narrow(xs), None)
     path = diffrax.SubSaveAt(t0=ask.t0, t1=ask.t1, ts=ask.ts, steps=ask.steps, fn=fn)
     return diffrax.SaveAt(
@@ -176,35 +209,35 @@ def _saving(saveat, narrow, tree):
     )
 
 # %% ../../nbs/api/dynamics/continuous.ipynb #742a050e
-def _finite_start(xs, free, masks, ham):
+def _finite_start(xs, free, masks, ham, drive):
     "The problem in float32 at least, at 0 where the start is not finite; whether it is."
     ok = jnp.stack([jnp.isfinite(x).all() for x in xs.values()]).all()
     start = {
         n: jnp.where(ok, x, 0).astype(jnp.promote_types(x.dtype, jnp.float32))
         for n, x in xs.items()
     }
-    return Problem(ham, start, masks, free), ok
+    return Problem(ham, start, masks, free, drive), ok
 
 
-def _integrate(problem, narrow, times, tools, saveat, steady, rtol, atol, max_steps):
-    "Diffrax's solution, and the time and the free states at its end."
+def _integrate(problem, moving, narrow, times, tools, saveat, steady, rtol, atol, max_steps):
+    "Diffrax's solution, and the time, the problem and the free states at its end."
     diffrax, (t0, t1, dt0) = _diffrax(), times
-    # as `args`, since the adjoints differentiate those; flat, since they do not take every pytree
-    leaves, tree = jtu.tree_flatten(problem)
-    vector_field = lambda t, y, leaves: _velocity(tree.unflatten(leaves), y)
+    leaves, problem_at = _at_times(problem, *moving)
+    vector_field = lambda t, y, leaves: _velocity(problem_at(t, leaves), y)
     stop = (
-        diffrax.Event(lambda t, y, leaves, **_: _is_over(tree.unflatten(leaves), y, rtol, atol))
+        diffrax.Event(lambda t, y, leaves, **_: _is_over(problem_at(t, leaves), y, rtol, atol))
         if steady
         else None
     )
+    first = problem_at(t0, leaves).states(problem.start)
     sol = diffrax.diffeqsolve(
         diffrax.ODETerm(vector_field),
         t0=t0,
         t1=t1,
         dt0=dt0,
-        y0={n: problem.start[n] for n in problem.free},
+        y0={n: first[n] for n in problem.free},
         args=leaves,
-        saveat=_saving(saveat, narrow, tree),
+        saveat=_saving(saveat, narrow, problem_at),
         event=stop,
         max_steps=max_steps,
         throw=False,
@@ -212,7 +245,8 @@ def _integrate(problem, narrow, times, tools, saveat, steady, rtol, atol, max_st
     )
     only_end = isinstance(sol.ts, jax.Array)
     ts, ys = (sol.ts, sol.ys) if only_end else (sol.ts["end"], sol.ys["end"])
-    return sol, ts[-1], {n: x[-1] for n, x in ys.items()}
+    t = ts[-1]
+    return sol, t, problem_at(t, leaves), {n: x[-1] for n, x in ys.items()}
 
 # %% ../../nbs/api/dynamics/continuous.ipynb #2cab2f7a
 def _reason(sol, at_rest, finite):
@@ -234,12 +268,13 @@ def _blank(tree, ts, ok):
     return jtu.tree_map(one, tree)
 
 # %% ../../nbs/api/dynamics/continuous.ipynb #2d3cc492
-def _flow_one(ham, xs, masks, free, times, tools, saveat, steady, rtol, atol, max_steps):
-    "The trajectory of one start."
-    problem, ok = _finite_start(xs, free, masks, ham)
+def _flow_one(start, ham, row, times, tools, saveat, steady, rtol, atol, max_steps):
+    "The trajectory of one row of a start: its states, masks, currents, and place."
+    xs, masks, drive, place = row
+    problem, ok = _finite_start(xs, start.free, masks, ham, drive)
     narrow = lambda found: {n: x.astype(xs[n].dtype) for n, x in found.items()}
     settings = times, tools, saveat, steady, rtol, atol, max_steps
-    sol, t, y = _integrate(problem, narrow, *settings)
+    sol, t, problem, y = _integrate(problem, (start.inputs, place), narrow, *settings)
 
     E, residual, at_rest = _rest_of(problem, y, rtol, atol)
     x1 = {n: jnp.where(ok, x, xs[n]) for n, x in narrow(problem.states(y)).items()}
@@ -259,10 +294,10 @@ def _flow_one(ham, xs, masks, free, times, tools, saveat, steady, rtol, atol, ma
 @eqx.filter_jit
 def _flow(start, times, tools, saveat, steady, rtol, atol, max_steps):
     "The compiled part of `flow`: one row, or all of them."
-    one = lambda xs, masks: _flow_one(
-        start.ham, xs, masks, start.free, times, tools, saveat, steady, rtol, atol, max_steps
-    )
-    return (jax.vmap(one) if start.batched else one)(start.xs, start.masks)
+    settings = times, tools, saveat, steady, rtol, atol, max_steps
+    one = lambda ham, row: _flow_one(start, ham, row, *settings)
+    row = start.xs, start.masks, start.drive, start.place
+    return over_rows(start.ham, start.per_row, one, row) if start.batched else one(start.ham, row)
 
 # %% ../../nbs/api/dynamics/continuous.ipynb #546cd75f
 def flow(
@@ -271,7 +306,10 @@ def flow(
     t1, # the time to integrate to, > t0; may be infinite if `steady`
     *,
     t0=0.0, # the time of the start
-    clamp=None, # what stays put: a layer name, several, or a dictionary name → True or boolean mask
+    # what stays put: a layer name, several, or a dictionary name → True or boolean mask; a function
+    # of the time, or (mask, function), for what moves
+    clamp=None,
+    drive=None, # currents from outside: layer → array, or function of the time
     solver=None, # a diffrax solver; None for diffrax.Tsit5()
     # a diffrax step-size controller; None for diffrax.PIDController with a quarter of the
     # tolerances of rest
@@ -287,12 +325,13 @@ def flow(
 ) -> Flow:
     "Integrate τ dx/dt = −∂E/∂x̂ from `xs`. Raises ValueError or TypeError for bad input."
     diffrax = _diffrax()
-    start = read_start("flow", ham, xs, clamp)
+    start = read_start("flow", ham, xs, clamp, drive, _as_time("t0", t0, _time_dtype(xs)))
     if not isinstance(max_steps, numbers.Integral) or not 1 <= max_steps < 2**31:
         most = "(2³¹ − 1 at most)"
         raise ValueError(f"flow: max_steps must be a positive int, got {max_steps!r} {most}.")
     if not start.free: raise ValueError("flow: every layer is clamped, so nothing moves.")
-    dtype, eps = jnp.result_type(jnp.float32, *start.xs.values()), start.epsilon ** (2 / 3)
+    _check_moving(start.inputs, steady, adjoint)
+    dtype, eps = _time_dtype(start.xs), start.epsilon ** (2 / 3)
     rtol, atol = (eps if t is None else t for t in (rtol, atol))
     if not (rtol >= 0 and atol >= 0):
         raise ValueError(

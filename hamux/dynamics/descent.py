@@ -34,8 +34,8 @@ def _sentence(code, steps, residual, rises, finite):
     "What happened, and what to do."
     if code == NONFINITE and not (steps or finite):
         return (
-            "Not finite at step 0: the start or the parameters hold NaN or inf, or the energy of"
-            " the start is not finite. The states are returned as they were."
+            "Not finite at step 0: the start or the parameters hold NaN or inf, or an input does,"
+            " or the energy of the start is not finite. The states are returned as they were."
         )
     climbed = (
         f" The energy rose in {rises} of {steps} steps: take a smaller dt, or the default solver."
@@ -56,7 +56,7 @@ class Descent(eqx.Module):
     xs: dict # states by layer
     xhats: dict # activations by layer
     energy: Float[Array, "*batch"] # total energy at the end
-    # total energy at the start and after each step; NaN past the end
+    # total energy at the start and after each step, under the input of that step; NaN past the end
     energies: Float[Array, "*batch steps"] | None
     # steps taken; one that a solver rejects leaves the state where it was, and counts
     steps: Int[Array, "*batch"]
@@ -65,7 +65,8 @@ class Descent(eqx.Module):
     # why it stopped: 1 converged, 2 out of steps, 3 not finite, 4 not bounded below, 5 stuck, 6
     # sampled
     code: Int[Array, "*batch"]
-    rises: Int[Array, "*batch"] # steps in which the energy rose by more than rounding
+    # steps in which the energy rose by more than rounding, network and input being those of the end
+    rises: Int[Array, "*batch"]
     # evaluations of the gradient: 1 computes the input current of each layer once
     evaluations: Float[Array, "*batch"]
     # what `Trace` asked for, by name, with an axis of steps after the batch
@@ -108,7 +109,7 @@ def _tolerances(start, rtol, atol):
     )
 
 
-def _check_settings(solver, max_steps, trace, anneal, key=None):
+def _check_settings(solver, max_steps, trace, anneal, key=None, moves=False):
     "Raise for settings that cannot be meant."
     if not (key is None or isinstance(key, jax.Array | np.ndarray)):
         raise TypeError(f"key must be a PRNG key such as jax.random.key(0), got {key!r}.")
@@ -129,12 +130,18 @@ def _check_settings(solver, max_steps, trace, anneal, key=None):
             f"{type(solver).__name__} compares energies of different steps, and cannot follow a"
             " network that changes. Anneal with Euler or Langevin."
         )
+    if moves and solver.compares_energies:
+        raise ValueError(
+            f"{type(solver).__name__} compares energies of different steps, and cannot follow an"
+            " input that moves. Follow it with Euler or Langevin, or with flow."
+        )
 
 # %% ../../nbs/api/dynamics/descent.ipynb #eb4374d8
 def _setup(start, solver, max_steps, tols, trace, key, anneal, progress):
     "The batch, of one row if there is no batch, and which of its rows are finite."
-    xs, masks = start.xs, start.masks
-    if not start.batched: xs, masks = jtu.tree_map(lambda v: v[None], (xs, masks))
+    per_row = start.xs, start.masks, start.drive, start.place
+    if not start.batched: per_row = jtu.tree_map(lambda v: v[None], per_row)
+    xs, masks, drive, place = per_row
     rows = next(iter(xs.values())).shape[0]
     # what is clamped too: an energy can hide a NaN
     finite = jnp.stack(
@@ -146,14 +153,16 @@ def _setup(start, solver, max_steps, tols, trace, key, anneal, progress):
     clean = {n: choose_rows(finite, x, jnp.zeros_like(x)) for n, x in xs.items()}
     keys = None if key is None else jax.random.split(key, rows) if start.batched else key[None]
     settings = anneal, solver, tols, start.free, max_steps, trace, progress
-    return Setup(start.ham, clean, masks, keys, *settings), finite
+    last_change = None if start.inputs is None else start.inputs.last_change(max_steps)
+    more = drive, start.per_row, start.inputs, place, last_change
+    return Setup(start.ham, clean, masks, keys, *settings, *more), finite
 
 # %% ../../nbs/api/dynamics/descent.ipynb #cb9f04e7
 def _unmoved(setup, xs):
     "The result where nothing is free to move, or there is no row."
     xhats = setup.over(lambda p, _, xs: p.ham.activations(xs), setup.max_steps, xs)
     zero = jnp.zeros(next(iter(xs.values())).shape[0], jnp.int32)
-    energy = setup.over(lambda p, _, xhats, xs: p.ham.energy(xhats, xs), setup.max_steps, xhats, xs)
+    energy = setup.over(lambda p, _, xs: p.total(xs), setup.max_steps, xs)
     energies = jnp.full((*energy.shape, setup.max_steps + 1), jnp.nan, energy.dtype)
     return Descent(
         xs=xs,
@@ -170,14 +179,14 @@ def _unmoved(setup, xs):
 
 def _arrived(setup, xs, last, records):
     "The result where the search ended, with the derivative of `xs`."
-    xhats = setup.over(lambda p, _, xs: p.ham.activations(xs), setup.max_steps, xs)
+    xhats = setup.over(lambda p, _, xs: p.ham.activations(xs), setup.at_end(last), xs)
     steps_first = (None, None) if records is None else records
     energies, kept = jtu.tree_map(lambda v: jnp.moveaxis(v, 0, 1), steps_first)
     one = lambda problem, _: jnp.asarray(setup.solver.cost(problem), jnp.result_type(float))
     return Descent(
         xs=xs,
         xhats=xhats,
-        energy=energy_at(setup, xs, last.energy),
+        energy=energy_at(setup, xs, last.energy, setup.at_end(last)),
         energies=energies,
         steps=last.steps,
         residual=last.residual,
@@ -197,7 +206,7 @@ def _descend(start, settings, adjoint, rows):
     if start.free and finite.size:
         last, records = search(setup, ~meant)
         ends = adjoint.ends(setup, last)
-        whole = setup.over(lambda p, _, ends: p.states(ends), setup.max_steps, ends)
+        whole = setup.over(lambda p, _, ends: p.states(ends), setup.at_end(last), ends)
         out = _arrived(setup, choose_rows(finite, whole, begin), last, records)
     else:
         out = _unmoved(setup, begin)
@@ -209,7 +218,9 @@ def descend(
     xs: dict, # the states to start from, by layer
     *,
     solver: AbstractSolver = Adaptive(), # how to step
-    clamp=None, # what stays put: a layer name, several, or a dictionary name → True or boolean mask
+    # what stays put: a layer name, several, or a dictionary name → True or boolean mask; a function
+    # of the step, or (mask, function), for what moves
+    clamp=None,
     max_steps: int = 1000, # steps at most
     rtol=None, # relative tolerance on the residual, per layer; None for ε^⅔
     atol=None, # absolute tolerance on the residual; None for ε^⅔
@@ -218,11 +229,16 @@ def descend(
     throw=False, # whether not to converge is an error
     key=None, # a PRNG key, for solvers that need one
     anneal=None, # inverse temperatures that change: layer or hypersynapse → function of the step
+    drive=None, # currents from outside: layer → array, or function of the step
     progress=False, # whether to show a progress bar
 ) -> Descent:
     "Recall: slide down the energy until it is flat. Raises ValueError or TypeError for bad input."
-    start, anneal = read_start("descend", ham, xs, clamp), anneal or {}
-    _check_settings(solver, max_steps, trace, anneal, key)
+    step = _number(0, jnp.result_type(int))
+    start, anneal = read_start("descend", ham, xs, clamp, drive, step), anneal or {}
+    moves = start.inputs is not None
+    _check_settings(solver, max_steps, trace, anneal, key, moves)
+    if moves and not start.free:
+        raise ValueError("descend: every layer is clamped, so nothing follows the input.")
     tols = _tolerances(start, rtol, atol)
     for name in anneal: with_beta(start.ham, name, 1.0)
     if progress and importlib.util.find_spec("tqdm") is None:

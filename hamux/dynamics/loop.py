@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from fastcore.basics import patch
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from .inputs import Inputs
 from .problem import Point, Problem, check_rest
 from hamux.dynamics.results import (
     CONVERGED,
@@ -34,6 +36,7 @@ from .solver import AbstractSolver, Move, at_step, rounding
 from ..lagrangians.facts import facts_of, with_setting
 from ..network.hypergraph import HAM
 from ..network.parameters import seal, unseal
+from ..network.rows import map_rows, over_rows
 
 # %% ../../nbs/api/dynamics/loop.ipynb #a06a5387
 def with_beta(
@@ -96,7 +99,7 @@ class Trace(eqx.Module):
 # %% ../../nbs/api/dynamics/loop.ipynb #6813a370
 class Setup(eqx.Module):
     "A batch of problems, a solver and the settings: what does not change during a descent."
-    ham: HAM # the network, for one example
+    ham: HAM # the network, for one example (but for an axis of rows, see `per_row`)
     start: dict # states of all layers, one row per example
     masks: dict # masks of layers that are clamped in part, likewise
     keys: PyTree # a PRNG key per example, or None
@@ -107,42 +110,74 @@ class Setup(eqx.Module):
     max_steps: int = eqx.field(static=True) # steps at most
     trace: Trace | None = eqx.field(static=True) # what to record; None for nothing
     progress: bool = eqx.field(static=True, default=False) # whether to show a progress bar
+    drive: dict = eqx.field(default_factory=dict) # currents that do not change, one row per example
+    # which arrays of the network have an axis of rows; () for none
+    per_row: tuple = eqx.field(static=True, default=())
+    inputs: Inputs | None = None # what moves
+    place: Int[Array, " rows"] | None = None # of each row in the batch, where something moves
+    last_change: Int[Array, ""] | None = None # the first step from which nothing moves any more
 
     def rows(
         self,
         index: Int[Array, " some"], # of the examples
     ) -> "Setup": # the same settings for those alone
         "The setup of some of the examples."
-        return eqx.tree_at(
-            lambda s: (s.start, s.masks, s.keys),
-            self,
-            jtu.tree_map(lambda v: v[index], (self.start, self.masks, self.keys)),
-            is_leaf=lambda v: v is None,
-        )
+        names = "start", "masks", "keys", "drive", "place"
+        some = jtu.tree_map(lambda v: v[index], {n: getattr(self, n) for n in names})
+        ham = map_rows(self.ham, self.per_row, lambda v: v[index])
+        return dataclasses.replace(self, ham=ham, **some)
 
-    def over(
-        self,
-        f: Callable, # a function (problem, key, *trees) of one example
-        step, # number of steps taken so far
-        *trees, # arrays with one row per example
-    ) -> PyTree: # its results, one row per example
-        "A function of each example, with the network of this step."
-        ham = self.ham
-        for name, beta in self.anneal.items(): ham = with_beta(ham, name, at_step(beta, step))
-        one = lambda start, masks, key, *trees: f(
-            Problem(ham, start, masks, self.free), key, *trees
-        )
-        return jax.vmap(one)(self.start, self.masks, self.keys, *trees)
 
-    def is_final(
-        self,
-        step, # number of steps taken so far
-    ) -> Bool[Array, ""]: # True where nothing changes any more
-        "Whether the network and the temperature of a step are those of the end."
-        last = self.max_steps
-        same = [jnp.asarray(at_step(b, step) == at_step(b, last)) for b in self.anneal.values()]
-        falls = [jnp.asarray(self.solver.descends(step)), jnp.asarray(self.solver.descends(last))]
-        return jnp.stack([*falls, *same]).all()
+@patch
+def over(
+    self: Setup,
+    f: Callable, # a function (problem, key, *trees) of one example
+    step, # number of steps taken so far; one for all rows, or one for each
+    *trees, # arrays with one row per example
+) -> PyTree: # its results, one row per example
+    "A function of each example, with the network and the inputs of this step."
+    own = (step,) if jnp.ndim(step) else () # a step for each row
+    def one(ham, start, masks, key, drive, place, own, *trees):
+        now = own[0] if own else step
+        for name, beta in self.anneal.items(): ham = with_beta(ham, name, at_step(beta, now))
+        problem = Problem(ham, start, masks, self.free, drive)
+        if self.inputs is not None:
+            problem = self.inputs.at(problem, jnp.asarray(now, jnp.result_type(int)), place)
+        return f(problem, key, *trees)
+    per_row = self.start, self.masks, self.keys, self.drive, self.place, own
+    return over_rows(self.ham, self.per_row, one, *per_row, *trees)
+
+# %% ../../nbs/api/dynamics/loop.ipynb #1479616e
+@patch
+def is_final(
+    self: Setup,
+    step, # number of steps taken so far
+) -> Bool[Array, ""]: # True where nothing changes any more
+    "Whether the network, its inputs and the temperature of a step are those of the end."
+    last = self.max_steps
+    same = [jnp.asarray(at_step(b, step) == at_step(b, last)) for b in self.anneal.values()]
+    falls = [jnp.asarray(self.solver.descends(step)), jnp.asarray(self.solver.descends(last))]
+    if self.inputs is not None: same.append(step >= self.last_change)
+    return jnp.stack([*falls, *same]).all()
+
+
+@patch
+def was_final(
+    self: Setup,
+    step, # number of steps taken so far
+) -> Bool[Array, ""]: # True where a rise of the energy counts
+    "Whether the step that led to this one was taken in the network of the end."
+    if not self.anneal and self.inputs is None: return self.is_final(step)
+    return self.is_final(step) & self.is_final(step - 1)
+
+
+@patch
+def at_end(
+    self: Setup,
+    rows: "Rows", # as they ended
+): # numbers of steps, one per row, or one for all
+    "The steps after which rows ended, where that matters; else the last of all."
+    return self.max_steps if self.inputs is None else rows.steps
 
 # %% ../../nbs/api/dynamics/loop.ipynb #d0481440
 class Rows(eqx.Module):
@@ -254,10 +289,10 @@ def choose_rows(
     )
 
 # %% ../../nbs/api/dynamics/loop.ipynb #d8b8b413
-def _energies(rows, held, live, final):
+def _energies(rows, held, live, final, sound=True):
     "Energy, what it cannot resolve, whether it is finite, and whether it rose by more than that."
     E, size, noise = jax.lax.stop_gradient((held.energy, held.size, rounding(held)))
-    whole = jnp.isfinite(E) & jnp.isfinite(size)
+    whole = jnp.isfinite(E) & jnp.isfinite(size) & sound
     return E, noise, whole, live & whole & final & (E - rows.energy > rows.noise + noise)
 
 # %% ../../nbs/api/dynamics/loop.ipynb #96c57492
@@ -321,7 +356,11 @@ def one_step(
     rows, count = state.rows, state.count
     move, live = ask_solver(setup, count, rows.ahead, rows.solver), rows.code == RUNNING
     held = move.held
-    E, noise, whole, risen = energies = _energies(rows, held, live, setup.is_final(count))
+    sound = True
+    if setup.inputs is not None: # an energy can hide a NaN
+        sound = setup.over(lambda p, _: setup.inputs.is_finite(p), count)
+    energies = _energies(rows, held, live, setup.was_final(count), sound)
+    E, noise, whole, risen = energies
     judge = lambda: _judge(setup, count, rows, move, energies)
     as_before = lambda: {n: getattr(rows, n) for n in (
         "code", "before", "steps", "residual", "known", "rises", "first")}

@@ -22,6 +22,13 @@ import numpy as np
 from fastcore.basics import patch
 from jaxtyping import Array, Float
 
+from hamux.dynamics.inputs import (
+    Inputs,
+    read_current,
+    read_function,
+    split_clamp,
+    split_drive,
+)
 from ..lagrangians.conjugates import conjugate_of
 from ..lagrangians.facts import facts_of, setting_of
 from ..network.hypergraph import HAM, VectorizedHAM, check_batch, check_states
@@ -30,7 +37,8 @@ from ..network.parameters import as_mask
 
 # %% ../../nbs/api/dynamics/problem.ipynb #c2161c6a
 def clamp_dict(
-    clamp, # a layer name, several, or a dictionary name → True or boolean mask; None for nothing
+    # a layer name, several, or a dictionary name → True or boolean mask; None for nothing
+    clamp,
 ) -> dict: # from names to True or masks
     "A clamp as a dictionary. Raises TypeError for anything else."
     if clamp is None: return {}
@@ -65,6 +73,11 @@ def read_clamp(
                 f"The clamp names an unknown layer {name!r}. Known are:"
                 f" {', '.join(map(repr, neurons))}."
             )
+        if callable(mask):
+            raise TypeError(
+                f"The clamp of the layer {name!r} is a function. An input that moves is for"
+                " descend and flow; here the clamp must be True or a boolean mask."
+            )
         if isinstance(mask, bool | np.bool_): mask = bool(mask)
         if mask is True: whole.append(name)
         elif mask is not False:
@@ -75,11 +88,15 @@ def read_clamp(
 # %% ../../nbs/api/dynamics/problem.ipynb #3edaefa7
 class Start(NamedTuple):
     "What a recall begins with, checked."
-    ham: HAM # the network, for one example
+    ham: HAM # the network, for one example (but for an axis of rows, see `per_row`)
     xs: dict # states by layer, in their order
     whole: tuple # names of the layers that are clamped as a whole
     masks: dict # True where clamped, for layers that are clamped in part
     batched: bool # whether states and masks have a batch axis
+    drive: dict # currents that flow into layers and do not change
+    per_row: tuple = () # which arrays of the network have an axis of rows; () for none
+    inputs: Inputs | None = None # what moves
+    place: Array | None = None # of each row in the batch, where something moves
 
     @property
     def free(self) -> tuple:
@@ -91,20 +108,51 @@ class Start(NamedTuple):
         "What the dtype of the states resolves."
         return float(jnp.finfo(jnp.result_type(*self.xs.values())).eps)
 
+# %% ../../nbs/api/dynamics/problem.ipynb #bf678e4b
+def _read_moving(who, held, currents, neurons, batch, time):
+    "The functions of time, checked, or None."
+    if not (held or currents): return None
+    if time is None:
+        names = ", ".join(map(repr, [*held, *currents]))
+        raise TypeError(
+            f"{who} takes no input that moves, and the clamp of {names} is a function. descend and"
+            " flow do; here give True or a boolean mask."
+        )
+    def read(functions, what):
+        said = lambda n: f"{who}: the {what} of the layer {n!r}"
+        return {
+            n: read_function(f, time, said(n), neurons[n].shape, batch)
+            for n, f in functions.items()
+        }
+    return Inputs(read(held, "clamp"), read(currents, "drive"))
+
 
 def read_start(
     who: str, # the function that reads, in messages
     ham: HAM | VectorizedHAM, # the network; vectorised for batches of states
     xs: dict, # states by layer
-    clamp=None, # what stays put, as for `clamp_dict`
+    clamp=None, # what stays put, as for `clamp_dict`; with a `time` also functions of it
+    drive=None, # currents that flow into layers: layer → array, or function of the time
+    time=None, # a time as functions are called with, or None where nothing may move
 ) -> Start:
     "Network, states and clamp, checked. Raises ValueError or TypeError for what does not fit."
     if not isinstance(ham, HAM | VectorizedHAM):
         raise TypeError(f"{who}: ham must be a HAM or a VectorizedHAM, got {ham!r}.")
     batched = isinstance(ham, VectorizedHAM)
     xs = check_batch(xs, ham, "states") if batched else check_states(xs, ham.neurons, "states")
-    rows = next(iter(xs.values())).shape[:1] if batched else ()
-    return Start(ham.unvectorize(), xs, *read_clamp(clamp, ham.neurons, rows), batched)
+    batch = next(iter(xs.values())).shape[:1] if batched else ()
+    clamp, held = split_clamp(clamp)
+    whole, masks = read_clamp(clamp, ham.neurons, batch)
+    still, currents = split_drive(drive, ham.neurons)
+    said = lambda n: f"{who}: the drive of the layer {n!r}"
+    still = {
+        n: read_current(v, said(n), ham.neurons[n].shape, batch).astype(xs[n].dtype)
+        for n, v in still.items()
+    }
+    moving = _read_moving(who, held, currents, ham.neurons, batch, time)
+    place = None if moving is None else np.arange(*batch) if batched else np.array(0)
+    own = (ham.network, ham.per_row) if batched and time is not None else (ham.unvectorize(), ())
+    return Start(own[0], xs, whole, masks, batched, still, own[1], moving, place)
 
 # %% ../../nbs/api/dynamics/problem.ipynb #2946af6e
 class Point(eqx.Module):
@@ -141,6 +189,7 @@ class Problem(eqx.Module):
     start: dict # all states
     masks: dict # True where clamped, for layers that are clamped in part
     free: tuple = eqx.field(static=True) # names of the layers that are not clamped as a whole
+    drive: dict = eqx.field(default_factory=dict) # currents that flow into layers from outside
 
     @property
     def taus(self) -> dict:
@@ -220,9 +269,12 @@ def _evaluate(problem, xs, layers):
     xs, ham = problem.states(xs), problem.ham
     xhats = ham.activations(xs)
     currents, parts = _input_currents(ham, xhats, layers)
+    currents = {n: I + problem.drive[n] if n in problem.drive else I for n, I in currents.items()}
     still = jax.lax.stop_gradient
     own = {n: _energy_of_pair(l, *still((xhats[n], xs[n]))) for n, l in ham.neurons.items()}
-    tree = still({"neurons": own, "connections": parts})
+    tree = {"neurons": own, "connections": parts}
+    if problem.drive: tree["drive"] = problem.driven(xhats)
+    tree = still(tree)
     hidden = [still(x * xhats[n]).sum() for n, x in problem.hidden(xhats, xs)]
     terms = jtu.tree_leaves(tree) + hidden
     E = sum(jtu.tree_leaves(tree))
@@ -237,6 +289,25 @@ def _evaluate(problem, xs, layers):
     )
 
 # %% ../../nbs/api/dynamics/problem.ipynb #e42a5762
+@patch
+def driven(
+    self: Problem,
+    xhats: dict, # an activation per layer
+) -> dict: # a number for each layer that is driven
+    "The energy of each current that flows in from outside, −<I, x̂>."
+    return {n: -(I * xhats[n]).sum() for n, I in self.drive.items()}
+
+
+@patch
+def total(
+    self: Problem,
+    xs: dict, # a state per layer
+) -> Float[Array, ""]: # that of the drive included
+    "The total energy, through which derivatives go."
+    xhats = self.ham.activations(xs)
+    return sum(self.driven(xhats).values(), self.ham.energy(xhats, xs))
+
+
 @patch
 def pull(
     self: Problem,

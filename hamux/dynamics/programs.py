@@ -23,6 +23,7 @@ from jaxtyping import PyTree
 from .problem import Start
 from .solver import AbstractSolver
 from ..network.hypergraph import HAM
+from ..network.rows import map_rows
 
 # %% ../../nbs/api/dynamics/programs.ipynb #046cdd8c
 _heard = []
@@ -71,12 +72,15 @@ def _structure_as_data(tree, dtype, default):
 def network_as_data(
     ham: HAM, # a network
     dtype, # of the arrays: that of the states, or float32 if it is wider
-) -> HAM: # the same; equal structures compile one program
+    per_row: tuple = (), # which of its arrays have an axis of rows; () for none
+) -> tuple: # the same, of which equal structures compile one program; which have that axis now
     "The network with its numbers and masks as arrays."
-    leaves, tree = jtu.tree_flatten(ham)
+    (leaves, tree), own = jtu.tree_flatten(ham), list(per_row)
     tree, data = _structure_as_data(tree, np.dtype(dtype), jnp.result_type(float))
-    for i, v in data: leaves.insert(i, v)
-    return tree.unflatten(leaves)
+    for i, v in data:
+        leaves.insert(i, v)
+        if own: own.insert(i, False)
+    return tree.unflatten(leaves), tuple(own)
 
 
 def solver_as_data(
@@ -117,7 +121,8 @@ def fill_batch(
     start: Start, # a batch, or a single example
 ) -> Start: # a batch of a size that others have; the same where it is traced or put elsewhere
     "The start with rows that are copies of the first."
-    leaves = jtu.tree_leaves((start.xs, start.masks))
+    per_row = start.xs, start.masks, start.drive, start.place
+    leaves = jtu.tree_leaves(per_row)
     rows = len(leaves[0]) if start.batched else 0
     more = filled_size(rows) - rows
     if not more or not all(map(_is_here, [*leaves, *jtu.tree_leaves(start.ham)])): return start
@@ -125,7 +130,9 @@ def fill_batch(
         xp = _library(x)
         v = xp.asarray(x)
         return jax.device_put(xp.concatenate([v, xp.repeat(v[:1], more, 0)]))
-    return start._replace(xs=jtu.tree_map(fill, start.xs), masks=jtu.tree_map(fill, start.masks))
+    xs, masks, drive, place = jtu.tree_map(fill, per_row)
+    ham = map_rows(start.ham, start.per_row, fill)
+    return start._replace(ham=ham, xs=xs, masks=masks, drive=drive, place=place)
 
 
 def cut_batch(
@@ -141,10 +148,11 @@ def start_as_data(
     start: Start, # what a recall begins with
 ) -> Start: # the same with a network whose numbers are arrays, unless a program is traced
     "A start in the form that needs the fewest programs."
-    leaves = jtu.tree_leaves((start.ham, start.xs, start.masks))
+    leaves = jtu.tree_leaves((start.ham, start.xs, start.masks, start.drive, start.inputs))
     if is_tracing() or any(isinstance(v, jax.core.Tracer) for v in leaves): return start
     wide = jnp.result_type(start.ham.dtype, jnp.float32, *start.xs.values())
-    return start._replace(ham=network_as_data(start.ham, wide))
+    ham, per_row = network_as_data(start.ham, wide, start.per_row)
+    return start._replace(ham=ham, per_row=per_row)
 
 
 def shared_program(

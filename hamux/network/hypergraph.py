@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 
 from .neurons import NeuronLayer, check_state
 from .parameters import is_parameter, seal, unseal
+from .rows import count_rows, map_rows, over_rows, read_axes
 
 # %% ../../nbs/api/network/hypergraph.ipynb #d2c902a6
 def by_name(given, what):
@@ -335,75 +336,130 @@ def check_batch(tree, ham, what):
         )
     if len(set(sizes.values())) > 1:
         raise ValueError(f"The {what} must have one batch size, got different ones: {sizes}.")
-    return check_states(tree, ham.neurons, what, (next(iter(sizes.values())),))
+    rows = next(iter(sizes.values()))
+    if ham.n_rows not in (None, rows):
+        raise ValueError(
+            f"The {what} must have one row for each network, {ham.n_rows}, got {rows} rows."
+        )
+    return check_states(tree, ham.neurons, what, (rows,))
 
 # %% ../../nbs/api/network/hypergraph.ipynb #c84b950d
 class VectorizedHAM(eqx.Module):
-    "A HAM whose methods take and return batches."
-    _ham: HAM
+    "A HAM whose methods take and return batches: one network for all rows, or one for each."
+    network: HAM # as it was given
+    # for each of its arrays whether it has a leading axis of rows; () where all rows share it
+    per_row: tuple = eqx.field(static=True, default=())
 
     @property
-    def neurons(self) -> Mapping: return self._ham.neurons
+    def neurons(self) -> Mapping: return self.network.neurons
     @property
-    def hypersynapses(self) -> Mapping: return self._ham.hypersynapses
+    def hypersynapses(self) -> Mapping: return self.network.hypersynapses
     @property
-    def connections(self) -> tuple: return self._ham.connections
+    def connections(self) -> tuple: return self.network.connections
     @property
-    def n_neurons(self) -> int: return self._ham.n_neurons
+    def n_neurons(self) -> int: return self.network.n_neurons
     @property
-    def n_hypersynapses(self) -> int: return self._ham.n_hypersynapses
+    def n_hypersynapses(self) -> int: return self.network.n_hypersynapses
     @property
-    def n_connections(self) -> int: return self._ham.n_connections
+    def n_connections(self) -> int: return self.network.n_connections
     @property
-    def dtype(self): return self._ham.dtype
+    def n_rows(self) -> int | None: return count_rows(self.network, self.per_row)
+    @property
+    def dtype(self): return self.network.dtype
 
-    def init_states(self, bs=None, *, key=None, dtype=None) -> dict:
-        "The initial states of `bs` networks: zeros, or random with a key."
-        if not bs:
-            warnings.warn(
-                "A vectorized HAM takes batches: give init_states a batch size.", stacklevel=3
-            )
-        return _init_states(self._ham, bs, key, dtype)
-
-    def activations(self, xs) -> dict:
-        "The activations that belong to a batch of states."
-        return jax.vmap(self._ham.activations)(check_batch(xs, self, "states"))
-
-    def neuron_energies(self, xhats, xs) -> dict:
-        "Each layer's own energy, one per row."
-        return jax.vmap(self._ham.neuron_energies)(
-            check_batch(xhats, self, "activations"), check_batch(xs, self, "states")
-        )
-
-    def connection_energies(self, xhats) -> list:
-        "The energy of each connection, one per row."
-        return jax.vmap(self._ham.connection_energies)(check_batch(xhats, self, "activations"))
-
-    def energy_tree(self, xhats, xs) -> dict:
-        "The energy of every part, one per row."
-        return jax.vmap(self._ham.energy_tree)(
-            check_batch(xhats, self, "activations"), check_batch(xs, self, "states")
-        )
-
-    def energy(self, xhats, xs) -> Float[Array, " batch"]:
-        "The total energy, one per row."
-        return jax.vmap(self._ham.energy)(
-            check_batch(xhats, self, "activations"), check_batch(xs, self, "states")
-        )
-
-    def dEdact(self, xhats, xs, return_energy=False):
-        "The gradient of each row; with `return_energy` the pair (energies, gradients)."
-        f = lambda xhats, xs: self._ham.dEdact(xhats, xs, return_energy)
-        return jax.vmap(f)(check_batch(xhats, self, "activations"), check_batch(xs, self, "states"))
+    def row(
+        self,
+        i, # its number
+    ) -> HAM: # the network itself, where all rows share it
+        "The network of one row."
+        return map_rows(self.network, self.per_row, lambda v: v[i])
 
     def vectorize(self): return self
-    def unvectorize(self) -> HAM: return self._ham
+
+    def unvectorize(self) -> HAM:
+        "The network that all rows share. Raises ValueError where each has its own."
+        if not self.per_row: return self.network
+        raise ValueError(
+            f"Each of the {self.n_rows} rows has a network of its own, where one for all is"
+            " needed. Take that of a row with ham.row(i); descend, flow and the methods of the"
+            " network itself take them all."
+        )
+
+# %% ../../nbs/api/network/hypergraph.ipynb #5173188b
+def _checked(ham, xhats=None, xs=None):
+    "Batches of activations and states, those that are given."
+    named = ("activations", xhats), ("states", xs)
+    return [check_batch(tree, ham, what) for what, tree in named if tree is not None]
+
+
+@patch
+def init_states(self: VectorizedHAM, bs=None, *, key=None, dtype=None) -> dict:
+    "The initial states of `bs` networks: zeros, or random with a key."
+    if bs is None: bs = self.n_rows
+    if not bs:
+        warnings.warn(
+            "A vectorized HAM takes batches: give init_states a batch size.", stacklevel=3
+        )
+    return _init_states(self.network, bs, key, dtype)
+
+
+@patch
+def activations(self: VectorizedHAM, xs) -> dict:
+    "The activations that belong to a batch of states."
+    f = lambda ham, xs: ham.activations(xs)
+    return over_rows(self.network, self.per_row, f, *_checked(self, xs=xs))
+
+
+@patch
+def neuron_energies(self: VectorizedHAM, xhats, xs) -> dict:
+    "Each layer's own energy, one per row."
+    f = lambda ham, xhats, xs: ham.neuron_energies(xhats, xs)
+    return over_rows(self.network, self.per_row, f, *_checked(self, xhats, xs))
+
+
+@patch
+def connection_energies(self: VectorizedHAM, xhats) -> list:
+    "The energy of each connection, one per row."
+    f = lambda ham, xhats: ham.connection_energies(xhats)
+    return over_rows(self.network, self.per_row, f, *_checked(self, xhats))
+
+
+@patch
+def energy_tree(self: VectorizedHAM, xhats, xs) -> dict:
+    "The energy of every part, one per row."
+    f = lambda ham, xhats, xs: ham.energy_tree(xhats, xs)
+    return over_rows(self.network, self.per_row, f, *_checked(self, xhats, xs))
+
+
+@patch
+def energy(self: VectorizedHAM, xhats, xs) -> Float[Array, " batch"]:
+    "The total energy, one per row."
+    f = lambda ham, xhats, xs: ham.energy(xhats, xs)
+    return over_rows(self.network, self.per_row, f, *_checked(self, xhats, xs))
+
+
+@patch
+def dEdact(self: VectorizedHAM, xhats, xs, return_energy=False):
+    "The gradient of each row; with `return_energy` the pair (energies, gradients)."
+    f = lambda ham, xhats, xs: ham.dEdact(xhats, xs, return_energy)
+    return over_rows(self.network, self.per_row, f, *_checked(self, xhats, xs))
 
 # %% ../../nbs/api/network/hypergraph.ipynb #d37c1e17
 @patch
-def vectorize(self: HAM) -> VectorizedHAM:
-    "The same network over a leading batch axis."
-    return VectorizedHAM(self)
+def vectorize(self: HAM,
+              # 0 if each array has a leading axis of rows, or the names of the layers and
+              # hypersynapses whose arrays have one; None for one network that all rows share
+              axes=None,
+              ) -> VectorizedHAM:
+    "The network over a leading batch axis. Raises ValueError or TypeError for unfit axes."
+    names = [*self.neurons, *self.hypersynapses]
+    out = VectorizedHAM(self, read_axes((self._neurons, self._hypersynapses), axes, names))
+    if axes is None: return out
+    row = out.row(0)
+    for name, layer in row.neurons.items(): try_layer(name, layer, row.dtype)
+    for names, s in row.connections:
+        try_connection(names, s, row.neurons, row.hypersynapses[s], row.dtype)
+    return out
 
 
 @patch
