@@ -8,6 +8,7 @@ import inspect
 import re
 import textwrap
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from importlib import import_module
 from typing import NamedTuple
@@ -21,8 +22,11 @@ MODULES = {
     for module, names in INDEX["syms"].items()
     for name in names
 }
+FACE = set(import_module("hamux").__all__)
 DASHES = 20, 30, 14, 48 # the widths of a table's columns to each other
-MOST_RAISED = 8
+MOST_RAISED = 12
+MOST_VISITS = 3 # to a helper that is called with several names
+MOST_DEPTH = 3 # of helpers of helpers
 
 
 class Row(NamedTuple):
@@ -62,7 +66,7 @@ def comments(thing) -> dict[str, str]:
     "The comment beside each parameter, on one line"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = docments(thing)
+        found = docments(thing, args_kwargs=True)
     return {name: " ".join(text.split()) for name, text in found.items() if text}
 
 
@@ -71,6 +75,8 @@ def comments(thing) -> dict[str, str]:
 
 def type_of(annotation: ast.AST | None, default: ast.AST | None) -> str:
     "A type as it is written, or that of a default that shows it"
+    if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
+        return annotation.value
     if annotation is not None:
         return ast.unparse(annotation).replace("'", '"')
     value = getattr(default, "value", None)
@@ -85,19 +91,49 @@ def default_of(value: ast.AST | None) -> tuple[ast.AST | None, str]:
     return value, "" if value is None else ast.unparse(value).replace("'", '"')
 
 
+def named(place: ast.AST, known: dict):
+    "The thing that an expression names, `lg.lagr_tanh` say; None for any other expression"
+    if not isinstance(place, ast.Name | ast.Attribute): return None
+    first, *rest = ast.unparse(place).split(".")
+    thing = functools.reduce(lambda owner, name: getattr(owner, name, None), rest, known.get(first))
+    return plain(thing) if callable(thing) else None
+
+
+def passed_on(function) -> Iterator[tuple[str, object]]:
+    """(parameter, function) for what is handed on under its own name: to what is called, or to what
+    that is to call"""
+    for node in ast.walk(tree(function)):
+        if not isinstance(node, ast.Call): continue
+        words = [k for k in node.keywords if isinstance(k.value, ast.Name)]
+        same = [k.arg for k in words if k.value.id == k.arg]
+        for place in (node.func, *node.args) if same else ():
+            taker = named(place, function.__globals__)
+            if inspect.isfunction(taker): yield from ((name, taker) for name in same)
+
+
+def held_by(cls):
+    "The public class whose methods a class gives on: that of its first field"
+    if not inspect.isclass(cls): return None
+    first = next(iter(cls.__dict__.get("__annotations__", {}).values()), None)
+    return first if inspect.isclass(first) and first.__name__ in MODULES else None
+
+
 def told_elsewhere(function) -> dict[str, str]:
     """What a parameter means where a function does not say it: what the class that it returns says
-    of it, or the method of a base class that it implements"""
+    of it, the function that it is passed on to, or the same method of a base class, or of the class
+    that it holds"""
     said = {}
     returned = tree(function).returns
     made = function.__globals__.get(returned.id) if isinstance(returned, ast.Name) else None
     init = init_of(made) if inspect.isclass(made) else None
     if init and init is not function: said |= comments(init)
+    for name, taker in passed_on(function):
+        if name in comments(taker): said[name] = comments(taker)[name]
     owner, _, name = function.__qualname__.rpartition(".")
     cls = function.__globals__.get(owner)
-    for base in getattr(cls, "__mro__", ())[1:] if name != "__init__" else ():
-        method = base.__dict__.get(name)
-        if base.__module__.startswith("hamux.") and inspect.isfunction(method):
+    for base in (*getattr(cls, "__mro__", ())[1:], held_by(cls)) if name != "__init__" else ():
+        method = getattr(base, "__dict__", {}).get(name)
+        if inspect.isfunction(method) and base.__module__.startswith("hamux."):
             said = comments(method) | said
     return said
 
@@ -120,7 +156,7 @@ def parameters(function) -> list[Row]:
 
 
 def fields(cls) -> list[Row]:
-    "The public fields of a class and of its bases"
+    "The public fields of a class and of its bases, which speak for what it does not explain itself"
     rows = {}
     for base in reversed(cls.__mro__):
         if not base.__module__.startswith("hamux."): continue
@@ -129,13 +165,15 @@ def fields(cls) -> list[Row]:
             if not isinstance(node, ast.AnnAssign) or node.target.id.startswith("_"): continue
             value, text = default_of(node.value)
             kind = type_of(node.annotation, value)
-            rows[node.target.id] = Row(node.target.id, kind, text, beside(node, lines))
+            said = beside(node, lines) or getattr(rows.get(node.target.id), "meaning", "")
+            rows[node.target.id] = Row(node.target.id, kind, text, said)
     return list(rows.values())
 
 
 def beside(node: ast.AST, lines: list[str]) -> str:
     "The comment at the end of a field's line, or on the lines above it"
-    _, mark, comment = lines[node.end_lineno - 1][node.end_col_offset :].partition("#")
+    rest = lines[node.end_lineno - 1].encode()[node.end_col_offset :] # Python counts in bytes
+    _, mark, comment = rest.decode().partition("#")
     if mark: return comment.strip()
     above = []
     for line in reversed(lines[: node.lineno - 1]):
@@ -182,33 +220,77 @@ def init_of(cls):
     return None
 
 
-def message(node: ast.AST) -> str:
-    "The first sentence of an error's message, with `…` for what is filled in"
-    if isinstance(node, ast.Constant): text = str(node.value)
-    elif isinstance(node, ast.JoinedStr):
-        text = "".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in node.values)
-    elif isinstance(node, ast.BinOp): text = message(node.left) + message(node.right)
-    else: return ""
-    first = re.split(r"(?<=[.])\s+(?=[A-Z])", " ".join(text.split()))[0]
-    return re.sub(r"…[. …]*$", "…", first)
+def message(node: ast.AST, known: dict) -> str:
+    "An error's message, with `…` for what is filled in, unless the calls that led here say it"
+    if isinstance(node, ast.Constant): return str(node.value)
+    if isinstance(node, ast.Name): return known.get(node.id, "…")
+    if isinstance(node, ast.BinOp): return message(node.left, known) + message(node.right, known)
+    if not isinstance(node, ast.JoinedStr): return "…"
+    parts = [getattr(part, "value", part) for part in node.values]
+    return "".join(part if isinstance(part, str) else message(part, known) for part in parts)
 
 
-def raised(function, seen: set | None = None) -> Iterator[tuple[str, str]]:
-    "(error, message) of what a function raises itself, or through private helpers of its module"
-    seen = set() if seen is None else seen
-    if function in seen: return
-    seen.add(function)
-    for node in ast.walk(tree(function)):
-        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
-            error, text = ast.unparse(node.exc.func), message(node.exc.args[0])
-            says = re.sub(r"^\w+: ", "", text).strip("… .:")
-            if error.endswith("Error") and says: yield error, text
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            helper = function.__globals__.get(node.func.id)
-            helper = plain(helper) if callable(helper) else None
-            private = node.func.id.startswith("_") and inspect.isfunction(helper)
-            if private and helper.__module__ == function.__module__:
-                yield from raised(helper, seen)
+def first_sentence(text: str) -> str:
+    "Of a message, without the name that it begins with where nobody said that"
+    text = re.split(r"(?<=[.])\s+(?=[A-Z])", " ".join(text.split()))[0]
+    text = re.sub(r"…[. ]*$", "…", re.sub(r"…[ .…]*…", "…", text))
+    return re.sub(r"^…: (?=\S)", "", text)
+
+
+def says_something(text: str) -> bool:
+    words = re.sub(r"^\w+: |must be (a )?…, got …$", "", text).strip("… .:").split()
+    return len(words) > 2
+
+
+def words_given(call: ast.Call, helper, known: dict) -> dict[str, str]:
+    "The words that a call fills into the messages of a helper, by parameter"
+    node = tree(helper).args
+    names = [arg.arg for arg in (*node.posonlyargs, *node.args)]
+    given = dict(zip(names, call.args, strict=False)) | {k.arg: k.value for k in call.keywords}
+    unset = dict(zip(reversed(names), reversed(node.defaults), strict=False))
+    words = {
+        name: message(value, known)
+        for name, value in (unset | given).items()
+        if not isinstance(value, ast.Constant) or isinstance(value.value, str)
+    }
+    return {name: text for name, text in words.items() if text.strip("… ")}
+
+
+def is_told_anew(node: ast.AST) -> bool:
+    "Whether an error inside may be caught, or put in other words"
+    contexts = [item.context_expr for item in node.items] if isinstance(node, ast.With) else []
+    return isinstance(node, ast.Try) or any(isinstance(c, ast.Call) for c in contexts)
+
+
+def passed_through(node: ast.AST) -> Iterator[ast.AST]:
+    "The parts of a definition whose errors reach who calls it"
+    for part in ast.iter_child_nodes(node):
+        if is_told_anew(part): yield from (n for n in ast.walk(part) if isinstance(n, ast.Raise))
+        else: yield from (part, *passed_through(part))
+
+
+def raised(function) -> Iterator[tuple[str, str]]:
+    "(error, message) of what a function raises itself, and then through helpers that have no page"
+    queue, visits = [(function, {}, 0)], Counter()
+    while queue:
+        here, known, depth = queue.pop(0)
+        visits[here] += 1
+        if visits[here] > MOST_VISITS or depth > MOST_DEPTH: continue
+        for node in passed_through(tree(here)):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+                error = ast.unparse(node.exc.func)
+                text = first_sentence(message(node.exc.args[0], known))
+                if re.fullmatch(r"[\w.]+Error", error) and says_something(text): yield error, text
+            elif isinstance(node, ast.Call):
+                helper = named(node.func, here.__globals__)
+                if inspect.isfunction(helper) and is_helper(helper):
+                    queue.append((helper, words_given(node, helper, known), depth + 1))
+
+
+def is_helper(function) -> bool:
+    "Whether it is ours, and not what people call"
+    ours = function.__module__.startswith("hamux.")
+    return ours and function.__name__ not in FACE and not inspect.isgeneratorfunction(function)
 
 
 # --- on the page ----------------------------------------------------------------------------------
@@ -288,7 +370,7 @@ def function_blocks(function, name: str) -> Iterator[str]:
     yield f"```python\n{call(name, rows, star_of(node.args))}\n```"
     yield first_line(docstring(function) or "")
     if any(row.type or row.meaning for row in rows): yield table(rows)
-    said = comments(function).get("return", "")
+    said = comments(function).get("return") or told_elsewhere(function).get("return", "")
     if node.returns is not None and ast.unparse(node.returns) != "None":
         kind = quoted(type_of(node.returns, None))
         yield f"[Returns]{{.api-word}} {kind}{': ' if said else ''}{escaped(said)}"

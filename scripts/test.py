@@ -131,8 +131,14 @@ def run_notebook(path: Path) -> tuple[bool, float]:
         jax.clear_caches() # or what an open notebook compiled is kept
 
 
+def computes(page: Path) -> bool:
+    "Whether a page takes longer to run than to compile: those that come in two sizes do"
+    return "HAMUX_FULL" in page.read_text(encoding="utf-8")
+
+
 def run_several(paths: list[Path]) -> list[tuple[bool, float]]:
     "Run notebooks one after the other"
+    if any(map(computes, paths)): os.environ["XLA_FLAGS"] = ""
     results = []
     for path in paths:
         try:
@@ -147,11 +153,13 @@ def run_several(paths: list[Path]) -> list[tuple[bool, float]]:
 
 
 def run_notebooks(options) -> Iterator[Outcome]:
-    "Every cell of every notebook runs, some five notebooks in a process"
+    "Every cell of every notebook runs, some five notebooks in a process; first what computes"
     paths = [p for p in notebooks() if not options.k or options.k in p.as_posix()]
     if not paths and not options.k: raise RuntimeError("there is no notebook under nbs/")
-    count = max(options.workers, len(paths) // 5)
-    parts = [part for part in (paths[i::count] for i in range(count)) if part]
+    long = [p for p in paths if computes(p)]
+    short = [p for p in paths if p not in long]
+    count = max(options.workers, len(short) // 5)
+    parts = [[p] for p in long] + [part for part in (short[i::count] for i in range(count)) if part]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.workers, mp_context=context, max_tasks_per_child=1) as pool:
         runs = {pool.submit(run_several, part): part for part in parts}

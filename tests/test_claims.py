@@ -163,6 +163,19 @@ def test_a_mask_through_a_saturated_softmax_is_not_rest(solver):
     assert near.code == CONVERGED
 
 
+@GUARDED
+@pytest.mark.parametrize("under_jit", [False, True])
+def test_a_mask_that_holds_nothing_is_no_mask(solver, under_jit):
+    "A layer norm far out is flat: along ∂E/∂x nothing moves, along ∂E/∂x̂ it does."
+    ham = hmx.HAM([hmx.LayerNormLayer(2, leak=False)], [lambda x: (x[0] - 1) ** 2], [([0], 0)])
+    start = {0: jnp.array([0, 1e5], jnp.float32)}
+    descend = lambda clamp: hmx.descend(ham, start, solver=solver, clamp=clamp)
+    if under_jit: descend = lambda clamp, f=descend: jax.jit(lambda: f(clamp))()
+    held, free = descend({0: np.zeros(2, bool)}), descend(None)
+    assert held.code == free.code == CONVERGED
+    assert hmx.LayerNormLayer(2).activations(held.xs[0])[0] > 0.99
+
+
 @pytest.mark.parametrize("x0", [1.0, 1.1, 2.0, 5.0])
 def test_what_is_said_of_an_overflow_is_said_of_what_is_returned(x0):
     "Euler is judged at every fourth step; this runs away in between."

@@ -21,7 +21,7 @@ from generated import drift
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 import hamux
-from hamux._reference import INDEX, MODULES, Reference, exported
+from hamux._reference import INDEX, MODULES, Reference, exported, tree
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLIC = [
@@ -80,17 +80,71 @@ def test_tables_tell_type_default_and_meaning(name, parameter, wanted):
     for part in wanted: assert part in row
 
 
-@pytest.mark.parametrize("name", sorted(n for n in hamux.__all__ if n in MODULES))
-def test_the_face_explains_its_parameters(name):
-    "Some by the class that a function returns, or the method that it implements"
-    first = str(Reference(exported(None, name), name)).split("\n####")[0]
-    rows = re.findall(r"^\| `(?!\*)[^`]+` \|.*$", first, re.M)
-    if rows: assert re.search(r"^\| name .*\| meaning \|$", first, re.M), first
+def test_no_two_public_names_are_the_same():
+    "Or a page would show the documentation of another"
+    names = [
+        (module, full.removeprefix(f"{module}."))
+        for module, listed in INDEX["syms"].items()
+        for full in listed
+    ]
+    public = [name for module, name in names if name in import_module(module).__all__]
+    assert sorted(public) == sorted(set(public))
+
+
+def unexplained(text: str) -> list[str]:
+    "What the site shows of a name without saying what it means"
+    out = []
+    for block in text.split("::: {.api}\n")[1:]:
+        call = re.search(r"```python\n(.*?)\n```", block, re.S)
+        if call and not call[1].endswith("()") and ".api-table" not in block: out.append(call[1])
+        for table in re.findall(r"^\| name.*?(?=\n\n)", block, re.M | re.S):
+            head, _, *rows = table.splitlines()
+            told = head.endswith("| meaning |")
+            out += [row.split("`")[1] for row in rows if not told or row.endswith("|  |")]
+        for kind, said in re.findall(r"^\[Returns\]\{.api-word\} (.*?`)(:.*)?$", block, re.M):
+            if not said and kind.strip("`") not in MODULES: out.append(f"-> {kind}")
+    return out
+
+
+def is_in_its_class(name: str) -> bool:
+    "Whether a method is shown with its class, or not at all: others are patched, and shown alone"
+    owner, _, method = name.rpartition(".")
+    if not owner: return False
+    return method in {getattr(node, "name", "") for node in tree(exported(None, owner)).body}
+
+
+def test_every_parameter_and_result_is_explained():
+    "By a comment beside it, or by what is passed on, returned, implemented or held"
+    shown = [name for name in PUBLIC if not is_in_its_class(name)]
+    found = {name: unexplained(str(Reference(exported(None, name), name))) for name in shown}
+    assert {name: missing for name, missing in found.items() if missing} == {}
+
+
+def test_what_is_not_explained_is_seen():
+    text = Reference(hamux.descend).text
+    assert unexplained(text) == []
+    assert unexplained(text.replace("the states to start from, by layer", "")) == ["xs"]
+    tables = re.compile(r"::: \{.api-table\}.*?\n:::\n", re.S)
+    assert unexplained(tables.sub("", text))[0].startswith("descend(ham, xs")
+    assert unexplained(text.replace("`Descent`", "`dict`")) == ["-> `dict`"]
+    bare = re.sub(r"(\|[^|\n]*\|[^|\n]*\|[^|\n]*\|)[^|\n]*\|$", r"\1", text, flags=re.M)
+    assert len(unexplained(bare)) > 10
 
 
 def test_what_is_not_said_is_taken_from_where_it_is():
-    assert "time constant > 0" in str(Reference(hamux.TanhLayer))
+    "From the class that is returned, the function it is passed on to, a base or a held class"
+    text = str(Reference(hamux.TanhLayer))
+    assert "time constant > 0" in text and "inverse temperature > 0" in text
+    assert "a state per layer" in str(Reference(hamux.VectorizedHAM.activations))
     assert "the point at the state that was proposed last" in str(Reference(hamux.Euler.step))
+    (row,) = re.findall(r"^\| `numbers` \|.*$", str(Reference(hamux.Euler)), re.M)
+    assert "another value needs no other program" in row
+
+
+def test_comments_are_found_behind_what_is_not_ascii():
+    "Of a field whose default has such a letter, and of keywords that are passed on"
+    assert "what it is called in messages" in str(Reference(hamux.Lazy))
+    assert "passed on to matplotlib" in str(Reference(hamux.plot_energy))
 
 
 def test_what_is_returned_and_raised():
@@ -98,6 +152,21 @@ def test_what_is_returned_and_raised():
     assert "[Returns]{.api-word} `Float[Array, \"\"]`: \\<x̂, x> − L(x), or 0 without leak" in text
     text = str(Reference(hamux.NeuronLayer))
     assert "- `ValueError`: NeuronLayer: tau must be a positive finite number, got …" in text
+
+
+def test_what_helpers_raise_is_told_in_the_words_of_the_call():
+    "Not what is caught, and not what says nothing without its numbers"
+    text = lambda name: str(Reference(getattr(hamux, name)))
+    raised = lambda name: re.findall(r"^- `(\w+)`: (.*)$", text(name), re.M)
+    assert ("ValueError", "HAM: a connection must join a layer, got …") in raised("HAM")
+    assert ("TypeError", "LinearSynapse: W must be real, got dtype …") in raised("LinearSynapse")
+    wanted = "ValueError", "LinearSynapse: W must have … axes, got shape …"
+    assert wanted in raised("LinearSynapse")
+    wanted = "TypeError", "descend: ham must be a HAM or a VectorizedHAM, got …"
+    assert wanted in raised("descend")
+    assert not raised("load") # all of it becomes a `FileProblem`
+    messages = [said for name in hamux.__all__ if name in MODULES for _, said in raised(name)]
+    assert not [said for said in messages if re.search(r"…[. …]*…|^…:", said)]
 
 
 def test_what_a_page_defines_is_read_from_the_package():

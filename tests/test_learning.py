@@ -405,7 +405,7 @@ def errors_of_the_steps(atol, solver=hmx.Adaptive(), max_steps=1000):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "steps", [5, *(pytest.param(n, marks=pytest.mark.thorough) for n in (10, 20)), 40]
+    "steps", [5, *(pytest.param(n, marks=pytest.mark.thorough) for n in (10, 20, 40))]
 )
 def test_unfinished_descents_of_the_default_solver_have_no_exact_gradient(steps):
     "What is left out is as large as the gradient; see *Lengths that are found*."
@@ -416,6 +416,7 @@ def test_unfinished_descents_of_the_default_solver_have_no_exact_gradient(steps)
     if steps < 20: assert np.median(error) > 0.01
 
 
+@pytest.mark.thorough # the page of adjoints asserts it, too
 def test_the_error_of_the_default_solver_dies_out_as_it_converges():
     loose, close, rest = (np.asarray(errors_of_the_steps(tol)) for tol in (1e-3, 1e-6, 1e-11))
     print(*(f"median {np.median(e):.1e}, worst {e.max():.1e}" for e in (loose, close, rest)))

@@ -49,7 +49,7 @@ def test_batches_share_programs():
     assert list(map(len, counts)) == [1, 0, 0, 0, 1, 1] + 6 * [0]
 
 
-@pytest.mark.parametrize("rows", [1, 5, 13])
+@pytest.mark.parametrize("rows", [1, pytest.param(5, marks=pytest.mark.thorough), 13])
 @pytest.mark.parametrize("solver", [hmx.Adaptive(), hmx.Euler(0.3), hmx.Langevin(0.01, 0.1)])
 def test_rows_that_fill_up_change_nothing(solver, rows):
     "Under `jax.jit` no row is added, and numbers are constants."

@@ -259,8 +259,8 @@ class Stability(eqx.Module):
     # layer
     mode: dict
     error: Float[Array, "*batch"] # some eigenvalue is within this of `curvature`
-    residual: Float[Array, "*batch"] # how far from rest it is, as for `descend`; defined with
-    # `check_rest`
+    # how far from rest it is, as for `descend`; defined with `check_rest`
+    residual: Float[Array, "*batch"]
     # whether that is small: stability is a question about fixed points
     at_rest: Bool[Array, "*batch"]
     products: Int[Array, "*batch"] # products with the linearised dynamics that this took
@@ -358,7 +358,7 @@ def add_noise(
     key, # a PRNG key
     x: Float[Array, "..."], # a pattern
     level, # standard deviation of the noise, in the units of the pattern
-) -> Float[Array, "..."]:
+) -> Float[Array, "..."]: # the pattern, corrupted
     "Add Gaussian noise."
     return x + level * jr.normal(key, x.shape, x.dtype)
 
@@ -367,7 +367,7 @@ def erase(
     key, # a PRNG key
     x: Float[Array, "..."], # a pattern
     level, # share of the entries to erase, 0 to 1
-) -> Float[Array, "..."]:
+) -> Float[Array, "..."]: # the pattern, corrupted
     "Set a random share of the entries to 0."
     return jnp.where(_chosen(key, x, level), 0, x)
 
@@ -376,7 +376,7 @@ def cover(
     key, # not used
     x: Float[Array, "..."], # a pattern
     level, # share of the entries to cover, 0 to 1
-) -> Float[Array, "..."]:
+) -> Float[Array, "..."]: # the pattern, corrupted
     "Set the last share of the entries to 0: the lower part of an image."
     return jnp.where(
         jnp.arange(x.size).reshape(x.shape) >= x.size - jnp.round(level * x.size), 0, x
@@ -392,7 +392,7 @@ def wilson(
     k, # successes, a number or an array
     n, # trials
     z=1.96, # half width in standard errors: 1.96 for 95 %
-): # (low, high), like `k`
+) -> tuple: # (low, high), each like `k`
     "Wilson's confidence interval for a share."
     k, n = np.asarray(k), np.asarray(n)
     centre, half = k + z * z / 2, z * np.sqrt(k * (n - k) / n + z * z / 4)
@@ -414,7 +414,10 @@ class BasinSize(eqx.Module):
     target: Int[Array, " n"] # the pattern of each start
     reached: Int[Array, "m n"] # the pattern that each start reached, −1 for none
 
-    def radius(self, share=0.5) -> float: # a level; NaN if the curve does not cross
+    def radius(
+        self,
+        share=0.5, # of the trials
+    ) -> float: # a level; NaN if the curve does not cross
         "The level at which the curve first falls below `share`, interpolated."
         levels, s = np.asarray(self.levels), np.asarray(self.share)
         below = np.flatnonzero(s < share)

@@ -32,36 +32,64 @@ class AbstractDiscreteMemory(eqx.Module):
     def size(self) -> int: "The number of neurons."
 
     @abc.abstractmethod
-    def fields(self, s: Int[Array, "B N"]) -> PyTree:
+    def fields(
+        self,
+        s: Int[Array, "B N"], # states ±1, one per row
+    ) -> PyTree: # one row per state
         "What visits and flips need to know of the states, from scratch."
 
     @abc.abstractmethod
-    def visit(self, fields: PyTree, si: Int[Array, " B"], i: Int[Array, ""]) -> Bool[Array, " B"]:
-        "Whether to flip the neuron `i`, whose values are `si`, lowers the energy."
+    def visit(
+        self,
+        fields: PyTree, # what `fields` returned, or `flipped`
+        si: Int[Array, " B"], # the values of the neuron
+        i: Int[Array, ""], # its number
+    ) -> Bool[Array, " B"]: # one answer per row
+        "Whether to flip one neuron lowers the energy."
 
     @abc.abstractmethod
-    def flipped(self, fields: PyTree, si: Int[Array, " B"], i: Int[Array, ""]) -> PyTree:
-        "The fields after the neuron `i` has flipped from `si`; 0 where it stays."
+    def flipped(
+        self,
+        fields: PyTree, # what `fields` returned, or `flipped`
+        si: Int[Array, " B"], # the values of the neuron before; 0 where it stays
+        i: Int[Array, ""], # its number
+    ) -> PyTree: # one row per state
+        "The fields after one neuron has flipped."
 
     @abc.abstractmethod
-    def total(self, s: Int[Array, "B N"], fields: PyTree) -> Float[Array, " B"]:
+    def total(
+        self,
+        s: Int[Array, "B N"], # states ±1, one per row
+        fields: PyTree, # what `fields` returned, or `flipped`
+    ) -> Float[Array, " B"]: # one number per row
         "The energy."
 
     @abc.abstractmethod
     def costs(
-        self, s: Int[Array, "B N"], fields: PyTree
-    ) -> tuple[Float[Array, "B N"], Bool[Array, "B N"]]:
+        self,
+        s: Int[Array, "B N"], # states ±1, one per row
+        fields: PyTree, # what `fields` returned, or `flipped`
+    ) -> tuple[Float[Array, "B N"], Bool[Array, "B N"]]: # a number and an answer per neuron
         "What each flip alone would add, and whether that is less than nothing beyond rounding."
 
-    def energy(self, states: Int[Array, "... N"]) -> Float[Array, "..."]:
-        "The energy of each row of `states`. Raises for what is not ±1 or has another size."
+    def energy(
+        self,
+        states: Int[Array, "... N"], # states ±1, one per row
+    ) -> Float[Array, "..."]: # one number per row
+        "The energy of each state. Raises for what is not ±1 or has another size."
         return _measured(self, states, False)
 
-    def changes(self, states: Int[Array, "... N"]) -> Float[Array, "... N"]:
+    def changes(
+        self,
+        states: Int[Array, "... N"], # states ±1, one per row
+    ) -> Float[Array, "... N"]: # one number per neuron
         "What each flip alone would add to the energy. Raises for what does not fit."
         return _measured(self, states, True)[0]
 
-    def stable(self, states: Int[Array, "... N"]) -> Bool[Array, "..."]:
+    def stable(
+        self,
+        states: Int[Array, "... N"], # states ±1, one per row
+    ) -> Bool[Array, "..."]: # one answer per row
         "Whether no flip lowers the energy. Raises for what is not ±1 or has another size."
         return ~_measured(self, states, True)[1].any(-1)
 
@@ -194,7 +222,9 @@ class DiscreteHopfield(AbstractDiscreteMemory):
         self.W, self.b = _couplings(W, b)
 
     @property
-    def size(self): return len(self.b)
+    def size(self) -> int:
+        "The number of neurons."
+        return len(self.b)
 
     def fields(self, s):
         W, b = _wide(self.W), _wide(self.b)
@@ -312,12 +342,12 @@ def _table(F, N, K):
 # %% ../../nbs/api/analysis/discrete.ipynb #a40356de
 class DiscreteMemory(AbstractDiscreteMemory):
     "The dense network −Σ_μ F(ξ_μ·s); the exponential one −(1/β) log Σ_μ exp(β ξ_μ·s)."
-    rows: Int[Array, "N K"]
-    values: Array | None
-    up: Array | None
-    down: Array | None
-    unit: Array | None
-    beta: Array | None
+    rows: Int[Array, "N K"] # the patterns, one per column
+    values: Array | None # F at the overlaps −N, −N + 2, …, N; None for "exp"
+    up: Array | None # what F gains from each overlap to the next, in multiples of `unit`
+    down: Array | None # the same to the one before
+    unit: Array | None # what the gains are multiples of
+    beta: Array | None # inverse temperature of "exp"; None for another F
 
     def __init__(self,
                  patterns: Int[Array, "K N"], # ±1, one pattern per row
@@ -336,11 +366,13 @@ class DiscreteMemory(AbstractDiscreteMemory):
         self.beta = _as_beta(1.0 if beta is None else beta, self.rows.shape[1]) if is_exp else None
 
     @property
-    def size(self):
+    def size(self) -> int:
+        "The number of neurons."
         return len(self.rows)
 
     @property
-    def patterns(self):
+    def patterns(self) -> Int[Array, "K N"]:
+        "The patterns, one per row."
         return self.rows.T
 
     def fields(self, s):

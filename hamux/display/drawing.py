@@ -10,6 +10,7 @@ __all__ = ['draw']
 # %% ../../nbs/api/display/drawing.ipynb #82c17318
 import itertools
 from collections import Counter
+from typing import Any
 
 import jax
 import jax.tree_util as jtu
@@ -168,7 +169,7 @@ def draw(
     # one number per connection, as `ham.connection_energies(xhats)` gives for one state: written,
     # and shown as line widths
     energies=None,
-): # the axes
+) -> Any: # matplotlib axes
     "Draw the hypergraph. Raises TypeError or ValueError for what it cannot draw."
     net = as_network(ham, "draw")
     if ax is not None and not hasattr(ax, "add_patch"):

@@ -23,7 +23,7 @@ GAP = 0.06 # white space around things, in inches
 class Wire(NamedTuple):
     "A connection to be drawn."
     ends: dict # how often each box, by number, is at its end
-    label: str
+    label: str # text beside it; "" for none
     style: object # "-", or a pattern of dashes
 
 

@@ -8,6 +8,8 @@ Docs: https://hamux.github.io/hamux/api/display/plots.html.md"""
 __all__ = ['plot_energy', 'plot_recall', 'plot_lagrangian']
 
 # %% ../../nbs/api/display/plots.ipynb #3ff57e33
+from typing import Any
+
 import numpy as np
 
 # %% ../../nbs/api/display/plots.ipynb #8a874e04
@@ -16,7 +18,7 @@ def plot_energy(
     ax=None, # matplotlib axes; None for new ones
     label=None, # a name for the legend
     **style, # passed on to matplotlib's plot
-): # the axes
+) -> Any: # matplotlib axes
     "Draw the energy against the step, one curve per row, with a dot where a row stopped."
     energies = getattr(energies, "energies", energies)
     if energies is None:
@@ -64,7 +66,7 @@ def plot_recall(
     cmap="gray_r", # matplotlib's name of a colour map
     limits=None, # darkest and lightest value; None for those of the first row
     axes=None, # an array of axes (rows, columns); None for new ones
-): # the axes
+) -> Any: # an array of matplotlib axes (rows, columns)
     "Draw rows of images under each other, NaN hatched. Raises ValueError for rows that do not fit."
     rows = [np.asarray(r, dtype=float) for r in rows]
     if len({r.shape[:1] for r in rows}) != 1:
@@ -91,7 +93,7 @@ def plot_lagrangian(
     energy_label="energy $x\\hat x - L$", # the title of the last panel
     # function from a number to a state, whose first entry is shown; None for states of one neuron
     slice_of=None,
-): # the axes
+) -> Any: # an array of three matplotlib axes
     "Draw a Lagrangian, its activation and its energy along a line."
     import jax
     import matplotlib.pyplot as plt

@@ -199,7 +199,7 @@ def _parameters(weights):
 def plural(
     n: int, # how many
     what: str, # what one of them is called
-) -> str:
+) -> str: # the count, with the word in one or in many
     "`3 layers`, and `1 layer`."
     return f"{n:,} {what}{'s' * (n != 1)}"
 

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from .problem import Point, shortened
+from .problem import Point, Problem, shortened
 from hamux.dynamics.solver import (
     AbstractSolver,
     Move,
@@ -72,8 +72,14 @@ class Backtracking(AbstractSolver):
         carried = _Guarded(held, least(state.lowest, held), length, again)
         return Move(held, ahead, carried, stuck | same_states(ahead, held.xs))
 
-    def next_length(self, problem, length, step, fine):
-        "Longer after a step that was accepted, shorter after one that was not."
+    def next_length(
+        self,
+        problem: Problem, # the energy of the free states
+        length: Float[Array, ""], # of the last step, in units of time
+        step: Int[Array, ""], # number of steps taken so far
+        fine: Bool[Array, ""], # whether the last step was accepted
+    ) -> Float[Array, ""]: # in units of time
+        "The length of the next step: longer after one that was accepted, shorter after another."
         factor = jnp.where(step == 0, 1, jnp.where(fine, self.grow, self.shrink))
         length = length * factor.astype(length.dtype)
         most = problem.longest if problem.leaks else jnp.finfo(length.dtype).max / 8

@@ -60,8 +60,8 @@ class Flow(eqx.Module):
     t1: Float[Array, "*batch"] # the time at the end
     x1: dict # states by layer at the end
     energy: Float[Array, "*batch"] # total energy at the end
-    residual: Float[Array, "*batch"] # how far from rest the end is, as for `descend`; defined with
-    # `check_rest`
+    # how far from rest the end is, as for `descend`; defined with `check_rest`
+    residual: Float[Array, "*batch"]
     steps: Int[Array, "*batch"] # steps of the integration, rejected ones included
     # why it ended: 1 at rest, 2 out of steps, 3 not finite, 7 at t1 and moving, 8 failed
     code: Int[Array, "*batch"]

@@ -11,17 +11,15 @@ __all__ = ['with_beta', 'Trace', 'Setup', 'Rows', 'State', 'first_rows', 'empty_
 # %% ../../nbs/api/dynamics/loop.ipynb #0b7c330a
 import dataclasses
 import functools as ft
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ..lagrangians.facts import facts_of, with_setting
-from ..network.hypergraph import HAM
-from ..network.parameters import seal, unseal
 from .problem import Point, Problem, check_rest
 from hamux.dynamics.results import (
     CONVERGED,
@@ -32,7 +30,10 @@ from hamux.dynamics.results import (
     STUCK,
     UNBOUNDED,
 )
-from .solver import AbstractSolver, at_step, rounding
+from .solver import AbstractSolver, Move, at_step, rounding
+from ..lagrangians.facts import facts_of, with_setting
+from ..network.hypergraph import HAM
+from ..network.parameters import seal, unseal
 
 # %% ../../nbs/api/dynamics/loop.ipynb #a06a5387
 def with_beta(
@@ -80,7 +81,11 @@ class Trace(eqx.Module):
         # so that it can be hashed
         object.__setattr__(self, "functions", tuple(dict(self.functions).items()))
 
-    def values(self, problem, held: Point) -> dict:
+    def values(
+        self,
+        problem: Problem, # the energy of the free states
+        held: Point, # the point that the solver stands at
+    ) -> dict: # what is recorded, by name
         "What is recorded of a point."
         xs = problem.states(held.xs)
         out = {name: f(xs) for name, f in self.functions}
@@ -91,19 +96,22 @@ class Trace(eqx.Module):
 # %% ../../nbs/api/dynamics/loop.ipynb #6813a370
 class Setup(eqx.Module):
     "A batch of problems, a solver and the settings: what does not change during a descent."
-    ham: HAM
+    ham: HAM # the network, for one example
     start: dict # states of all layers, one row per example
     masks: dict # masks of layers that are clamped in part, likewise
     keys: PyTree # a PRNG key per example, or None
     anneal: dict # inverse temperatures by layer or hypersynapse: functions of the step
-    solver: AbstractSolver
+    solver: AbstractSolver # how to step
     tols: tuple # rtol, atol
-    free: tuple = eqx.field(static=True)
-    max_steps: int = eqx.field(static=True)
-    trace: Trace | None = eqx.field(static=True)
-    progress: bool = eqx.field(static=True, default=False)
+    free: tuple = eqx.field(static=True) # names of the layers that are not clamped as a whole
+    max_steps: int = eqx.field(static=True) # steps at most
+    trace: Trace | None = eqx.field(static=True) # what to record; None for nothing
+    progress: bool = eqx.field(static=True, default=False) # whether to show a progress bar
 
-    def rows(self, index):
+    def rows(
+        self,
+        index: Int[Array, " some"], # of the examples
+    ) -> "Setup": # the same settings for those alone
         "The setup of some of the examples."
         return eqx.tree_at(
             lambda s: (s.start, s.masks, s.keys),
@@ -112,8 +120,13 @@ class Setup(eqx.Module):
             is_leaf=lambda v: v is None,
         )
 
-    def over(self, f, step, *trees):
-        "`f(problem, key, *trees)` of every row, with the network of this step."
+    def over(
+        self,
+        f: Callable, # a function (problem, key, *trees) of one example
+        step, # number of steps taken so far
+        *trees, # arrays with one row per example
+    ) -> PyTree: # its results, one row per example
+        "A function of each example, with the network of this step."
         ham = self.ham
         for name, beta in self.anneal.items(): ham = with_beta(ham, name, at_step(beta, step))
         one = lambda start, masks, key, *trees: f(
@@ -121,7 +134,10 @@ class Setup(eqx.Module):
         )
         return jax.vmap(one)(self.start, self.masks, self.keys, *trees)
 
-    def is_final(self, step):
+    def is_final(
+        self,
+        step, # number of steps taken so far
+    ) -> Bool[Array, ""]: # True where nothing changes any more
         "Whether the network and the temperature of a step are those of the end."
         last = self.max_steps
         same = [jnp.asarray(at_step(b, step) == at_step(b, last)) for b in self.anneal.values()]
@@ -136,7 +152,7 @@ class Rows(eqx.Module):
     solver: PyTree # what the solver carries
     code: Int[Array, " rows"] # why it stopped, or 0
     steps: Int[Array, " rows"] # taken when it was judged last
-    residual: Float[Array, " rows"]
+    residual: Float[Array, " rows"] # largest |∂E/∂x̂| over free elements then
     known: Float[Array, " rows"] # its energy then
     energy: Float[Array, " rows"] # of the last step, judged or not
     noise: Float[Array, " rows"] # what that energy cannot resolve
@@ -149,13 +165,16 @@ class Rows(eqx.Module):
 
 class State(eqx.Module):
     "The state of the loop: number of evaluations so far, rows, records."
-    count: Int[Array, ""]
-    rows: Rows
-    records: PyTree
+    count: Int[Array, ""] # evaluations so far
+    rows: Rows # what is known of every row
+    records: PyTree # energies and what else is recorded; None without a trace
 
 
-def first_rows(setup: Setup, bad) -> Rows:
-    "The rows before the first evaluation; `bad` ones are stopped already."
+def first_rows(
+    setup: Setup, # the problems, the solver and the settings
+    bad: Bool[Array, " rows"], # whether a row is not finite, and stopped already
+) -> Rows:
+    "The rows before the first evaluation."
     xs = {n: setup.start[n] for n in setup.free}
     E = jax.eval_shape(lambda xs: setup.over(lambda p, _, x: p.evaluate(x).energy, 0, xs), xs)
     zero, nan = jnp.zeros(E.shape, jnp.int32), jnp.full(E.shape, jnp.nan, E.dtype)
@@ -168,8 +187,10 @@ def first_rows(setup: Setup, bad) -> Rows:
 def _void(dtype): return jnp.nan if jnp.issubdtype(dtype, jnp.inexact) else 0
 
 
-def empty_records(setup: Setup) -> PyTree:
-    "Room for what will be recorded, or None."
+def empty_records(
+    setup: Setup, # the problems, the solver and the settings
+) -> PyTree: # arrays of NaN and 0; None without a trace
+    "Room for what will be recorded."
     if setup.trace is None: return None
     xs = {n: setup.start[n] for n in setup.free}
     def values(xs):
@@ -209,15 +230,24 @@ def _until(steps, buffer, every=1):
     return jnp.where(past, jnp.asarray(_void(buffer.dtype), buffer.dtype), buffer)
 
 # %% ../../nbs/api/dynamics/loop.ipynb #7d185dbb
-def ask_solver(setup, count, ahead, solver):
-    "The answers of the solver to the states ahead, for all rows."
+def ask_solver(
+    setup: Setup, # the problems, the solver and the settings
+    count: Int[Array, ""], # evaluations so far
+    ahead: dict, # free states to evaluate
+    solver: PyTree, # what the solver carries
+) -> Move: # of every row
+    "The solver's answers to the states ahead, for all rows."
     def one(problem, key, ahead, solver):
         key = None if key is None else jax.random.fold_in(key, count)
         return setup.solver.step(problem, problem.evaluate(ahead), solver, count, key)
     return setup.over(one, count, ahead, solver)
 
 
-def choose_rows(flags, a, b):
+def choose_rows(
+    flags: Bool[Array, " rows"], # which of them, row by row
+    a: PyTree, # the one where it is True
+    b: PyTree, # the other, of the same structure
+) -> PyTree: # row by row one of them
     "Row by row one of two pytrees."
     return jtu.tree_map(
         lambda x, y: jnp.where(flags.reshape(flags.shape + (1,) * (x.ndim - 1)), x, y), a, b
@@ -282,8 +312,12 @@ def _judge(setup, count, rows, move, energies):
     return judged | {"code": jnp.where(live, code, rows.code), "first": first}
 
 # %% ../../nbs/api/dynamics/loop.ipynb #d0f75ca6
-def one_step(setup: Setup, state: State, due) -> State:
-    "One step; it begins with a judgement where one is `due`."
+def one_step(
+    setup: Setup, # the problems, the solver and the settings
+    state: State, # where the loop stands
+    due, # whether to judge convergence first; a bool, or a traced one
+) -> State:
+    "One step of all rows that are still running."
     rows, count = state.rows, state.count
     move, live = ask_solver(setup, count, rows.ahead, rows.solver), rows.code == RUNNING
     held = move.held
@@ -306,7 +340,10 @@ def one_step(setup: Setup, state: State, due) -> State:
     return State(count + 1, new, _record(setup, state, held, keep))
 
 
-def advance(setup: Setup, state: State) -> State:
+def advance(
+    setup: Setup, # the problems, the solver and the settings
+    state: State, # where the loop stands
+) -> State:
     "One step where they are small, and compile once; else one judgement and the steps to the next."
     every, count, most = setup.solver.check_every, state.count, setup.max_steps
     if every == 1: return one_step(setup, state, True)
@@ -372,7 +409,10 @@ def _report(setup: Setup, state):
     jax.lax.cond(state.count % every == 0, call, lambda: None)
 
 # %% ../../nbs/api/dynamics/loop.ipynb #0128c13e
-def search(setup: Setup, bad) -> tuple:
+def search(
+    setup: Setup, # the problems, the solver and the settings
+    bad: Bool[Array, " rows"], # whether a row is not finite, and stopped already
+) -> tuple: # (`Rows`, records)
     "All rows at their ends, and the records; no derivative goes through."
     setup = jtu.tree_map(
         lambda v: jax.lax.stop_gradient(v) if eqx.is_inexact_array(v) else v, setup

@@ -11,7 +11,7 @@ __all__ = ['clamp_dict', 'read_clamp', 'Start', 'read_start', 'Point', 'is_separ
 # %% ../../nbs/api/dynamics/problem.ipynb #641e5c3b
 import dataclasses
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import equinox as eqx
@@ -25,6 +25,7 @@ from jaxtyping import Array, Float
 from ..lagrangians.conjugates import conjugate_of
 from ..lagrangians.facts import facts_of, setting_of
 from ..network.hypergraph import HAM, VectorizedHAM, check_batch, check_states
+from ..network.neurons import NeuronLayer
 from ..network.parameters import as_mask
 
 # %% ../../nbs/api/dynamics/problem.ipynb #c2161c6a
@@ -45,8 +46,9 @@ def clamp_dict(
 
 # %% ../../nbs/api/dynamics/problem.ipynb #842bd87f
 def _clamp_mask(name, mask, shape, batch):
-    "A boolean array of the layer's shape, after the batch axis if there is one."
+    "A boolean array of the layer's shape, after the batch axis if there is one; None if all false."
     mask = as_mask(mask, f"The clamp of the layer {name!r}", "a mask", shape, batch + shape)
+    if isinstance(mask, np.ndarray) and not mask.any(): return None
     return jnp.broadcast_to(jnp.asarray(mask), batch + shape)
 
 
@@ -65,7 +67,9 @@ def read_clamp(
             )
         if isinstance(mask, bool | np.bool_): mask = bool(mask)
         if mask is True: whole.append(name)
-        elif mask is not False: masks[name] = _clamp_mask(name, mask, neurons[name].shape, batch)
+        elif mask is not False:
+            mask = _clamp_mask(name, mask, neurons[name].shape, batch)
+            if mask is not None: masks[name] = mask
     return tuple(whole), masks
 
 # %% ../../nbs/api/dynamics/problem.ipynb #3edaefa7
@@ -116,7 +120,9 @@ class Point(eqx.Module):
     pulls: dict = eqx.field(default_factory=dict)
 
 # %% ../../nbs/api/dynamics/problem.ipynb #bcf1f197
-def is_separable(layer) -> bool:
+def is_separable(
+    layer: NeuronLayer, # the layer whose Lagrangian is asked
+) -> bool: # False where it says nothing
     "Whether a layer's Lagrangian says that it is a sum over its entries."
     return facts_of(layer.lagrangian).form == "sum"
 
@@ -131,46 +137,71 @@ def _input_currents(ham, xhats, layers):
 # %% ../../nbs/api/dynamics/problem.ipynb #2b1e858b
 class Problem(eqx.Module):
     "The energy of the free states of one example: a network, where it starts, and what is clamped."
-    ham: HAM
+    ham: HAM # the network, for one example
     start: dict # all states
     masks: dict # True where clamped, for layers that are clamped in part
     free: tuple = eqx.field(static=True) # names of the layers that are not clamped as a whole
 
     @property
-    def taus(self): return {n: self.ham.neurons[n].tau for n in self.free}
+    def taus(self) -> dict:
+        "The time constants of the free layers."
+        return {n: self.ham.neurons[n].tau for n in self.free}
+
     @property
-    def leaks(self): return all(self.ham.neurons[n].leak for n in self.free)
+    def leaks(self) -> bool:
+        "Whether all free layers leak."
+        return all(self.ham.neurons[n].leak for n in self.free)
+
     @property
-    def slowest(self): # the largest time constant
+    def slowest(self) -> Float[Array, ""]:
+        "The largest time constant."
         dtype = jnp.result_type(jnp.float32, *self.start.values())
         return jnp.stack([jnp.asarray(t, dtype) for t in self.taus.values()]).max()
+
     @property
-    def longest(self): # the longest plain step worth a trial: without leak, long ones lead on
+    def longest(self) -> Float[Array, ""]:
+        "The longest plain step worth a trial, in units of time: without leak, long ones lead on."
         return self.slowest if self.leaks else 4.0**12 * self.slowest
+
     @property
-    def cut(self): # layers that a mask cuts through, and whose entries depend on each other
+    def cut(self) -> tuple:
+        "Names of layers that a mask cuts through, and whose entries depend on each other."
         return tuple(n for n in self.masks if not is_separable(self.ham.neurons[n]))
 
-    def states(self, xs: dict) -> dict:
+    def states(
+        self,
+        xs: dict, # the free states
+    ) -> dict: # a state per layer
         "All states, from the free ones."
         put = lambda n, x: jnp.where(self.masks[n], self.start[n], x) if n in self.masks else x
         moving = {n: put(n, xs[n]) for n in self.free}
         return {n: moving.get(n, x) for n, x in self.start.items()}
 
-    def duals(self, xs: dict) -> dict:
+    def duals(
+        self,
+        xs: dict, # the free states
+    ) -> dict: # activations; states, where a mask cuts through a reduction
         "The coordinates of the free layers in which a point's `grads` is the gradient."
         return {
             n: xs[n] if n in self.cut else self.ham.neurons[n].activations(xs[n]) for n in self.free
         }
 
-    def evaluate(self, xs: dict, layers=None) -> Point:
-        "Energy and gradient at the free states `xs`; the gradient of some `layers` only, if named."
+    def evaluate(
+        self,
+        xs: dict, # the free states
+        layers=None, # names of the layers whose gradient is wanted; None for all
+    ) -> Point:
+        "Energy and gradient at free states."
         point = _evaluate(self, xs, self.free if layers is None else tuple(layers))
         ordered = lambda tree: {n: tree[n] for n in self.free if n in tree} # JAX sorts names
         by_layer = {f: ordered(getattr(point, f)) for f in ("xs", "duals", "grads", "pulls")}
         return dataclasses.replace(point, **by_layer)
 
-    def hidden(self, xhats, xs):
+    def hidden(
+        self,
+        xhats: dict, # an activation per layer
+        xs: dict, # a state per layer
+    ) -> Iterator[tuple]: # (layer, array)
         "What a layer's term of the energy does not show of its size: a state or activation."
         for n, layer in self.ham.neurons.items():
             if not layer.leak: yield n, xhats[n]
@@ -207,14 +238,24 @@ def _evaluate(problem, xs, layers):
 
 # %% ../../nbs/api/dynamics/problem.ipynb #e42a5762
 @patch
-def pull(self: Problem, n, x, current):
+def pull(
+    self: Problem,
+    n, # the layer
+    x: Float[Array, "..."], # its state
+    current: Float[Array, "..."], # its input current
+) -> Float[Array, "..."]: # of the layer's shape
     "∂E/∂x̂ of one layer, from its input current; 0 where clamped."
     g = x - current if self.ham.neurons[n].leak else -current
     return jnp.where(self.masks[n], 0, g) if n in self.masks else g
 
 
 @patch
-def gradient(self: Problem, n, x, current):
+def gradient(
+    self: Problem,
+    n, # the layer
+    x: Float[Array, "..."], # its state
+    current: Float[Array, "..."], # its input current
+) -> Float[Array, "..."]: # of the layer's shape
     "∂E/∂x̂ of one layer, from its input current; ∂E/∂x where a mask cuts, 0 where clamped."
     if n not in self.cut: return self.pull(n, x, current)
     layer = self.ham.neurons[n]
@@ -223,7 +264,10 @@ def gradient(self: Problem, n, x, current):
 
 
 @patch
-def map(self: Problem, xs: dict) -> dict:
+def map(
+    self: Problem,
+    xs: dict, # the free states
+) -> dict: # the free states after it
     "The map whose fixed points are those of the dynamics: each state to its input current."
     now = self.evaluate(xs)
     return {n: now.xs[n] - now.grads[n] for n in self.free}

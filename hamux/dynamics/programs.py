@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .problem import Start
+from .solver import AbstractSolver
 from ..network.hypergraph import HAM
 
 # %% ../../nbs/api/dynamics/programs.ipynb #046cdd8c
@@ -38,7 +39,7 @@ def _listen(): jax.monitoring.register_event_duration_secs_listener(_hear)
 
 
 @contextmanager
-def compiled_programs() -> Iterator[list]:
+def compiled_programs() -> Iterator[list]: # names, in the order in which they were compiled
     "The names of the programs that are compiled inside a `with`, in a list that grows."
     _listen()
     names = []
@@ -79,8 +80,9 @@ def network_as_data(
 
 
 def solver_as_data(
-    solver, # a solver, which names in `numbers` the settings that only enter as numbers
-): # the same, those settings as arrays
+    # a solver, which names in `numbers` the settings that only enter as numbers
+    solver: AbstractSolver,
+) -> AbstractSolver: # the same, those settings as arrays
     "The solver with its numbers as arrays, weakly typed."
     plain = {n: getattr(solver, n) for n in getattr(solver, "numbers", ())}
     plain = {n: v for n, v in plain.items() if isinstance(v, int | float)}
@@ -129,7 +131,7 @@ def fill_batch(
 def cut_batch(
     tree: PyTree, # arrays with a leading axis of rows
     rows: int, # how many to keep
-) -> PyTree:
+) -> PyTree: # the same, shorter
     "The first rows, which are those that were asked for."
     cut = lambda v: v if len(v) == rows else jax.device_put(_library(v).asarray(v)[:rows])
     return jtu.tree_map(cut, tree)

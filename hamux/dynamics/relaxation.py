@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .problem import Point, Problem, shortened
 from hamux.dynamics.solver import (
@@ -162,7 +162,13 @@ class Relaxation(AbstractSolver):
         carried = _Sweeping(held, lowest, length, state.asleep, again)
         return Move(held, ahead, carried, unseen & (state.again | exact), unknown)
 
-    def next_length(self, problem, length, step, fine):
+    def next_length(
+        self,
+        problem: Problem, # the energy of the free states
+        length: Float[Array, ""], # of the last sweep, in units of time
+        step: Int[Array, ""], # number of steps taken so far
+        fine: Bool[Array, ""], # whether the last sweep was accepted
+    ) -> Float[Array, ""]: # in units of time
         "Longer after a sweep that was accepted, shorter after another; at most `dt` with leak."
         longest = self.dt if problem.leaks else float(jnp.finfo(jnp.float32).max) / 8
         new = jnp.where(fine, jnp.minimum(2 * length, longest), length / 4)

@@ -9,6 +9,8 @@ __all__ = ['RUNNING', 'CONVERGED', 'MAX_STEPS', 'NONFINITE', 'UNBOUNDED', 'STUCK
            'sentence', 'in_words']
 
 # %% ../../nbs/api/dynamics/results.ipynb #38de4f7a
+from collections.abc import Callable
+
 import jax
 import numpy as np
 
@@ -48,7 +50,7 @@ def sentence(
     kind: str, # "descent", "flow" or "bits"
     code: int, # why it stopped
     **numbers, # what the sentence may name
-) -> str:
+) -> str: # what the result says of itself
     "The sentence for a code."
     template = SENTENCES[kind].get(code)
     return "Still running." if template is None else template.format(**numbers)
@@ -95,9 +97,9 @@ SENTENCES["bits"] = {
 
 # %% ../../nbs/api/dynamics/results.ipynb #d03cda5c
 def in_words(
-    say, # function of the numbers of one row, by name, to a sentence
-    **columns, # arrays of one number per row, or single numbers
-): # a string, or a list of them for a batch
+    say: Callable, # function of the numbers of one row, by name, to a sentence
+    **columns, # arrays of one number per row, or single numbers, by name
+) -> str | list[str]: # a sentence, or a list of them for a batch
     "The sentences of a result. Raises TypeError under jit, where there are no numbers yet."
     if any(isinstance(v, jax.core.Tracer) for v in columns.values()):
         raise TypeError(

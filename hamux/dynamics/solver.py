@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .problem import Point, Problem
 
@@ -63,9 +63,10 @@ class AbstractSolver(eqx.Module):
         "The answer to a new point."
 
     @abc.abstractmethod
-    def descends(self,
-                 step: Int[Array, ""], # number of steps taken so far
-                 ): # a bool
+    def descends(
+        self,
+        step: Int[Array, ""], # number of steps taken so far
+    ) -> bool | Bool[Array, ""]: # False for samples
         "Whether the energy should fall, and a small residual means convergence."
 
     @abc.abstractmethod
@@ -75,8 +76,13 @@ class AbstractSolver(eqx.Module):
         "Evaluations of the gradient per step."
 
 # %% ../../nbs/api/dynamics/solver.ipynb #e21cdd12
-def check_setting(value, who, what, zero=False):
-    "A positive number, a scalar array or a schedule (a function of the step), or an error."
+def check_setting(
+    value, # what was given
+    who: str, # whose setting it is, in messages
+    what: str, # what it is called, in messages
+    zero=False, # whether 0 is allowed
+) -> Any: # the same: a positive number, a scalar array or a schedule (a function of the step)
+    "A setting that is checked. Raises TypeError or ValueError if it is none."
     if callable(value): return value
     if not isinstance(value, (numbers.Real, np.ndarray, jax.Array)) or isinstance(value, bool):
         raise TypeError(
@@ -93,13 +99,21 @@ def check_setting(value, who, what, zero=False):
     return value
 
 
-def at_step(setting, step):
+def at_step(
+    setting, # a number or a schedule (a function of the step)
+    step, # number of steps taken so far
+) -> Any: # a number
     "The value of a number or of a schedule at a step."
     return setting(jnp.asarray(step, jnp.result_type(int))) if callable(setting) else setting
 
 # %% ../../nbs/api/dynamics/solver.ipynb #93bc6bee
-def plain_step(problem, now, length, most=None):
-    "The states after x ← x − (length/τ) g, the factor at most `most` where a layer leaks."
+def plain_step(
+    problem: Problem, # the energy of the free states
+    now: Point, # the point to start from
+    length, # of the step, in units of time
+    most=None, # the largest length/τ of a layer that leaks; None for any
+) -> dict: # the free states
+    "Free states after a step along the gradient: x ← x − (length/τ) g."
     def move(n, x):
         wide = jnp.promote_types(x.dtype, jnp.float32)
         factor = jnp.asarray(length, wide) / jnp.asarray(problem.taus[n], wide)
@@ -108,30 +122,46 @@ def plain_step(problem, now, length, most=None):
     return {n: move(n, x) for n, x in now.xs.items()}
 
 # %% ../../nbs/api/dynamics/solver.ipynb #46168c9d
-def inner(a: dict, b: dict):
+def inner(
+    a: dict, # arrays by name
+    b: dict, # arrays of the same names and shapes
+) -> Float[Array, ""]: # <a, b>
     "The inner product of two dictionaries of arrays, in float32 at least."
     wide = lambda v: v.astype(jnp.promote_types(v.dtype, jnp.float32))
     return sum((wide(a[n]) * wide(b[n])).sum() for n in a)
 
 
-def minus(a: dict, b: dict) -> dict:
+def minus(
+    a: dict, # arrays by name
+    b: dict, # arrays of the same names and shapes
+) -> dict: # a − b
     "The difference of two dictionaries of arrays."
     return {n: a[n] - b[n] for n in a}
 
 
-def rounding(point: Point):
+def rounding(
+    point: Point, # what is known of a state
+) -> Float[Array, ""]: # in units of energy
     "What the energy of a point cannot resolve."
     eps = jnp.finfo(point.energy.dtype).eps
     # half precision sums in single, and rounds at the end
     return (4 if eps > 1e-4 else 32) * eps * point.size
 
 # %% ../../nbs/api/dynamics/solver.ipynb #03db0e06
-def least(lowest, point: Point):
+def least(
+    lowest: Float[Array, ""], # what the energy was at most at the lowest point before
+    point: Point, # the new point
+) -> Float[Array, ""]: # in units of energy
     "What the energy was at most at the lowest point so far, this one included."
     return jnp.minimum(lowest, point.energy + rounding(point))
 
 
-def lowers(new: Point, old: Point, lowest, share=1e-4):
+def lowers(
+    new: Point, # the point after a step
+    old: Point, # the point before it
+    lowest: Float[Array, ""], # what the energy was at most at the lowest point so far
+    share=1e-4, # the part of the first-order decrease that is wanted
+) -> Bool[Array, ""]: # whether the step is to be accepted
     "Whether the energy fell by a share of the first-order decrease, rounding accounted for."
     moved = minus(new.duals, old.duals)
     sums = {n: old.grads[n] + new.grads[n] for n in moved}
@@ -156,19 +186,26 @@ def empty_point(
     return jtu.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
-def choose(flag, a, b):
+def choose(
+    flag: Bool[Array, ""], # which of them
+    a: PyTree, # the one where it is True
+    b: PyTree, # the other, of the same structure
+) -> PyTree: # one of them
     "One of two pytrees of arrays."
     return jtu.tree_map(lambda x, y: jnp.where(flag, x, y), a, b)
 
 
-def same_states(a: dict, b: dict):
+def same_states(
+    a: dict, # arrays by name
+    b: dict, # arrays of the same names and shapes
+) -> Bool[Array, ""]: # whether a = b
     "Whether two dictionaries of arrays are equal in every bit that counts."
     return jnp.stack([(a[n] == b[n]).all() for n in a]).all()
 
 # %% ../../nbs/api/dynamics/solver.ipynb #0c9cf461
 def once(
     step, # number of steps taken so far
-    tree, # arrays on which much depends
-): # the same arrays
+    tree: PyTree, # arrays on which much depends
+) -> PyTree: # the same arrays
     "What is computed once: else XLA computes numbers per row again wherever they are used."
     return jax.lax.cond(step >= 0, lambda: tree, lambda: jtu.tree_map(jnp.zeros_like, tree))

@@ -13,10 +13,14 @@ import numbers
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 # %% ../../nbs/api/lagrangians/arguments.ipynb #1599403a
-def real_state(x, who):
-    "`x` in the precision in which it will be computed, and its own dtype. Raises TypeError."
+def real_state(
+    x, # a state, or what makes an array
+    who: str, # the Lagrangian's name, in messages
+) -> tuple: # the state, float32 or wider, and the dtype that it came in
+    "A state in the precision in which it will be computed. Raises TypeError if it is not real."
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
@@ -26,8 +30,16 @@ def real_state(x, who):
     return x.astype(jnp.promote_types(x.dtype, jnp.float32)), x.dtype
 
 # %% ../../nbs/api/lagrangians/arguments.ipynb #1cf9af60
-def hyperparameter(value, name, who, shape, dtype, at_least=0.0, strictly=True):
-    "The hyperparameter `value` in `dtype`. Raises ValueError for a wrong sign or shape."
+def hyperparameter(
+    value, # a number, or an array to learn it
+    name: str, # what it is called in messages
+    who: str, # the Lagrangian's name, in messages
+    shape: tuple, # what it must broadcast to
+    dtype, # of the state
+    at_least=0.0, # its bound
+    strictly=True, # whether it must be greater than the bound
+) -> Float[Array, "..."]: # the value
+    "A hyperparameter as an array. Raises ValueError for a wrong sign or shape."
     if not isinstance(value, jax.core.Tracer):
         if np.iscomplexobj(value) or np.any(np.asarray(value, dtype=float) == np.inf):
             raise ValueError(f"{who}: {name} must be real and finite, got {value}.")
@@ -45,8 +57,12 @@ def hyperparameter(value, name, who, shape, dtype, at_least=0.0, strictly=True):
     return value.astype(dtype)
 
 # %% ../../nbs/api/lagrangians/arguments.ipynb #9117defa
-def reduced_axes(axis, ndim, who):
-    "`axis` (an int, several, or None for all) as a sorted tuple of non-negative ints."
+def reduced_axes(
+    axis, # an int, several, or None for all
+    ndim: int, # number of axes of the state
+    who: str, # the Lagrangian's name, in messages
+) -> tuple[int, ...]: # the axes, in order
+    "Axes of a state as non-negative ints. Raises ValueError for one that it does not have."
     axes = axis
     if axis is None: axes = range(ndim)
     elif isinstance(axis, numbers.Integral): axes = (axis,)

@@ -37,14 +37,16 @@ class LagrangianCheck:
     "What `check_lagrangian` found: prints as one sentence per question."
     name: str # of the Lagrangian
     shape: tuple # of the states that it was given
-    findings: tuple[Finding, ...]
+    findings: tuple[Finding, ...] # one for each question, in the order in which they are asked
 
     @property
     def ok(self) -> bool:
+        "Whether all is as it should be."
         return all(f.ok for f in self.findings)
 
     @property
     def failures(self) -> tuple[str, ...]:
+        "The sentences that say what is not."
         return tuple(f.sentence for f in self.findings if not f.ok)
 
     def __repr__(self):

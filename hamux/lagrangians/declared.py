@@ -8,6 +8,8 @@ Docs: https://hamux.github.io/hamux/api/lagrangians/declared.html.md"""
 __all__ = ['WRITTEN_OUT', 'wrong_fact']
 
 # %% ../../nbs/api/lagrangians/declared.ipynb #ef499a47
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -15,8 +17,8 @@ import numpy as np
 
 from .arguments import reduced_axes
 from .conjugates import conjugate_of
-from .facts import readable_name, setting_of, settings_for, taken_apart
-from .measure import derivative_at_zero, state_in_words
+from .facts import Facts, readable_name, setting_of, settings_for, taken_apart
+from .measure import States, derivative_at_zero, state_in_words
 
 # %% ../../nbs/api/lagrangians/declared.ipynb #fed82c2a
 def _entry_by_entry(lagrangian, facts, x):
@@ -76,8 +78,13 @@ def _apart(got, true, eps):
     return int(np.argmax(off)) if off.max() > max(1e-7, 100 * eps) else None
 
 # %% ../../nbs/api/lagrangians/declared.ipynb #6210020c
-def wrong_fact(L, facts, at, eps):
-    "The fact that does not hold, with the numbers; None if all do."
+def wrong_fact(
+    L: Callable, # a Lagrangian, its hyperparameters bound
+    facts: Facts, # what it declares
+    at: States, # the states to look at
+    eps: float, # relative precision of its values
+) -> str | None: # what was declared and what was found; None if all holds
+    "The first declared fact that does not hold."
     near = at.generic & (at.size >= 0.1) & (at.size <= 3)
     x, size = at.x[near], at.size[near]
     every = lambda f: jtu.tree_map(np.asarray, jax.jit(jax.vmap(f))(x))

@@ -101,7 +101,7 @@ def facts_of(
 # %% ../../nbs/api/lagrangians/facts.ipynb #15939f5c
 def readable_name(
     lagrangian: Callable, # a Lagrangian, with or without hyperparameters bound
-) -> str:
+) -> str: # its name, with the values that are bound
     "A readable name for a Lagrangian: `lagr_softmax(beta=8.0)`."
     if isinstance(lagrangian, eqx.Partial | ft.partial):
         bound = [*map(str, lagrangian.args), *(f"{k}={v}" for k, v in lagrangian.keywords.items())]
@@ -113,7 +113,7 @@ def setting_of(
     lagrangian: Callable, # a Lagrangian, with or without hyperparameters bound
     name: str, # a hyperparameter
     default=None, # what to return where there is no such thing
-): # its value: bound, a field of the module, or the default of the function
+) -> object: # its value: bound, a field of the module, or the default of the function
     "The value of a hyperparameter."
     function, keywords = taken_apart(lagrangian)
     if name in keywords:
@@ -124,8 +124,11 @@ def setting_of(
     return default if value is inspect.Parameter.empty else value
 
 
-def parameter_default(function, name):
-    "The default of a function's parameter, or `inspect.Parameter.empty`."
+def parameter_default(
+    function: Callable, # a function
+    name: str, # of its parameter
+) -> object: # its default, or `inspect.Parameter.empty`
+    "The default of a function's parameter."
     try:
         return inspect.signature(function).parameters[name].default
     except (TypeError, ValueError, KeyError):

@@ -12,6 +12,7 @@ __all__ = ['STATE_SIZES', 'float_hyperparameters', 'States', 'draw_states', 'sta
 import functools as ft
 import inspect
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
+from jaxtyping import PyTree
 
 # %% ../../nbs/api/lagrangians/measure.ipynb #c4f25141
 def _float_defaults(function):
@@ -46,8 +48,10 @@ def _taken_to_pieces(lagrangian):
     return function, None, args, _float_defaults(function) | keywords
 
 # %% ../../nbs/api/lagrangians/measure.ipynb #fe6de232
-def float_hyperparameters(lagrangian):
-    "The floating hyperparameters by name, and a function that makes the Lagrangian from others."
+def float_hyperparameters(
+    lagrangian: Callable, # a Lagrangian, with or without hyperparameters bound
+) -> tuple[dict, Callable]: # values by name, and a function of them to the Lagrangian
+    "The floating hyperparameters of a Lagrangian. Raises TypeError where one is traced."
     function, *held = _taken_to_pieces(lagrangian)
     paths, tree = jtu.tree_flatten_with_path(held)
     leaves = [leaf for _, leaf in paths]
@@ -81,7 +85,11 @@ class States(NamedTuple):
     basis: np.ndarray # directions for the curvature, orthonormal rows
 
 
-def draw_states(shape, samples, key):
+def draw_states(
+    shape: tuple, # of one state
+    samples: int, # number of states of each size
+    key, # a PRNG key; None for the same states each time
+) -> States:
     "Random states of all sizes."
     seed = np.asarray(jr.key_data(jr.key(0) if key is None else key)).ravel()
     rng, n = np.random.default_rng(seed), math.prod(shape)
@@ -97,7 +105,10 @@ def draw_states(shape, samples, key):
     return States(scale * x, scale * v, size, generic, basis)
 
 # %% ../../nbs/api/lagrangians/measure.ipynb #4796ab8b
-def state_in_words(x, size):
+def state_in_words(
+    x: np.ndarray, # a state
+    size: float, # of its entries
+) -> str: # its entries, or their size if there are more than six
     "A state for a sentence."
     if x.size > 6: return f"a state of size {size:g}"
     text = np.array2string(x, precision=3, separator=", ", suppress_small=size > 0.01)
@@ -112,8 +123,12 @@ class Differences(NamedTuple):
     noise: np.ndarray # rounding of the second
 
 
-def differences(f, auto, eps):
-    "The `Differences` of f(t) at t = 0, for a pytree of results, and f(0)."
+def differences(
+    f: Callable, # a function of one number t to a pytree
+    auto, # its derivative at t = 0, by autograd
+    eps: float, # relative precision of its values
+) -> tuple: # `Differences` for each result, and f(0)
+    "Derivatives by autograd beside those by differences, for a pytree of results."
     h = eps ** (1 / 3)
     near = jax.vmap(f)(h * jnp.array([0.0, 1.0, -1.0, 0.5, -0.5]))
     compare = lambda auto, y: Differences(
@@ -122,8 +137,10 @@ def differences(f, auto, eps):
     return jtu.tree_map(compare, auto, near), jtu.tree_map(lambda y: y[0], near)
 
 
-def derivative_at_zero(f):
-    "The derivative of f(t) at t = 0, by two pullbacks: a function with a custom vjp has no jvp."
+def derivative_at_zero(
+    f: Callable, # a function of one number
+) -> PyTree: # f′(0), of the structure of what `f` returns
+    "The derivative at 0, by two pullbacks: a function with a custom vjp has no jvp."
     y, pull = jax.vjp(f, 0.0)
     _, push = jax.vjp(lambda u: pull(u)[0], jtu.tree_map(jnp.zeros_like, y))
     return push(1.0)[0]
@@ -131,8 +148,8 @@ def derivative_at_zero(f):
 # %% ../../nbs/api/lagrangians/measure.ipynb #79d93de3
 class Measured(NamedTuple):
     "What was measured at every state."
-    value: np.ndarray
-    activation: np.ndarray
+    value: np.ndarray # L(x) (states,)
+    activation: np.ndarray # ∇L(x) (states, …)
     curves: np.ndarray # ∇²L q for each q of the basis
     compared: tuple # `Differences` of value and activation
 
@@ -148,14 +165,20 @@ def _measure(L, eps, x, v, basis):
     return Measured(value, activation, curves[:-1].reshape(basis.shape), compared)
 
 
-def measure_states(L, at, eps):
+def measure_states(
+    L: Callable, # a Lagrangian, its hyperparameters bound
+    at: States, # the states to look at
+    eps: float, # relative precision of its values
+) -> Measured:
     "What is `Measured` at all states, in NumPy."
     measure = jax.jit(jax.vmap(ft.partial(_measure, L, eps), in_axes=(0, 0, None)))
     return jtu.tree_map(lambda part: np.asarray(part, float), measure(at.x, at.v, at.basis))
 
 # %% ../../nbs/api/lagrangians/measure.ipynb #542f1d7a
-def mismatch(d):
-    "For each state, the gap between autograd and differences in units of what rounding explains."
+def mismatch(
+    d: Differences, # derivatives of one quantity, the first axis that of states
+) -> np.ndarray: # one number per state, above 1 where they disagree
+    "The gap between autograd and differences, in units of what rounding explains."
     norm = lambda a: np.sqrt((np.reshape(a, (len(a), -1)) ** 2).sum(1))
     with np.errstate(invalid="ignore", over="ignore"):
         trusted = 10 * norm(d.wide - d.narrow) + 20 * norm(d.noise)
@@ -163,15 +186,22 @@ def mismatch(d):
         return np.nan_to_num(norm(d.auto - d.narrow) / trusted, nan=0.0, posinf=0.0)
 
 
-def worst_state(mismatch, at):
+def worst_state(
+    mismatch: np.ndarray, # one number per state, above 1 where derivatives disagree
+    at: States, # the states
+) -> int | None: # its index; None if there is none
     "The state where derivatives disagree, if two of its size do: a single one may sit at a kink."
     bad = (mismatch > 1) & at.generic
     several = [size for size in STATE_SIZES if (bad & (at.size == size)).sum() > 1]
     return pick_state(bad & np.isin(at.size, several), mismatch, at.size)
 
 
-def pick_state(bad, score, size):
-    "Of the bad states of the size nearest to one, that of the largest score; or None."
+def pick_state(
+    bad: np.ndarray, # booleans, which states may be picked
+    score: np.ndarray, # how bad each is
+    size: np.ndarray, # of the entries of each
+) -> int | None: # its index; None if none is bad
+    "Of the bad states of the size nearest to one, that of the largest score."
     if not bad.any(): return None
     distance = abs(np.log(np.maximum(size, 1e-9)))
     return int(np.argmax(np.where(bad & (distance == distance[bad].min()), score, -np.inf)))

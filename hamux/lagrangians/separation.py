@@ -15,8 +15,12 @@ from .arguments import hyperparameter, real_state
 from .facts import with_facts
 
 # %% ../../nbs/api/lagrangians/separation.ipynb #5cab45c3
-def tents(s, beta, **_):
-    "Σ max(1 + βs, 0)."
+def tents(
+    s: Float[Array, " K"], # similarities
+    beta, # inverse squared width
+    **_, # what it does not need
+) -> Float[Array, ""]: # Σ max(1 + βs, 0)
+    "A tent over each similarity, summed."
     return jnp.maximum(1 + beta * s, 0).sum()
 
 

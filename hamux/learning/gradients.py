@@ -129,7 +129,8 @@ class AdjointMethod(AbstractMethod):
 # %% ../../nbs/api/learning/gradients.ipynb #e7bb2f3b
 class Nudge(eqx.Module):
     "A loss as a hypersynapse of weight β, between the layers it reads and those of its targets."
-    beta: Float[Array, ""]
+    beta: Float[Array, ""] # strength of the nudge
+    # one row's activations (by layer), and its targets if given, to a real number
     loss: Callable = eqx.field(static=True)
     layers: tuple = eqx.field(static=True) # name and shape of every layer of the network
     inputs: tuple = eqx.field(static=True) # names of those that the loss reads
@@ -249,8 +250,12 @@ class ContrastiveHebbian(AbstractMethod):
                 f" by layer, or None, got {self.outputs!r}."
             )
 
-    def states(self, ham, targets):
-        "The states that the outputs are clamped to, by layer."
+    def states(
+        self,
+        ham: HAM | VectorizedHAM, # the network; vectorised for batches
+        targets: PyTree, # arrays, with a leading batch axis if the network is vectorised
+    ) -> dict: # states by layer
+        "The states that the outputs are clamped to. Raises ValueError or TypeError if unfit."
         if targets is None:
             raise ValueError("ContrastiveHebbian: targets must be given, got None.")
         if callable(self.outputs):

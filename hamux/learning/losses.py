@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from fastcore.basics import patch
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from ..analysis.attractors import add_noise
 from ..dynamics.adaptive import Adaptive
@@ -29,7 +29,7 @@ from ..dynamics.problem import clamp_dict
 from ..dynamics.solver import AbstractSolver
 from .corruption import as_corruption, hide_pixels
 from .gradients import Gradient, as_method, finite_loss, gradient, row_losses
-from ..network.hypergraph import VectorizedHAM
+from ..network.hypergraph import HAM, VectorizedHAM
 
 # %% ../../nbs/api/learning/losses.ipynb #32b51b86
 class _SquaredError(eqx.Module):
@@ -103,28 +103,48 @@ class RecallLoss(eqx.Module):
     rtol: float | None = None # relative tolerance; None as in `descend`
     atol: float | None = None # absolute tolerance; None as in `descend`
 
-    def inputs(self, ham, batch, key):
-        "States to start from, targets, and the settings of the recall."
+    def inputs(
+        self,
+        ham: HAM | VectorizedHAM, # the network
+        batch: PyTree, # rows of the data
+        key, # a PRNG key
+    ) -> tuple: # (xs, targets, settings of `descend`)
+        "What the recall of a batch begins with, and its settings."
         start, go = jr.split(key)
         xs, targets, *clamp = self.prepare(ham.unvectorize(), batch, start)
         settings = {n: getattr(self, n) for n in ("solver", "max_steps", "rtol", "atol")}
         return xs, targets, dict(clamp=clamp_dict(self.clamp) | dict(*clamp), key=go, **settings)
 
-    def recall(self, ham, batch, key) -> tuple[Descent, Any]:
+    def recall(
+        self,
+        ham: HAM | VectorizedHAM, # the network
+        batch: PyTree, # rows of the data
+        key, # a PRNG key
+    ) -> tuple[Descent, Any]: # (what was recalled, targets)
         "What the network recalls of a batch, and the targets."
         xs, targets, settings = self.inputs(ham, batch, key)
         adjoint = as_method(self.method).adjoint
         if adjoint is not None: settings["adjoint"] = adjoint
         return descend(ham.vectorize(), xs, trace=False, **settings), targets
 
-    def __call__(self, ham, batch, key) -> Float[Array, ""]:
+    def __call__(
+        self,
+        ham: HAM | VectorizedHAM, # the network
+        batch: PyTree, # rows of the data
+        key, # a PRNG key
+    ) -> Float[Array, ""]: # a scalar
         "The mean loss of a batch."
         end, targets = self.recall(ham, batch, key)
         value = finite_loss(jax.vmap(self.compare)(end.xhats, targets).mean(), end)
         differentiable = as_method(self.method).adjoint is not None
         return value if differentiable else _without_derivative(value, self.method)
 
-    def gradient(self, ham, batch, key) -> Gradient:
+    def gradient(
+        self,
+        ham: HAM | VectorizedHAM, # the network
+        batch: PyTree, # rows of the data
+        key, # a PRNG key
+    ) -> Gradient:
         "Value, gradient and equilibria of a batch, by the method."
         xs, targets, settings = self.inputs(ham, batch, key)
         settings |= dict(targets=targets, method=self.method)
@@ -134,9 +154,11 @@ class RecallLoss(eqx.Module):
 
 # %% ../../nbs/api/learning/losses.ipynb #1ef069c5
 @patch
-def check(self: RecallLoss,
-          ham, # the network
-          data): # all rows
+def check(
+    self: RecallLoss,
+    ham: HAM | VectorizedHAM, # the network
+    data: PyTree, # all rows of the data
+) -> None:
     "Raise ValueError or TypeError for data that this loss cannot use."
     if hasattr(self.prepare, "check"): self.prepare.check(ham.unvectorize(), data)
     def losses(ham, batch):
@@ -148,7 +170,12 @@ def check(self: RecallLoss,
 
 
 @patch
-def asked(self: RecallLoss, ham, batch, key):
+def asked(
+    self: RecallLoss,
+    ham: HAM | VectorizedHAM, # the network
+    batch: PyTree, # rows of the data
+    key, # a PRNG key
+) -> tuple: # as of `inputs`
     "The name of `inputs` in version 0.3."
     message = "RecallLoss: asked(…) is now called inputs(…)."
     warnings.warn(message, DeprecationWarning, stacklevel=2)

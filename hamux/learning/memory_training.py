@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ..lagrangians.elementwise import lagr_identity
 from .training import Fit, fit
@@ -25,14 +25,19 @@ from ..network.neurons import NeuronLayer
 
 # %% ../../nbs/api/learning/memory_training.ipynb #87771dbf
 class ScaledMemory(eqx.Module):
-    "The hypersynapse of @eq-trained."
+    "The energy −(1/β) log Σ w exp(−β d²/2) of one layer, with a scale for each column."
     Xi: Float[Array, "K d"] # patterns in the frame of a memory, 0 where unknown
     log_beta: Float[Array, ""] # logarithm of the inverse temperature
     log_a: Float[Array, " d"] # logarithm of what columns are multiplied by
     log_weights: Any # (K,) of the patterns, constant
     known: Any # (K, d) booleans: entries that a pattern knows
 
-    def similarities(self, x, known, own=-1): # x and known (d,), slot that does not count
+    def similarities(
+        self,
+        x: Float[Array, " d"], # a row
+        known: Bool[Array, " d"], # whether the row knows an entry
+        own=-1, # the slot that does not count; −1 for none
+    ) -> Float[Array, " K"]: # −∞ where nothing is known to both
         "log w − β d²/2 of each pattern, over what both know."
         both = self.known & known
         r2 = (both * jnp.exp(2 * self.log_a) * (x - self.Xi) ** 2).sum(1)
@@ -41,7 +46,10 @@ class ScaledMemory(eqx.Module):
         s = self.log_weights - 0.5 * jnp.exp(self.log_beta) * r2
         return jnp.where((jnp.arange(len(s)) == own) | (common == 0), -jnp.inf, s)
 
-    def __call__(self, xhat: Float[Array, " d"]) -> Float[Array, ""]:
+    def __call__(
+        self,
+        xhat: Float[Array, " d"], # activation of the layer
+    ) -> Float[Array, ""]: # a scalar
         "The energy."
         s = self.similarities(xhat, jnp.ones(xhat.shape, bool))
         return -jax.nn.logsumexp(s) / jnp.exp(self.log_beta)

@@ -96,8 +96,12 @@ class Values:
     classes: np.ndarray | None = None # labels, if they are labels
 
     @classmethod
-    def read(cls, values, n) -> tuple: # Values, and an array (n, v)
-        "Raises ValueError for another number of values than patterns."
+    def read(
+        cls,
+        values, # numbers or labels, one for each pattern
+        n: int, # how many patterns there are
+    ) -> tuple: # `Values`, and an array (n, v)
+        "What values are. Raises ValueError for another number of values than patterns."
         values = values.to_numpy() if hasattr(values, "to_numpy") else np.asarray(values)
         if values.ndim == 0 or len(values) != n:
             held = "a single thing" if values.ndim == 0 else len(values)
@@ -108,7 +112,10 @@ class Values:
     @staticmethod
     def _are_labels(values): return values.ndim == 1 and values.dtype.kind not in "fV"
 
-    def coded(self, values): # → (n, v)
+    def coded(
+        self,
+        values, # more of them, one for each pattern
+    ) -> np.ndarray: # (n, v)
         "More values as rows of numbers. Raises ValueError for another kind or shape."
         values = values.to_numpy() if hasattr(values, "to_numpy") else np.asarray(values)
         if self.classes is None:
@@ -122,7 +129,10 @@ class Values:
                              f" {values[self.classes[at] != values][0]!r}.")
         return np.eye(len(self.classes))[at]
 
-    def answers(self, means): # (n, v) → (n, …)
+    def answers(
+        self,
+        means: np.ndarray | None, # averages (n, v); None for none
+    ) -> np.ndarray | None: # (n, …) numbers or labels
         "The value that averages stand for."
         if means is None: return None
         if self.classes is None: return means.reshape(len(means), *self.shape)
@@ -138,9 +148,8 @@ class Recalled:
     weights: np.ndarray # (n, k) their weights at the answer; all together weigh 1
     energy: np.ndarray # (n,) of the answer, in the units of the data
     descent: Descent # how the answers were reached from the first step on, in the frame
-    label_weights: np.ndarray | None = (
-        None  # (n, classes) of labels, in the order of `memory.classes`
-    )
+    # (n, classes) of labels, in the order of `memory.classes`; None for other values
+    label_weights: np.ndarray | None = None
     alpha: float | None = None # the level at which a query is called unknown
     _p_values: Any = dataclasses.field(default=None, repr=False)
 
@@ -258,34 +267,45 @@ class Memory:
                 f" beta={self.beta:.4g})")
 
     @property
-    def ids(self) -> list: # of the patterns that are there, in order
+    def ids(self) -> list:
+        "The ids of the patterns that are there, in order."
         return self.bank.name(np.flatnonzero(~self.bank.removed[: self.bank.size])).tolist()
 
     @property
-    def classes(self): # labels in order, or None
+    def classes(self) -> np.ndarray | None:
+        "The labels that are stored, in order; None where the values are none."
         return self._read and self._read.classes
 
-    def values_of(self, slots): # numbers of slots of the bank
-        "What is stored with some patterns, or None."
+    def values_of(
+        self,
+        slots: np.ndarray, # numbers of slots of the bank
+    ) -> np.ndarray | None: # what is stored with each, (n, …)
+        "What is stored with some patterns; None where the memory holds no values."
         return None if self._read is None else self._read.answers(self.bank.values[slots])
 
     @property
-    def inner_beta(self) -> float: # in the frame, where it is of order one
+    def inner_beta(self) -> float:
+        "The inverse temperature in the frame, where it is of order one."
         return self._inner
 
     @property
-    def centre(self): return self.frame.centre * self.frame.size
+    def centre(self) -> np.ndarray:
+        "The middle of the patterns (d,), in the units of the data; 0 for the dot product."
+        return self.frame.centre * self.frame.size
 
     @property
-    def unit(self) -> float: # the length in the scaled data that is 1 in the frame
+    def unit(self) -> float:
+        "The length in the scaled data that is 1 in the frame."
         return math.prod(self.frame.unit)
 
 # %% ../../nbs/api/memories/arrays.ipynb #bf92c517
 @patch
-def choose_beta(self: Memory,
-                beta=None, # a number, or "near", "likelihood", "completion"; None for "near"
-                *,
-                noise=None): # instead: the standard deviation of noise in an entry
+def choose_beta(
+    self: Memory,
+    beta=None, # a number, or "near", "likelihood", "completion"; None for "near"
+    *,
+    noise=None, # instead: the standard deviation of noise in an entry
+) -> None:
     "Choose the temperature anew. Raises ValueError for one that is out of range."
     slots = self.bank.sample(20_000)
     self._choose(self.bank.take(slots), beta, noise)
@@ -556,11 +576,13 @@ def _log_sums(self: Memory, queries):
 
 # %% ../../nbs/api/memories/arrays.ipynb #7e675428
 @patch
-def add(self: Memory,
-        patterns: Float[Array, "n d"], # more patterns, NaN where unknown
-        values=None, # for each, where the memory holds values
-        ids=None, # names that are new; None for the next numbers
-        weights=1.0): # for each, or one number
+def add(
+    self: Memory,
+    patterns: Float[Array, "n d"], # more patterns, NaN where unknown
+    values=None, # for each, where the memory holds values
+    ids=None, # names that are new; None for the next numbers
+    weights=1.0, # for each, or one number
+) -> None:
     "Remember more patterns. Raises ValueError for bad input, and then nothing has changed."
     rows, coded = self._new_rows(patterns, values)
     self.bank.add(rows, coded, ids, weights)
@@ -589,16 +611,21 @@ def _new_rows(self: Memory, patterns, values):
 
 
 @patch
-def remove(self: Memory, ids): # names of patterns that are there
+def remove(
+    self: Memory,
+    ids, # names of patterns that are there
+) -> None:
     "Forget patterns. Raises ValueError for an unknown id, or where none would be left."
     self.bank.remove(ids)
 
 
 @patch
-def replace(self: Memory,
-            ids, # names of patterns that are there
-            patterns: Float[Array, "n d"], # what they become
-            values=None): # for each, where the memory holds values
+def replace(
+    self: Memory,
+    ids, # names of patterns that are there
+    patterns: Float[Array, "n d"], # what they become
+    values=None, # for each, where the memory holds values
+) -> None:
     "Put other patterns under the same names. Raises ValueError for bad input."
     rows, coded = self._new_rows(patterns, values)
     slots = self.bank.slots(ids)
@@ -608,8 +635,10 @@ def replace(self: Memory,
 
 
 @patch
-def weigh(self: Memory,
-          weights): # for each pattern in the order of `ids`, or one number; not negative
+def weigh(
+    self: Memory,
+    weights, # for each pattern in the order of `ids`, or one number; not negative
+) -> None:
     "Set the weights of all patterns. Raises ValueError for bad ones."
     self.bank.weigh(weights)
 

@@ -30,20 +30,30 @@ class ArrayRows:
         self.array = array
 
     @property
-    def shape(self): return self.array.shape
+    def shape(self) -> tuple:
+        "How many rows there are, and how many numbers in each."
+        return self.array.shape
 
     @property
-    def dtype(self): return self.array.dtype
+    def dtype(self) -> np.dtype:
+        "That of the rows."
+        return self.array.dtype
 
-    def blocks(self, size: int) -> Iterator[np.ndarray]: # of up to `size` rows
+    def blocks(
+        self,
+        size: int, # how many rows in each
+    ) -> Iterator[np.ndarray]: # (up to `size`, d)
         "The rows in order."
         for start in range(0, len(self.array), size): yield self.array[start : start + size]
 
-    def take(self, rows: np.ndarray) -> np.ndarray: # (n, d) for n numbers of rows
+    def take(
+        self,
+        rows: np.ndarray, # numbers of rows (n,)
+    ) -> np.ndarray: # (n, d)
         "Some rows."
         return self.array[rows]
 
-    def may_have_holes(self) -> bool:
+    def may_have_holes(self) -> bool: # True where one is NaN
         "Whether an entry is unknown."
         if not _may_be_nan(self.dtype): return False
         return any(np.isnan(part).any() for part in self.blocks(max(2**22 // self.shape[1], 1)))
@@ -57,20 +67,30 @@ class FileRows:
         self.source = source
 
     @property
-    def shape(self): return self.source.shape
+    def shape(self) -> tuple:
+        "How many rows there are, and how many numbers in each."
+        return self.source.shape
 
     @property
-    def dtype(self): return self.source.dtype
+    def dtype(self) -> np.dtype:
+        "That of the rows."
+        return self.source.dtype
 
-    def blocks(self, size: int) -> Iterator[np.ndarray]: # of up to `size` rows
+    def blocks(
+        self,
+        size: int, # how many rows in each
+    ) -> Iterator[np.ndarray]: # (up to `size`, d)
         "The rows in order."
         return self.source.batches(size)
 
-    def take(self, rows: np.ndarray) -> np.ndarray: # (n, d) for n numbers of rows
+    def take(
+        self,
+        rows: np.ndarray, # numbers of rows (n,)
+    ) -> np.ndarray: # (n, d)
         "Some rows."
         return self.source.take(rows)
 
-    def may_have_holes(self) -> bool:
+    def may_have_holes(self) -> bool: # True where the dtype has a NaN
         "Whether an entry could be unknown; what a file holds is not known before it is read."
         return _may_be_nan(self.dtype)
 
@@ -91,7 +111,7 @@ def _mapped_file(array):
 
 def as_source(
     patterns, # an array (K, d), an array mapped to a `.npy` file, or the path of a file of rows
-): # ArrayRows or FileRows
+) -> ArrayRows | FileRows: # rows in memory, or rows of a file
     "The rows of an array or a file. Raises ValueError for what has no rows of numbers."
     if isinstance(patterns, str | os.PathLike): return FileRows(open_rows(patterns))
     if mapped := _mapped_file(patterns): return FileRows(mapped)
@@ -141,7 +161,10 @@ class Bank:
         self.tilt, self.lengths = 0.0, None # what `prefer_long` adds
         self._clear()
 
-    def inside(self, rows): # (n, d), of the computing dtype
+    def inside(
+        self,
+        rows: np.ndarray, # (n, d), in the units of the data
+    ) -> np.ndarray: # (n, d), of the computing dtype
         "Rows of the data in the frame. Raises ValueError for those that are beyond it."
         wide = self.frame.centre.dtype
         with np.errstate(over="ignore"):
@@ -162,11 +185,16 @@ class Bank:
     def _clear(self): self._held, self.version = {}, getattr(self, "version", -1) + 1
 
     @property
-    def shape(self): return self.size, self.source.shape[1] # slots, numbers in each
+    def shape(self) -> tuple:
+        "How many slots there are, and how many numbers in each."
+        return self.size, self.source.shape[1]
 
     def __len__(self): return int(np.isfinite(self.log_weights[: self.size]).sum())
 
-    def name(self, slots): # an array of slots; −1 for none
+    def name(
+        self,
+        slots: np.ndarray, # numbers of slots; −1 for none
+    ) -> np.ndarray: # ids, None in the place of −1
         "The ids of slots."
         if self.ids is None: return slots
         names = [None if slot < 0 else self.ids[slot] for slot in slots.flat]
@@ -174,7 +202,10 @@ class Bank:
         out = np.array(names, None if len(kinds) == 1 and kinds <= {int, str} else object)
         return out.reshape(slots.shape) if out.ndim == 1 else _objects(names).reshape(slots.shape)
 
-    def slots(self, ids): # an array of slots
+    def slots(
+        self,
+        ids, # ids that are there
+    ) -> np.ndarray: # numbers of slots
         "Where these ids are. Raises ValueError for one that is unknown."
         ids = list(ids)
         if self.ids is None:
@@ -189,7 +220,10 @@ class Bank:
                              f" {len(ids)} ids are unknown).")
         return np.array(ids if self.ids is None else [self.place[v] for v in ids], int)
 
-    def logs(self, slots): # an array of slots, or a slice
+    def logs(
+        self,
+        slots, # numbers of slots, or a slice
+    ) -> np.ndarray: # one number for each
         "Logarithms of weights, with what `prefer_long` adds."
         if self.lengths is None: return self.log_weights[slots]
         return self.log_weights[slots] + self.tilt * self.lengths[slots]
@@ -246,9 +280,10 @@ def _pieces(self: Bank, size):
 
 
 @patch
-def blocks(self: Bank,
-           size: int, # rows in each
-           ) -> Iterator[Block]:
+def blocks(
+    self: Bank,
+    size: int, # rows in each
+) -> Iterator[Block]: # of arrays of the same size, so that one program takes all
     "All blocks in order, each filled up to `size`."
     keep = jax.default_backend() != "cpu" and not self.source.in_file
     if keep and size in self._held:
@@ -306,11 +341,13 @@ def _grown(array, n, room, fill=0):
 
 
 @patch
-def add(self: Bank,
-        rows: np.ndarray, # (n, d), checked, in the units of the data
-        values=None, # (n, v) numbers, where the bank has values
-        ids=None, # new ids; None for numbers that are free
-        weights=1.0): # a number, or one for each
+def add(
+    self: Bank,
+    rows: np.ndarray, # (n, d), checked, in the units of the data
+    values=None, # (n, v) numbers, where the bank has values
+    ids=None, # new ids; None for numbers that are free
+    weights=1.0, # a number, or one for each
+) -> None:
     "Put patterns into new slots. Raises ValueError for an id that is there."
     n, used, end = (
         len(rows),
@@ -349,7 +386,10 @@ def add(self: Bank,
 
 # %% ../../nbs/api/memories/bank.ipynb #da8c5c87
 @patch
-def remove(self: Bank, ids): # ids that are there
+def remove(
+    self: Bank,
+    ids, # ids that are there
+) -> None:
     "Empty the slots of some patterns. Raises ValueError for an unknown id, or for the last."
     slots = np.unique(self.slots(ids))
     if np.isfinite(self.log_weights[slots]).sum() >= len(self):
@@ -360,10 +400,12 @@ def remove(self: Bank, ids): # ids that are there
 
 
 @patch
-def replace(self: Bank,
-            slots, # (n,) different slots
-            rows, # (n, d), checked, in the units of the data
-            values=None): # (n, v) numbers, where the bank has values
+def replace(
+    self: Bank,
+    slots, # (n,) different slots
+    rows, # (n, d), checked, in the units of the data
+    values=None, # (n, v) numbers, where the bank has values
+) -> None:
     "Other patterns in the same slots; those of the source move to new ones."
     logs = self.log_weights[slots]
     names = [int(s) for s in slots] if self.ids is None else [self.ids[s] for s in slots]
@@ -376,8 +418,10 @@ def replace(self: Bank,
 
 
 @patch
-def weigh(self: Bank,
-          weights): # for each slot that is in use, in order, or one number
+def weigh(
+    self: Bank,
+    weights, # for each slot that is in use, in order, or one number
+) -> None:
     "Set the weights of all patterns."
     there = np.flatnonzero(~self.removed[: self.size])
     self.log_weights[there] = _log_weights(weights, len(there))
@@ -385,8 +429,10 @@ def weigh(self: Bank,
 
 
 @patch
-def prefer_long(self: Bank,
-                beta): # inverse temperature, in the frame
+def prefer_long(
+    self: Bank,
+    beta, # inverse temperature, in the frame
+) -> None:
     "Add β|ξ|²/2 to each similarity, which makes the Euclidean one that of the dot product."
     d, lengths = self.shape[1], np.zeros(len(self.log_weights))
     step = max(2**22 // d, 1)

@@ -144,7 +144,7 @@ class Settled(NamedTuple):
 
 
 def settle(
-    bank: Bank,
+    bank: Bank, # the patterns
     x: np.ndarray, # (n, d) states to begin with, in the frame
     free: np.ndarray, # (n, d) booleans: what may move
     beta: float, # inverse temperature, in the frame

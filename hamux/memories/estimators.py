@@ -14,6 +14,7 @@ __all__ = ['Averages', 'weighted_rows', 'averages', 'row_numbers', 'merged', 'sa
 import importlib.util
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,7 +46,7 @@ class Averages(NamedTuple):
 def weighted_rows(
     p, # (n, K) weights, none of them negative
     rows, # (K, d), NaN where unknown
-): # (n, d), NaN where nobody with weight knows
+) -> np.ndarray: # (n, d), NaN where nobody with weight knows
     "Averages of rows, in which distances over few entries are stretched."
     m = ~np.isnan(rows)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -72,7 +73,7 @@ def _on_host(memory, x, beta, own):
 
 
 def averages(
-    memory: Memory,
+    memory: Memory, # the patterns, their values and weights
     x, # (n, d) queries in the frame of the memory, NaN where unknown
     beta=None, # inverse temperature in the frame; None for that of the memory
     own=None, # (n,) a pattern for each query that does not count, or −1
@@ -99,7 +100,7 @@ def averages(
 # %% ../../nbs/api/memories/estimators.ipynb #c9ab527a
 def row_numbers(
     *tables, # (n, d) each, of one dtype; NaN equals NaN
-): # arrays of ints, one for each table
+) -> list[np.ndarray]: # arrays of ints, one for each table
     "A number for each row, the same for rows that are the same."
     rows = np.concatenate(tables) + 0.0 # −0 becomes 0
     rows = np.ascontiguousarray(np.where(np.isnan(rows), np.nan, rows))
@@ -111,7 +112,7 @@ def row_numbers(
 def merged(
     table, # (n, d)
     weights, # (n,)
-): # rows that stay, and their weights
+) -> tuple: # rows that stay, and their weights
     "The first of rows that are the same, with the weight of all; none without weight."
     number, = row_numbers(table)
     total = np.bincount(number, weights)
@@ -121,9 +122,9 @@ def merged(
 
 
 def same_pattern(
-    memory: Memory,
+    memory: Memory, # the patterns, their values and weights
     x, # (n, d) queries in the frame
-): # (n,) slots, −1 for none
+) -> np.ndarray: # (n,) slots, −1 for none
     "The stored pattern that is the same as the query, if there is one."
     stored = memory.bank.take(np.arange(memory.bank.size))
     mine, theirs = row_numbers(stored, np.asarray(x).astype(stored.dtype))
@@ -136,7 +137,7 @@ def column_scales(
     X, # (n, d), NaN where unknown
     weights, # (n,)
     scale, # "std", or what `Memory` takes
-):
+) -> Any: # (d,), or the scale as it was given
     "Standard deviations of columns whose rows have weights; another scale as it is."
     if not (isinstance(scale, str) and scale == "std"): return scale
     size = np.nanmax(np.abs(X), 0)
@@ -151,11 +152,13 @@ def column_scales(
 # %% ../../nbs/api/memories/estimators.ipynb #3ff6e37a
 class LeftOut:
     "Some patterns as queries to all others: what a temperature is chosen by."
-    def __init__(self,
-                 memory: Memory,
-                 most=500, # queries
-                 rivals=2000, # patterns that answer
-                 seed=0): # which
+    def __init__(
+        self,
+        memory: Memory, # the patterns, their values and weights
+        most=500, # queries
+        rivals=2000, # patterns that answer
+        seed=0, # of the choice of both
+    ):
         rng = np.random.default_rng(seed)
         slots = memory.bank.sample(rivals, seed)
         self.own = rng.permutation(len(slots))[:most] # where each query is among the rivals
@@ -166,7 +169,10 @@ class LeftOut:
         values = memory.bank.values
         self.values = None if values is None else values[slots]
 
-    def similarities(self, x): # (n, d) the queries, some of their entries hidden
+    def similarities(
+        self,
+        x: np.ndarray, # (n, d) the queries, some of their entries hidden
+    ) -> tuple: # squared distances and log weights, (n, R) each
         "Squared distances, and log weights in which each query has lost one copy of itself."
         logs = np.broadcast_to(self.logs, (len(x), len(self.rows))).copy()
         with np.errstate(divide="ignore"):
@@ -174,13 +180,21 @@ class LeftOut:
         r2 = squared_distances(x, self.rows)
         return np.where(np.isneginf(logs), np.inf, r2), logs
 
-    def shares(self, r2, logs, beta): # → (n, R)
+    def shares(
+        self,
+        r2: np.ndarray, # (n, R) squared distances; inf for a pattern that does not answer
+        logs: np.ndarray, # (n, R) log weights
+        beta, # inverse temperature, in the frame
+    ) -> np.ndarray: # (n, R)
         "Weights at a temperature, the largest of each query 1; all 0 where nobody answers."
         s = logs - 0.5 * beta * r2
         top = s.max(1, keepdims=True)
         return np.exp(s - np.where(np.isfinite(top), top, 0))
 
-    def best(self, loss): # of the weights (n, R) → (n,), NaN where it is not defined
+    def best(
+        self,
+        loss: Callable, # (weights (n, R), own (n,)) → losses (n,), NaN where it is not defined
+    ) -> float: # inverse temperature, in the frame
         "The temperature in the frame at which the others predict the queries best."
         r2, logs = self.similarities(self.x)
         use = np.isfinite(r2).any(1)
@@ -239,7 +253,10 @@ class AbstractMemoryEstimator(BaseEstimator):
     def _inside(self, X): return self.memory_.frame.inside(X.astype(float))
 
 # %% ../../nbs/api/memories/estimators.ipynb #d323ccde
-def checked_weights(weights, n):
+def checked_weights(
+    weights, # what was given: numbers, one number, or None
+    n: int, # how many rows there are
+) -> np.ndarray: # (n,), 1 for None
     "Weights of rows. Raises ValueError for bad ones."
     if weights is None: return np.ones(n)
     weights = np.asarray(weights, float)
@@ -254,7 +271,7 @@ def residual_covariance(
     R, # (n, D) residuals, NaN where unknown
     weights, # (n,)
     spread=0.0, # (D,) variances of the columns themselves, a share of which is added
-):
+) -> np.ndarray: # (D, D)
     "Covariances over pairs that are both known, made positive semidefinite."
     m, w = ~np.isnan(R), weights[:, None]
     least = np.diag(np.broadcast_to(0.003 * spread, R.shape[1]))
@@ -270,7 +287,7 @@ def carried_over(
     residuals, # (n, d) what the memory missed where something is known, NaN elsewhere
     C, # (D, D) covariance of residuals, D ≥ d
     ridge=0.03, # relative to the variances
-): # (n, D) what it is expected to miss
+) -> np.ndarray: # (n, D) what it is expected to miss
     "Conditional means of residuals given those that are known, none as more than four deviations."
     n, d = residuals.shape
     most = 4 * np.sqrt(np.diag(C)[:d])
@@ -296,7 +313,7 @@ def carried_over(
 def tried(
     linear, # True, False or "auto"
     d, # columns
-): # a list of booleans
+) -> list[bool]: # one or both
     "Whether to try an answer without what is carried over, with it, or both."
     if isinstance(linear, bool | np.bool_): return [bool(linear)]
     if not (isinstance(linear, str) and linear == "auto"):
@@ -313,8 +330,9 @@ class MemoryImputer(OneToOneFeatureMixin, TransformerMixin, AbstractMemoryEstima
                  beta=None, # inverse temperature, of the scaled columns; None to choose
                  noise=None, # instead: the standard deviation of noise in an entry, 1/√beta
                  scale="std", # what columns are divided by: "std", numbers, or None
-                 linear="auto", # whether what is known and was missed is carried over; with
-                                # "auto" if it helped rows that were left out, up to 256 columns
+                 # whether what is known and was missed is carried over; with "auto" if it
+                 # helped rows that were left out, up to 256 columns
+                 linear="auto",
                  steps=0, # after the first; above 0 rows descend, and nothing is carried over
                  max_samples=10_000): # rows to remember, a sample of more; None for all
         self.beta, self.noise, self.scale = beta, noise, scale
@@ -325,8 +343,13 @@ class MemoryImputer(OneToOneFeatureMixin, TransformerMixin, AbstractMemoryEstima
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
 
-    def fit(self, X, y=None, sample_weight=None):
-        "Remember rows (n, d), NaN where unknown."
+    def fit(
+        self,
+        X, # rows (n, d), NaN where unknown
+        y=None, # not used
+        sample_weight=None, # weights of the rows (n,), not negative; None for 1
+    ) -> "MemoryImputer": # the estimator itself
+        "Remember rows."
         most, all_rows = self.max_samples, self.max_samples is None
         if not all_rows and not (isinstance(most, numbers.Integral) and most > 0):
             raise ValueError(f"max_samples must be a positive int or None, got {most!r}.")
@@ -384,7 +407,10 @@ class MemoryImputer(OneToOneFeatureMixin, TransformerMixin, AbstractMemoryEstima
         carried = error((mean + carried_over(part - mean, C)[:, : part.shape[1]])[:n]), beta, C
         return [plain, carried] if False in ways else [carried]
 
-    def transform(self, X):
+    def transform(
+        self,
+        X, # rows (n, d), NaN where unknown
+    ) -> np.ndarray: # (n, d), without NaN
         "Fill in what is unknown. What is known comes back as it is."
         check_is_fitted(self)
         X = self._checked(X)
@@ -421,8 +447,13 @@ class MemoryClassifier(ClassifierMixin, AbstractMemoryEstimator):
                  scale="std"): # what columns are divided by: "std", numbers, or None
         self.beta, self.noise, self.scale = beta, noise, scale
 
-    def fit(self, X, y, sample_weight=None):
-        "Remember rows (n, d) with their labels (n,)."
+    def fit(
+        self,
+        X, # rows (n, d), NaN where unknown
+        y, # labels (n,)
+        sample_weight=None, # weights of the rows (n,), not negative; None for 1
+    ) -> "MemoryClassifier": # the estimator itself
+        "Remember rows with their labels."
         X, y = self._checked(X, reset=True, y=y)
         check_classification_targets(y)
         self.classes_, which = np.unique(y, return_inverse=True)
@@ -438,15 +469,21 @@ class MemoryClassifier(ClassifierMixin, AbstractMemoryEstimator):
         self._set_beta(out.best(loss))
         return self
 
-    def predict_proba(self, X):
-        "Weights of the labels (n, classes), in the order of `classes_`."
+    def predict_proba(
+        self,
+        X, # rows (n, d), NaN where unknown
+    ) -> np.ndarray: # (n, classes), in the order of `classes_`
+        "The weights of the labels, which sum to one."
         check_is_fitted(self)
         x = self._inside(self._checked(X))
         found = averages(self.memory_, x).values
         found = np.where(np.isnan(found), self.priors_, found)
         return found / found.sum(1, keepdims=True) # 1 in spite of rounding
 
-    def predict(self, X):
+    def predict(
+        self,
+        X, # rows (n, d), NaN where unknown
+    ) -> np.ndarray: # labels (n,)
         "The label with the largest weight."
         weights = self.predict_proba(X)
         return self.classes_[weights.argmax(1)]
@@ -463,8 +500,13 @@ class MemoryRegressor(MultiOutputMixin, RegressorMixin, AbstractMemoryEstimator)
                                  # "auto" if it helped rows that were left out, up to 256 columns
         self.beta, self.noise, self.scale, self.linear = beta, noise, scale, linear
 
-    def fit(self, X, y, sample_weight=None):
-        "Remember rows (n, d) with their targets (n,) or (n, m)."
+    def fit(
+        self,
+        X, # rows (n, d), NaN where unknown
+        y, # targets (n,) or (n, m)
+        sample_weight=None, # weights of the rows (n,), not negative; None for 1
+    ) -> "MemoryRegressor": # the estimator itself
+        "Remember rows with their targets."
         X, y = self._checked(X, reset=True, y=y, multi_output=True, y_numeric=True)
         self.shape_, y = y.shape[1:], y.reshape(len(y), -1).astype(float)
         weights = checked_weights(sample_weight, len(X))
@@ -505,7 +547,10 @@ class MemoryRegressor(MultiOutputMixin, RegressorMixin, AbstractMemoryEstimator)
         carried = carried_over(out.rows[own] - mean, self._covariance(out, p, own))
         return said + carried[:, mean.shape[1] :]
 
-    def predict(self, X):
+    def predict(
+        self,
+        X, # rows (n, d), NaN where unknown
+    ) -> np.ndarray: # (n,) or (n, m), as the targets were
         "The average target of each row; the mean of all where nothing is known."
         check_is_fitted(self)
         x = self._inside(self._checked(X))
@@ -529,8 +574,12 @@ class MemoryDetector(OutlierMixin, AbstractMemoryEstimator):
                  scale="std"): # what columns are divided by: "std", numbers, or None
         self.alpha, self.beta, self.noise, self.scale = alpha, beta, noise, scale
 
-    def fit(self, X, y=None):
-        "Remember rows (n, d) that are as they should be, most of them at least."
+    def fit(
+        self,
+        X, # rows (n, d), NaN where unknown
+        y=None, # not used
+    ) -> "MemoryDetector": # the estimator itself
+        "Remember rows that are as they should be, most of them at least."
         if not (isinstance(self.alpha, numbers.Real) and 0 < self.alpha < 1):
             raise ValueError(f"alpha must be a number between 0 and 1, got {self.alpha!r}.")
         self._remember(self._checked(X, reset=True), beta="likelihood")
@@ -557,33 +606,45 @@ class MemoryDetector(OutlierMixin, AbstractMemoryEstimator):
             count[part] = counts.sum(1)
         return count, log_sum
 
-    def p_values(self, X):
+    def p_values(
+        self,
+        X, # rows (n, d), NaN where unknown
+    ) -> np.ndarray: # (n,), between 0 and 1
         "The share of remembered rows, with the row itself, that are at least as unusual."
         return (1 + self._ranks(X)[0]) / (len(self.slots_) + 1)
 
-    def score_samples(self, X):
+    def score_samples(
+        self,
+        X, # rows (n, d), NaN where unknown
+    ) -> np.ndarray: # (n,), between 0 and 1
         "p-values, lowered by less than a rank by the energy: small for what is unusual."
         count, log_sum = self._ranks(X)
         rarity = np.maximum(np.log(len(self.memory_)) - log_sum, 0)
         return (count + 1 / (2 + rarity)) / (len(self.slots_) + 1)
 
-    def decision_function(self, X):
+    def decision_function(
+        self,
+        X, # rows (n, d), NaN where unknown
+    ) -> np.ndarray: # (n,)
         "`score_samples` less `offset_`: negative where the p-value is at most alpha."
         return self.score_samples(X) - self.offset_
 
-    def predict(self, X):
+    def predict(
+        self,
+        X, # rows (n, d), NaN where unknown
+    ) -> np.ndarray: # −1 or 1 (n,)
         "−1 where the p-value is at most alpha, else 1."
         return np.where(self.decision_function(X) < 0, -1, 1)
 
 # %% ../../nbs/api/memories/estimators.ipynb #390c6e40
 def settled(
-    memory: Memory,
+    memory: Memory, # the patterns, their values and weights
     x, # (n, d) in the frame
     max_steps, # steps of length one
     tol=1e-6, # relative to the width of a kernel, 1/√β
     *,
     most=2**22, # similarities up to which NumPy does it
-):
+) -> np.ndarray: # (n, d) in the frame
     "Where queries come to rest: mean shift with a Gaussian kernel."
     beta = memory.beta * memory.unit**2
     if len(x) * memory.bank.size > most:
@@ -602,8 +663,8 @@ def settled(
 def grouped(
     x, # (n, d) ends of descents
     log_sum, # (n,) the lowest energy names the group
-    radius,
-): # centres (k, d), and the group of each row; the largest first
+    radius, # the distance within which two are the same
+) -> tuple: # centres (k, d), and the group of each row; the largest first
     "Ends that are the same attractor."
     label, centres = np.full(len(x), -1), []
     for i in np.argsort(-log_sum, kind="stable"):
@@ -627,8 +688,12 @@ class MemoryClusterer(ClusterMixin, AbstractMemoryEstimator):
                  max_steps=1000): # of each row
         self.beta, self.noise, self.scale, self.max_steps = beta, noise, scale, max_steps
 
-    def fit(self, X, y=None):
-        "Find the attractors of rows (n, d)."
+    def fit(
+        self,
+        X, # rows (n, d), NaN where unknown
+        y=None, # not used
+    ) -> "MemoryClusterer": # the estimator itself
+        "Find the attractors of rows."
         whole = isinstance(self.max_steps, numbers.Integral) and self.max_steps > 0
         if not whole: raise ValueError(f"max_steps must be a positive int, got {self.max_steps!r}.")
         X = self._checked(X, reset=True)
@@ -655,7 +720,10 @@ class MemoryClusterer(ClusterMixin, AbstractMemoryEstimator):
             if size[size >= few].sum() >= share * len(rows): return
             self._set_beta(self._inner() / 1.15)
 
-    def predict(self, X):
+    def predict(
+        self,
+        X, # rows (n, d), NaN where unknown
+    ) -> np.ndarray: # numbers of clusters (n,)
         "The cluster of the attractor to which each row descends."
         check_is_fitted(self)
         ends = self._ends(self._inside(self._checked(X)))

@@ -58,11 +58,17 @@ class Frame:
         relative = self.scales / power_of_two(float(self.scales.max()))
         return (relative * self.spread).astype(self.centre.dtype)
 
-    def inside(self, rows):
+    def inside(
+        self,
+        rows: np.ndarray, # (n, d) in the units of the data
+    ) -> np.ndarray: # (n, d) in the frame
         "Rows as they are in the frame."
         return (rows / self.size - self.centre) / self.widths
 
-    def outside(self, rows):
+    def outside(
+        self,
+        rows: np.ndarray, # (n, d) in the frame
+    ) -> np.ndarray: # (n, d) in the units of the data
         "Rows of the frame as they are in the units of the data."
         return (rows * self.widths + self.centre) * self.size
 

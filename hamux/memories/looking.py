@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from fastcore.basics import patch
+from jaxtyping import Array
 
 from ..dynamics.programs import filled_size
 from .bank import ArrayRows, Bank, FileRows
@@ -36,9 +37,8 @@ class Look(NamedTuple):
     rivals: Any # (n,) the similarity that no other pattern exceeds
     rows: Any # (n, m, d) the nearest patterns, in the frame, NaN where unknown
     mean: Any = None # (n, d) average of all patterns, NaN where no pattern with weight knows
-    mass: Any = (
-        None  # (n, d) Σ p c m: how much weight each entry of the average has; 1 where all is known
-    )
+    # (n, d) Σ p c m: how much weight each entry of the average has; 1 where all is known
+    mass: Any = None
     values: Any = None # (n, v) average of all values
 
 # %% ../../nbs/api/memories/looking.ipynb #5a5381b8
@@ -103,7 +103,7 @@ def nothing_kept(
     v, # numbers in a value; 0 to average no values
     averages, # whether to average all patterns
     holes, # whether a pattern may have unknown entries
-    dtype,
+    dtype, # of what is kept
 ) -> Kept: # of NumPy
     "What is kept before the first block."
     zeros = lambda *shape: np.zeros(shape, dtype)
@@ -118,7 +118,7 @@ def nothing_kept(
 def relative_scale(
     top, # (n,) by which sums are divided
     new, # (n,) by which they shall be
-): # (n,)
+) -> Array: # (n,) factors
     "exp(top − new), and 0 where there was nothing."
     return jnp.where(jnp.isneginf(top), 0, jnp.exp(top - jnp.where(jnp.isneginf(new), 0, new)))
 
@@ -142,11 +142,11 @@ def _averages(kept, p, old, rows, values, holes):
 def look_at_block(
     kept: Kept, # of the blocks before
     rows, # (B, d) patterns, NaN where unknown, in the frame
-    log_weights, # (B,)
-    values, # (B, v), or None
+    log_weights, # (B,) logarithms of weights
+    values, # (B, v) numbers, or None
     start, # slot of the first
-    query: Query,
-    beta,
+    query: Query, # the queries and what they know
+    beta, # inverse temperature, in the frame
     holes: bool, # whether a pattern of this block has unknown entries
 ) -> Kept:
     "What is kept, with one more block."
@@ -179,11 +179,11 @@ def _one_block(kept, rows, log_weights, values, start, query, beta, lens, holes)
 # %% ../../nbs/api/memories/looking.ipynb #61c725c5
 def exact_logits(
     x, # (n, d) queries, 0 where unknown
-    known, # (n, d), or None
+    known, # (n, d) booleans: what the queries know; None for all
     rows, # (n, k, d) patterns for each, NaN where unknown
-    log_weights, # (n, k)
-    beta,
-): # (n, k)
+    log_weights, # (n, k) logarithms of weights
+    beta, # inverse temperature, in the frame
+) -> Array: # (n, k); −inf where nothing is known to both
     "Similarities by differences."
     both = ~jnp.isnan(rows) if known is None else known[:, None] & ~jnp.isnan(rows)
     difference = jnp.where(both, x[:, None] - jnp.where(both, rows, 0), 0)
@@ -199,8 +199,8 @@ def nearest_of(
     query: Query, # n queries
     rows, # (n, k, d) patterns for each, NaN where unknown
     log_weights, # (n, k), −inf for one that is not there
-    slots, # (n, k)
-    beta,
+    slots, # (n, k) their slots
+    beta, # inverse temperature, in the frame
     m: int, # how many
 ) -> tuple: # (n, m) slots, (n, m) similarities, (n,) and (n,) numbers, (n, m, d) patterns
     "The m nearest of some patterns; the best of the others; log Σ exp of all; and the patterns."
@@ -220,7 +220,7 @@ def exact_sum(
     kept: Kept, # of some rows
     members, # (n,) log Σ exp(s) of the members of its groups, by differences
     xp=jnp, # NumPy or JAX's
-): # (n,) Σ exp(s − top)
+) -> Array: # (n,) Σ exp(s − top)
     "The sum of all weights, those of the chosen groups by differences."
     top = xp.where(xp.isneginf(kept.top), 0, kept.top)
     others = kept.total - xp.exp(kept.sums - top[:, None]).sum(1)
@@ -275,7 +275,7 @@ def block_rows(
 
 
 def look(
-    bank: Bank,
+    bank: Bank, # the patterns
     x: np.ndarray, # (n, d) queries in the frame, NaN where unknown
     beta: float, # inverse temperature, in the frame
     m: int = 1, # how many of the nearest
@@ -309,15 +309,16 @@ def look(
 
 # %% ../../nbs/api/memories/looking.ipynb #df592671
 @patch
-def pass_over(self: ArrayRows | FileRows,
-              bank: Bank, # of which these are the first rows
-              query: Query,
-              beta, # inverse temperature, in the frame
-              m: int, # how many of the nearest
-              averages: bool, # whether to average all patterns
-              values: bool, # whether to average all values
-              block: int | None, # rows in a block; None to choose
-              ) -> tuple: # `Kept`, its exact sum, slots, logits, rivals and rows as in `Look`
+def pass_over(
+    self: ArrayRows | FileRows,
+    bank: Bank, # of which these are the first rows
+    query: Query, # the queries and what they know
+    beta, # inverse temperature, in the frame
+    m: int, # how many of the nearest
+    averages: bool, # whether to average all patterns
+    values: bool, # whether to average all values
+    block: int | None, # rows in a block; None to choose
+) -> tuple: # `Kept`, its exact sum, slots, logits, rivals and rows as in `Look`
     "One pass over a bank, a block after the other."
     query = jax.device_put(query)
     kept = _pass(bank, query, beta, m, averages, values, block)

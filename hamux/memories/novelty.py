@@ -45,11 +45,13 @@ def _partly(rows, others, own, known, x, beta):
 # %% ../../nbs/api/memories/novelty.ipynb #a38f108b
 class Calibration:
     "The energies of stored patterns given the others, and p-values by them."
-    def __init__(self,
-                 bank: Bank,
-                 beta: float, # inverse temperature, in the frame
-                 most=999, # patterns to calibrate with, at most
-                 seed=0): # which
+    def __init__(
+        self,
+        bank: Bank, # the patterns
+        beta: float, # inverse temperature, in the frame
+        most=999, # patterns to calibrate with, at most
+        seed=0, # of their choice
+    ):
         self.bank, self.beta = bank, np.asarray(beta, bank.dtype)
         slots = bank.sample(most, seed)
         self.rows = bank.take(slots)

@@ -66,11 +66,14 @@ class SpreadRows:
         self._values = None # of these rows, which never change
         self._held = {} # the parts of one version of the bank
 
-    def may_have_holes(self) -> bool:
+    def may_have_holes(self) -> bool: # True where one is NaN
         "Whether an entry is unknown."
         return self.holes
 
-    def take(self, rows: np.ndarray) -> np.ndarray: # (n, d) for n numbers of rows
+    def take(
+        self,
+        rows: np.ndarray, # numbers of rows (n,)
+    ) -> np.ndarray: # (n, d)
         "Some rows, from the devices that have them."
         step = max(2**22 // self.shape[1], 1)
         parts = [self._take(rows[i : i + step]) for i in range(0, len(rows), step)]
@@ -81,7 +84,10 @@ class SpreadRows:
         at[: len(rows)] = rows
         return np.asarray(_take_from_all(self.rows, at, self.spread))[: len(rows)]
 
-    def blocks(self, size: int) -> Iterator[np.ndarray]: # of up to `size` rows
+    def blocks(
+        self,
+        size: int, # how many rows in each
+    ) -> Iterator[np.ndarray]: # (up to `size`, d)
         "The rows in order."
         K = self.shape[0]
         for start in range(0, K, size): yield self.take(np.arange(start, min(start + size, K)))
@@ -173,9 +179,10 @@ def _nearest_of_all(slots, logits, rivals, rows, axes):
 @ft.partial(jax.jit, static_argnames=("spread", "m", "block", "averages", "holes"))
 def look_on_all(
     parts: tuple[Part, ...], # in the order of their slots
-    query: Query,
+    query: Query, # the queries and what they know
     beta, # inverse temperature, in the frame
-    *, spread: Spread, # where the parts are
+    *,
+    spread: Spread, # where the parts are
     m: int, # how many of the nearest
     block: int, # rows to take at a time
     averages: bool, # whether to average all patterns
@@ -229,15 +236,16 @@ def parts(self: SpreadRows,
 
 
 @patch
-def pass_over(self: SpreadRows,
-              bank: Bank, # of which these are the first rows
-              query: Query,
-              beta, # inverse temperature, in the frame
-              m: int, # how many of the nearest
-              averages: bool, # whether to average all patterns
-              values: bool, # whether to average all values
-              block: int | None, # rows of a device to take at a time; None to choose
-              ) -> tuple: # `Kept`, its exact sum, slots, logits, rivals and rows as in `Look`
+def pass_over(
+    self: SpreadRows,
+    bank: Bank, # of which these are the first rows
+    query: Query, # the queries and what they know
+    beta, # inverse temperature, in the frame
+    m: int, # how many of the nearest
+    averages: bool, # whether to average all patterns
+    values: bool, # whether to average all values
+    block: int | None, # rows of a device to take at a time; None to choose
+) -> tuple: # `Kept`, its exact sum, slots, logits, rivals and rows as in `Look`
     "One pass over a bank, of each device over its own rows."
     (n, d), own = query.x.shape, len(self.rows) // self.spread.devices
     size = block_rows(n, d, own, block)

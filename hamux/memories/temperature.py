@@ -78,7 +78,7 @@ def _log_sums(r2, beta):
 def best_beta(
     loss: Callable[[float], float], # of an inverse temperature
     r2: Float[np.ndarray, "S R"], # the squared distances that it weighs; inf for none
-) -> float:
+) -> float: # in units of 1/r²
     "The β of least loss, searched on a logarithmic scale between the distances that there are."
     finite = r2[np.isfinite(r2) & (r2 > 0)]
     if not len(finite): return 1.0

@@ -170,30 +170,37 @@ class HAM(eqx.Module):
 
     @property
     def neurons(self) -> Mapping:
+        "The layers by name, in the order in which they were given."
         return MappingProxyType({n: self._neurons[n] for n in self._names[0]})
 
     @property
     def hypersynapses(self) -> Mapping:
+        "The hypersynapses by name."
         return MappingProxyType({s: unseal(self._hypersynapses[s]) for s in self._names[1]})
 
     @property
     def connections(self) -> tuple:
+        "((layer names, …), hypersynapse name) of each connection."
         return self._connections
 
     @property
     def n_neurons(self) -> int:
+        "How many layers there are."
         return len(self._neurons)
 
     @property
     def n_hypersynapses(self) -> int:
+        "How many hypersynapses there are."
         return len(self._hypersynapses)
 
     @property
     def n_connections(self) -> int:
+        "How many connections there are."
         return len(self._connections)
 
     @property
-    def dtype(self): # that of all parameters together; JAX's default where there are none
+    def dtype(self) -> jnp.dtype:
+        "That of all parameters together; JAX's default where there are none."
         leaves = filter(is_parameter, jtu.tree_leaves((self._neurons, self._hypersynapses)))
         dtypes = [leaf.dtype for leaf in leaves]
         return jnp.result_type(*dtypes) if dtypes else jnp.dtype(jnp.result_type(float))
@@ -293,10 +300,10 @@ def energy(self: HAM,
 @patch
 def dEdact(
     self: HAM,
-    xhats: dict,  # an activation per layer
-    xs: dict,  # a state per layer
-    return_energy=False,  # whether the energy is wanted too
-):  # the gradient, a dictionary like `xhats`; with `return_energy` the pair (energy, gradient)
+    xhats: dict, # an activation per layer
+    xs: dict, # a state per layer
+    return_energy=False, # whether the energy is wanted too
+) -> dict | tuple: # ∂E/∂x̂ of each layer; with `return_energy` the pair (energy, gradient)
     "The gradient of the total energy in the activations: the state minus the input current."
     xhats, xs = check_states(xhats, self.neurons, "activations"), check_states(
         xs, self.neurons, "states"

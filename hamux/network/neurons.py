@@ -37,7 +37,10 @@ from hamux.network.parameters import (
 _ADVICE = "hamux.check_lagrangian(L, shape) says more."
 
 
-def scalar_lagrangian(L, who="The Lagrangian"):
+def scalar_lagrangian(
+    L: Callable, # a function of one array
+    who="The Lagrangian", # what it is called in messages
+) -> Callable: # the same function, checked at each call
     "`L` with a clear error where it does not return one real number."
     def scalar(x):
         value = L(x)
@@ -111,7 +114,12 @@ def _as_tau(tau):
     return tau
 
 
-def check_state(x, shape, what, owner):
+def check_state(
+    x, # an array, or what makes one
+    shape: tuple, # the shape it must have
+    what: str, # what it is, in messages
+    owner, # of which layer, in messages
+) -> Float[Array, "..."]: # the same, as an array
     "`x` as an array, if it is a floating one of the given shape."
     what = f"{what} {owner!r}"
     refuse_masked(x, what)
@@ -155,11 +163,13 @@ class NeuronLayer(eqx.Module):
             raise ValueError(f"NeuronLayer: {report.name}. " + " ".join(report.failures))
 
     @property
-    def lagrangian(self):
+    def lagrangian(self) -> Callable:
+        "The convex scalar function of the state."
         return unseal(self._lagrangian)
 
     @property
     def tau(self):
+        "The time constant: a number, or an array that is learned."
         return unseal(self._tau)
 
     def __repr__(self):
@@ -202,13 +212,20 @@ def init(self: NeuronLayer,
 
 
 @patch
-def sigma(self: NeuronLayer, x):
+def sigma(
+    self: NeuronLayer,
+    x: Float[Array, "..."], # state, the layer's shape
+) -> Float[Array, "..."]: # ∇L(x), same shape
     "The short name of `activations`."
     return self.activations(x)
 
 
 @patch
-def E(self: NeuronLayer, xhat, x):
+def E(
+    self: NeuronLayer,
+    xhat: Float[Array, "..."], # activation, the layer's shape
+    x: Float[Array, "..."], # state, the layer's shape
+) -> Float[Array, ""]: # <x̂, x> − L(x), or 0 without leak
     "The short name of `energy`."
     return self.energy(xhat, x)
 

@@ -68,7 +68,10 @@ class _Unhashed:
 
 class Frozen:
     "A pytree of constants that compares and hashes by value."
-    def __init__(self, tree: PyTree):
+    def __init__(
+        self,
+        tree: PyTree, # constants: numbers, strings, functions, arrays of booleans or integers
+    ):
         leaves, treedef = jtu.tree_flatten(tree)
         self.tree, self.tokens = tree, (treedef, *map(_token, leaves))
         self._hash = hash(self.tokens)
@@ -87,8 +90,8 @@ class Frozen:
 # %% ../../nbs/api/network/parameters.ipynb #f91a9619
 class Sealed(eqx.Module):
     "What `seal` makes of a pytree: parameters as leaves, constants as structure."
-    params: PyTree
-    constants: Frozen = eqx.field(static=True)
+    params: PyTree # the parameters; None in the places of constants
+    constants: Frozen = eqx.field(static=True) # the constants; None in the places of parameters
 
 
 def _open(node):
@@ -120,7 +123,10 @@ def unseal(
     return eqx.combine(node.params, node.constants.tree) if isinstance(node, Sealed) else node
 
 # %% ../../nbs/api/network/parameters.ipynb #94e2eb66
-def refuse_masked(x, what):
+def refuse_masked(
+    x, # anything
+    what: str, # what it is, in messages
+) -> None:
     "Raise TypeError for a masked array of NumPy, whose mask would be lost without a word."
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(
@@ -134,7 +140,7 @@ def as_weights(
     name: str, # what it is called in messages
     who: str, # whose weights they are, in messages
     ndim=None, # number of axes it must have; None for any
-) -> Float[Array, "..."]:
+) -> Float[Array, "..."]: # the same values; integers and booleans become JAX's default float
     "Weights as a real floating array. Raises TypeError or ValueError for anything else."
     refuse_masked(W, f"{who}: {name}")
     try:
@@ -179,14 +185,14 @@ def as_mask(
 def seal_mask(
     mask, # what `as_mask` returned, or None
     dtype, # of the weights beside it
-) -> PyTree:
+) -> PyTree: # what `unseal_mask` takes
     "A mask as a field of a module: a constant, or zeros and ones where it is traced."
     return mask.astype(dtype) if isinstance(mask, jax.core.Tracer) else seal(mask)
 
 
 def unseal_mask(
     sealed: PyTree, # what `seal_mask` returned
-): # booleans, or None
+) -> Bool[Array, "..."] | None: # booleans, or None
     "The mask that was sealed."
     mask = unseal(sealed)
     return mask > 0.5 if is_parameter(mask) else mask

@@ -46,7 +46,12 @@ class Site(NamedTuple):
             )
         return ft.reduce(jnp.minimum, [site.scale(terms) for site in self.others], scale)
 
-    def normal(self, key, shape, scale) -> Float[Array, "..."]:
+    def normal(
+        self,
+        key, # a PRNG key
+        shape, # of the weights
+        scale, # standard deviation of the weights
+    ) -> Float[Array, "..."]: # weights of that shape
         "Normal weights of mean 0 in the site's dtype."
         return _normal(key, tuple(shape), scale, jnp.dtype(self.dtype))
 
@@ -72,10 +77,11 @@ class Lazy:
 
     def __repr__(self): return f"{self.name} (not sized yet: give it to hamux.build)"
 
-    def at(self,
-           key, # a PRNG key
-           site: Site, # where it will stand
-           ): # the hypersynapse
+    def at(
+        self,
+        key, # a PRNG key
+        site: Site, # where it will stand
+    ) -> Callable: # the hypersynapse
         "The hypersynapse for a site. Raises ValueError for a wrong number of layers."
         asks, told = inspect.signature(self.make), {}
         if "site" in asks.parameters: told["site"] = site._replace(dtype=self.dtype or site.dtype)
@@ -106,7 +112,7 @@ def given_scale(
     scale, # a standard deviation, or None
     site: Site, # where the hypersynapse will stand
     terms=None, # as for `Site.scale`
-):
+) -> float | Float[Array, ""]: # standard deviation of the weights
     "The scale that was given, or that of the site."
     return site.scale(terms) if scale is None else scale
 
@@ -114,6 +120,6 @@ def given_scale(
 def trainable_config(
     synapse, # a hypersynapse with a field `trainable`
     **settings, # the rest of its configuration
-) -> dict:
+) -> dict: # the settings, as `config` returns them
     "A configuration, with `trainable` where it is not the default."
     return settings if synapse.trainable else settings | {"trainable": False}

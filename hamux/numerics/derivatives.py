@@ -12,29 +12,31 @@ __all__ = ['along', 'dense', 'total', 'half_square', 'rpow', 'repu', 'rpow_learn
 # %% ../../nbs/api/numerics/derivatives.ipynb #c3549bb0
 import functools as ft
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Float
 
 # %% ../../nbs/api/numerics/derivatives.ipynb #7fd67b5f
 def along(
     *terms, # pairs: a function that gives the derivative in one input, and its tangent
-):
+) -> Float[Array, "..."]: # the derivative along the tangents
     "The sum of `rate() * tangent` over the tangents that are not known to be zero."
     return sum(rate() * tangent for rate, tangent in terms if not isinstance(tangent, SymbolicZero))
 
 
 def dense(
     tangent, # an array, or a zero that JAX knows of
-):
+) -> Float[Array, "..."]: # zeros where it is such a zero
     "The tangent as an array, also where it is known to be zero."
     return jnp.zeros(tangent.shape, tangent.dtype) if isinstance(tangent, SymbolicZero) else tangent
 
 
 def total(
-    rows, # an array
-):
+    rows: Float[Array, "..."], # an array
+) -> Float[Array, ""]: # a scalar
     "The sum of all entries, finite whenever the true one is."
     if rows.size == 1: return rows.reshape(())
     plain = rows.sum()
@@ -42,7 +44,9 @@ def total(
 
 # %% ../../nbs/api/numerics/derivatives.ipynb #399d88e4
 @jax.custom_jvp
-def half_square(x):
+def half_square(
+    x: Float[Array, "..."], # states
+) -> Float[Array, "..."]: # of the shape of x
     "x²/2, whose derivative is x to the last digit."
     return 0.5 * x * x
 
@@ -50,7 +54,10 @@ half_square.defjvp(lambda primals, tangents: (half_square(*primals), primals[0] 
 
 # %% ../../nbs/api/numerics/derivatives.ipynb #6bba40b6
 @ft.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def rpow(x, p):
+def rpow(
+    x: Float[Array, "..."], # states
+    p: float, # the exponent, a number
+) -> Float[Array, "..."]: # of the shape of x
     "max(x, 0)**p for a constant `p`: 0 for x <= 0, even where p <= 0."
     return jnp.where(x > 0, jnp.where(x > 0, x, 1)**p, 0)
 
@@ -61,7 +68,10 @@ def _rpow_jvp(p, primals, tangents):
 
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def repu(x, n):
+def repu(
+    x: Float[Array, "..."], # states
+    n: float, # the degree, a number
+) -> Float[Array, "..."]: # of the shape of x
     "max(x, 0)**n / n for a constant `n`, without the overflow of x**n."
     return x / n * rpow(x, n - 1)
 
@@ -72,7 +82,10 @@ def _repu_jvp(n, primals, tangents):
 
 # %% ../../nbs/api/numerics/derivatives.ipynb #0653b965
 @jax.custom_jvp
-def rpow_learned(x, p):
+def rpow_learned(
+    x: Float[Array, "..."], # states
+    p: Float[Array, "..."], # the exponent, an array
+) -> Float[Array, "..."]: # of the shape of x
     "max(x, 0)**p for an exponent that is an array."
     return jnp.where(x > 0, jnp.where(x > 0, x, 1)**p, 0)
 
@@ -84,7 +97,10 @@ def _rpow_learned_jvp(primals, tangents):
 
 
 @jax.custom_jvp
-def repu_learned(x, n):
+def repu_learned(
+    x: Float[Array, "..."], # states
+    n: Float[Array, "..."], # the degree, an array
+) -> Float[Array, "..."]: # of the shape of x
     "max(x, 0)**n / n for a degree that is an array."
     return x / n * rpow_learned(x, n - 1)
 
@@ -96,11 +112,11 @@ def _repu_learned_jvp(primals, tangents):
 
 # %% ../../nbs/api/numerics/derivatives.ipynb #45720aa3
 def tempered(
-    value, # (x, β) → f(βx)/β
-    slope, # z → f'(z)
-    curve, # (z, w) → w f''(z)
-    dual, # (z, w) → w (z f'(z) − f(z))
-): # a function of x and β
+    value: Callable, # (x, β) → f(βx)/β
+    slope: Callable, # z → f'(z)
+    curve: Callable, # (z, w) → w f''(z)
+    dual: Callable, # (z, w) → w (z f'(z) − f(z))
+) -> Callable: # a function of x and β
     "The elementwise f(βx)/β with all derivatives in x and β."
 
     @jax.custom_jvp
@@ -135,35 +151,53 @@ def tempered(
     return L
 
 # %% ../../nbs/api/numerics/derivatives.ipynb #862a6708
-def times_exp(z, w):
+def times_exp(
+    z: Float[Array, "..."], # states times the inverse temperature
+    w: Float[Array, "..."], # factors
+) -> Float[Array, "..."]: # of the shape of z
     "w eᶻ, in range whenever the product is."
     half = jnp.exp(z / 2)
     return half * (half * w)
 
-def exp_dual(z, w):
+def exp_dual(
+    z: Float[Array, "..."], # states times the inverse temperature
+    w: Float[Array, "..."], # factors
+) -> Float[Array, "..."]: # of the shape of z
     "w (z − 1) eᶻ, the dual of the exponential."
     z = jnp.maximum(z, -1e4)
     return times_exp(z, (z - 1) * w)
 
-def rexp_value(x, beta):
+def rexp_value(
+    x: Float[Array, "..."], # states
+    beta: Float[Array, "..."], # inverse temperature
+) -> Float[Array, "..."]: # of the shape of x
     "(e^(βx) − βx)/β where x > 0, and 1/β elsewhere."
     up = jnp.maximum(x, 0)
     return times_exp(beta * up, 1 / beta) - up
 
 # %% ../../nbs/api/numerics/derivatives.ipynb #e9508590
-def logcosh_value(x, beta):
+def logcosh_value(
+    x: Float[Array, "..."], # states
+    beta: Float[Array, "..."], # inverse temperature
+) -> Float[Array, "..."]: # of the shape of x
     "log cosh(βx)/β."
     z = beta * x
     near = jnp.log1p(2 * jnp.sinh(jnp.clip(z, -1, 1) / 2)**2) / beta
     far = abs(x) + (jnp.log1p(jnp.exp(-2 * abs(z))) - math.log(2)) / beta
     return jnp.where(abs(z) < 1, near, far)
 
-def sech2(z, w):
+def sech2(
+    z: Float[Array, "..."], # states times the inverse temperature
+    w: Float[Array, "..."], # factors
+) -> Float[Array, "..."]: # of the shape of z
     "w sech²z, the curvature of log cosh."
     tail = jnp.exp(-2 * abs(z))
     return 4 * tail / (1 + tail)**2 * w
 
-def logcosh_dual(z, w):
+def logcosh_dual(
+    z: Float[Array, "..."], # states times the inverse temperature
+    w: Float[Array, "..."], # factors
+) -> Float[Array, "..."]: # of the shape of z
     "w (z tanh z − log cosh z)."
     small, big = jnp.clip(z, -1, 1), jnp.minimum(abs(z), 1e3)
     tail = jnp.exp(-2 * big)
@@ -171,14 +205,22 @@ def logcosh_dual(z, w):
     far = math.log(2) - jnp.log1p(tail) - 2 * big * tail / (1 + tail)
     return jnp.where(abs(z) < 1, near, far) * w
 
-def softplus_dual(z, w):
+def softplus_dual(
+    z: Float[Array, "..."], # states times the inverse temperature
+    w: Float[Array, "..."], # factors
+) -> Float[Array, "..."]: # of the shape of z
     "w (z s(z) − log(1 + eᶻ)), s the logistic function."
     big = jnp.minimum(abs(z), 1e4)
     return -(big * jax.nn.sigmoid(-big) + jnp.log1p(jnp.exp(-big))) * w
 
 # %% ../../nbs/api/numerics/derivatives.ipynb #2d2fdfb7
-def compete(x, beta, axes, ghost):
-    "Of a row: top, who is there, weights relative to it, ties, the others' weight (keepdims)."
+def compete(
+    x: Float[Array, "..."], # states
+    beta: Float[Array, "..."], # inverse temperature
+    axes: tuple, # axes of a row, non-negative ints in order
+    ghost: bool, # whether a silent competitor at 0 takes part
+) -> tuple: # top, who is there, weights relative to it, ties, the others' weight
+    "What a competition is computed from, row by row (keepdims)."
     top = x.max(axes, keepdims=True, initial=0.0 if ghost else None)
     at_top = x == top
     weights = jnp.exp(beta * (x - top))
@@ -191,8 +233,13 @@ def compete(x, beta, axes, ghost):
 
 # %% ../../nbs/api/numerics/derivatives.ipynb #7b4998e7
 @ft.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def winners(x, beta, axes, ghost):
-    "softmax(βx) along `axes`, or the ghostmax."
+def winners(
+    x: Float[Array, "..."], # states
+    beta: Float[Array, "..."], # inverse temperature
+    axes: tuple, # axes of a row, non-negative ints in order
+    ghost: bool, # whether a silent competitor at 0 takes part
+) -> Float[Array, "..."]: # of the shape of x; entries ≥ 0 that sum to one, or less with a ghost
+    "The softmax of βx, or the ghostmax, row by row."
     top, _, weights, *_ = compete(x, beta, axes, ghost)
     return weights / (weights.sum(axes, keepdims=True) + (jnp.exp(-beta * top) if ghost else 0))
 
@@ -213,8 +260,13 @@ def _winners_jvp(axes, ghost, primals, tangents):
 
 # %% ../../nbs/api/numerics/derivatives.ipynb #6e1a61d2
 @ft.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def entropy(x, beta, axes, ghost):
-    "The entropy of the winners (the ghost included), row by row (keepdims)."
+def entropy(
+    x: Float[Array, "..."], # states
+    beta: Float[Array, "..."], # inverse temperature
+    axes: tuple, # axes of a row, non-negative ints in order
+    ghost: bool, # whether a silent competitor at 0 takes part
+) -> Float[Array, "..."]: # one number per row (keepdims)
+    "The entropy of the winners (the ghost included), row by row."
     top, _, weights, _, rest = compete(x, beta, axes, ghost)
     p, gap = weights / (1 + rest), jnp.where(weights > 0, top - x, 0)
     H = jnp.log1p(rest) + (p * (beta * gap)).sum(axes, keepdims=True)
@@ -231,8 +283,13 @@ def _entropy_jvp(axes, ghost, primals, tangents):
 
 # %% ../../nbs/api/numerics/derivatives.ipynb #5b462ecd
 @ft.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def logsumexp(x, beta, axes, ghost):
-    "(1/β) log Σ exp(βx) along `axes` (keepdims), with one more competitor at 0 if `ghost`."
+def logsumexp(
+    x: Float[Array, "..."], # states
+    beta: Float[Array, "..."], # inverse temperature
+    axes: tuple, # axes of a row, non-negative ints in order
+    ghost: bool, # whether a silent competitor at 0 takes part
+) -> Float[Array, "..."]: # one number per row (keepdims)
+    "(1/β) log Σ exp(βx), row by row, with one more competitor at 0 if asked."
     top, *_, rest = compete(x, beta, axes, ghost)
     return top + jnp.log1p(rest) / beta
 
@@ -246,13 +303,22 @@ def _logsumexp_jvp(axes, ghost, primals, tangents):
     return y, dy - along((lambda: entropy(x, beta, axes, ghost) / beta**2, dbeta))
 
 # %% ../../nbs/api/numerics/derivatives.ipynb #12f3e419
-def pool(v, axes, centre):
-    "κ Σ v along the row: the mean for the layer norm, the sum for the sphere (keepdims)."
+def pool(
+    v: Float[Array, "..."], # numbers of the row
+    axes: tuple, # axes of a row, non-negative ints in order
+    centre: bool, # whether it is the mean (layer norm) or the sum (sphere)
+) -> Float[Array, "..."]: # one number per row (keepdims)
+    "κ Σ v along the row: the mean for the layer norm, the sum for the sphere."
     return v.mean(axes, keepdims=True) if centre else v.sum(axes, keepdims=True)
 
 
-def scale_row(x, eps, axes, centre):
-    "The row's scale A (a power of two), c/A and y/A (keepdims)."
+def scale_row(
+    x: Float[Array, "..."], # states
+    eps: Float[Array, "..."], # added to the squared length
+    axes: tuple, # axes of a row, non-negative ints in order
+    centre: bool, # whether the row's mean is taken off, as in the layer norm
+) -> tuple: # the scale A (a power of two), c/A and y/A (keepdims)
+    "A row in units of its own size, so that no square leaves the dtype."
     root = jnp.sqrt(eps)
     size = jnp.maximum(abs(x).max(axes, keepdims=True), root)
     power = jnp.frexp(jnp.where(size > 0, size, 1))[1] - 1
@@ -267,13 +333,23 @@ def scale_row(x, eps, axes, centre):
 
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def radius(x, eps, axes, centre):
-    "y, row by row (keepdims)."
+def radius(
+    x: Float[Array, "..."], # states
+    eps: Float[Array, "..."], # added to the squared length
+    axes: tuple, # axes of a row, non-negative ints in order
+    centre: bool, # whether the row's mean is taken off, as in the layer norm
+) -> Float[Array, "..."]: # one number per row (keepdims)
+    "The length y = √(κ Σ c² + ε) of each row."
     A, _, y = scale_row(x, eps, axes, centre)
     return A * y
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def direction(x, eps, axes, centre):
+def direction(
+    x: Float[Array, "..."], # states
+    eps: Float[Array, "..."], # added to the squared length
+    axes: tuple, # axes of a row, non-negative ints in order
+    centre: bool, # whether the row's mean is taken off, as in the layer norm
+) -> Float[Array, "..."]: # of the shape of x
     "c/y, and 0 where y = 0."
     _, c, y = scale_row(x, eps, axes, centre)
     return c / jnp.where(y > 0, y, 1)
@@ -296,8 +372,15 @@ def _direction_jvp(axes, centre, primals, tangents):
 
 # %% ../../nbs/api/numerics/derivatives.ipynb #031d6597
 @ft.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
-def normed(x, gamma, delta, eps, axes, centre):
-    "(γ/κ) y + Σ δx, row by row (keepdims), scaled so that only the result can leave the dtype."
+def normed(
+    x: Float[Array, "..."], # states
+    gamma: Float[Array, "..."], # scale, one per row
+    delta: Float[Array, "..."], # shift
+    eps: Float[Array, "..."], # added to the squared length
+    axes: tuple, # axes of a row, non-negative ints in order
+    centre: bool, # whether the row's mean is taken off, as in the layer norm
+) -> Float[Array, "..."]: # one number per row (keepdims)
+    "(γ/κ) y + Σ δx of each row, scaled so that only the result can leave the dtype."
     A, _, y = scale_row(x, eps, axes, centre)
     count = math.prod(x.shape[a] for a in axes) if centre else 1
     return A * (count * gamma * y + (delta * (x / A)).sum(axes, keepdims=True))

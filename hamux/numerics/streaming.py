@@ -147,16 +147,18 @@ def _loop(*values, body, n_args, n_sums, length, fold, start, block, lanes):
 @dataclass(frozen=True)
 class Spread:
     "Rows that are spread evenly over some axes of a mesh of devices: see `spread_over`."
-    mesh: Mesh
+    mesh: Mesh # devices, with names for its axes
     axes: tuple # names of axes of the mesh
     rows: int | None = None # how many rows are meant, where some were added to fill up
 
     @property
-    def devices(self): # over how many
+    def devices(self) -> int:
+        "How many devices share the rows."
         return math.prod(self.mesh.shape[a] for a in self.axes)
 
     @property
-    def sharding(self): # of an array of rows
+    def sharding(self) -> NamedSharding:
+        "How an array of rows is laid out."
         return NamedSharding(self.mesh, P(self.axes))
 
     def __deepcopy__(self, memo): return self
@@ -191,7 +193,7 @@ def spread_over(
 # %% ../../nbs/api/numerics/streaming.qmd #spread_rows
 def spread_rows(
     rows, # an array (K, …): of NumPy, also memory-mapped, or of JAX
-    spread: Spread,
+    spread: Spread, # the devices that are to share them
     fill=0, # what stands in the rows that are added
     dtype=None, # of the result; None for that of the rows
     each=1, # a number that divides the rows of each device
@@ -216,7 +218,7 @@ def spread_rows(
 
 def gather_rows(
     rows: jax.Array, # as `spread_rows` returned them
-    spread: Spread,
+    spread: Spread, # the devices that share them
 ) -> np.ndarray: # all of them, without those that were added, in every process
     "Rows in the memory of the host."
     return on_host(rows)[: spread.rows]
@@ -229,7 +231,12 @@ def on_host(
     return np.asarray(multihost_utils.process_allgather(v, tiled=True))
 
 # %% ../../nbs/api/numerics/streaming.qmd #folded
-def folded(fold, args, sums, axes):
+def folded(
+    fold, # as for `stream`
+    args: tuple, # as for `stream`
+    sums: tuple, # those of this device
+    axes: tuple, # names of the axes of the mesh over which rows are spread
+) -> tuple: # those over all rows, on every device
     "The sums of all devices as one."
     if fold is None: return jax.lax.psum(sums, axes)
     if hasattr(fold, "across"): return fold.across(args, sums, axes)
@@ -370,11 +377,12 @@ def stream(
 
 def stream_tangent(
     body: Callable, # as for `stream`
-    args,
-    blocks,
+    args, # as for `stream`
+    blocks, # as for `stream`
     dargs, # a tangent of each argument, or None
     dblocks, # a tangent of each array of rows, or None
-    *, block=None, # rows to take at a time; None to choose
+    *,
+    block=None, # rows to take at a time; None to choose
     spread: Spread | None = None, # as for `stream`
 ) -> tuple: # a tangent of each sum
     "The directional derivative of `stream` alone."

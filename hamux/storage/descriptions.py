@@ -12,6 +12,7 @@ import dataclasses
 import functools as ft
 import inspect
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -23,10 +24,10 @@ from .names import LAGRANGIANS, SYNAPSES, import_path
 
 # %% ../../nbs/api/storage/descriptions.ipynb #bbc81c44
 def describe_value(
-    v, # a number, a word, an array, or something that has a name
+    v: Any, # a number, a word, an array, or something that has a name
     where: str, # what has this value, for messages
     strict: bool, # whether everything must have a name, and learned arrays have their values
-): # of dictionaries, lists, strings and numbers
+) -> Any: # dictionaries, lists, strings and numbers
     "A plain value for a constant, an array, or something that has a name."
     if isinstance(v, np.generic):
         if not _is_number(v.dtype): v = v.item()
@@ -104,7 +105,7 @@ def _dtype_named(name, where):
 def available_dtype(
     name: str, # what `str(array.dtype)` gives
     where: str, # what has this dtype, for messages
-): # a dtype
+) -> np.dtype: # the dtype, which JAX does not round to another
     "The dtype of a name. Raises ValueError where there is none, or JAX is set not to have it."
     dtype = _dtype_named(name, where)
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
@@ -121,7 +122,7 @@ def read_value(
     find: Callable, # (name, table, where) → what the name stands for, and the settings it implies
     number=False, # whether a word must be a number
     draw: Callable = jnp.ones, # (shape, dtype) → an array whose values are left out
-):
+) -> Any: # a number, a word, an array, a tuple, or a part
     "What a description of a value stands for. Raises ValueError where it stands for nothing."
     if isinstance(v, str) and number: # YAML reads 1e-5 as a word
         try:
@@ -179,10 +180,10 @@ def read_part(
     table: dict, # the names that are known, before import paths
     word: str, # the entry of the name
     where: str, # what the part is, for messages
-    find: Callable, # as for `read_value`, and so are the other two
-    number=False,
-    draw: Callable = jnp.ones,
-): # a function, a partial, a module, or a lazy hypersynapse
+    find: Callable, # as for `read_value`
+    number=False, # as for `read_value`
+    draw: Callable = jnp.ones, # as for `read_value`
+) -> Any: # a function, a partial, a module, or a lazy hypersynapse
     "The part that a description names. Raises ValueError for unknown names and settings."
     if "opaque" in v:
         raise ValueError(

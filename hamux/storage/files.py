@@ -63,15 +63,18 @@ class RowSource:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self._layout.shape[0], self._layout.features # rows, features in each
+        "How many rows there are, and how many features in each."
+        return self._layout.shape[0], self._layout.features
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        return self._layout.shape[1:] # of one row, before it was flattened
+        "The shape of one row, before it was flattened."
+        return self._layout.shape[1:]
 
     @property
     def dtype(self) -> np.dtype:
-        return self._layout.dtype.newbyteorder("=") # of the batches, in the machine's byte order
+        "That of the batches, in the machine's byte order."
+        return self._layout.dtype.newbyteorder("=")
 
     def batches(self,
         size: int, # rows in a batch; the last may have fewer
@@ -241,7 +244,12 @@ def atomic_file(
 class RowWriter:
     "Takes the rows of a file in order, a batch at a time; made by `write_rows`."
 
-    def __init__(self, path: Path, layout: Layout, emit: Callable[[np.ndarray], object]):
+    def __init__(
+        self,
+        path: Path, # where the file is, for messages
+        layout: Layout, # shape and dtype that were announced
+        emit: Callable[[np.ndarray], object], # appends a batch of shape (n, features)
+    ):
         self.path, self.layout, self.emit, self.written = path, layout, emit, 0
 
     def write(self,

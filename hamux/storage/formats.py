@@ -33,10 +33,14 @@ class Layout(NamedTuple):
     member: str = "" # inside an archive: the member's name
 
     @property
-    def features(self) -> int: return math.prod(self.shape[1:])
+    def features(self) -> int:
+        "How many numbers a row holds."
+        return math.prod(self.shape[1:])
 
     @property
-    def row_bytes(self) -> int: return self.features * self.dtype.itemsize
+    def row_bytes(self) -> int:
+        "How many bytes a row takes."
+        return self.features * self.dtype.itemsize
 
 # %% ../../nbs/api/storage/formats.ipynb #d71754eb
 _NOT_NUMBERS = {
@@ -163,7 +167,12 @@ class Npy:
         return _npy_header(file, path, os.fstat(file.fileno()).st_size)
 
     @staticmethod
-    def chunks(file: BinaryIO, path: Path, layout: Layout, size: int) -> Iterator[np.ndarray]:
+    def chunks(
+        file: BinaryIO, # the file, open for reading
+        path: Path, # where it is, for messages
+        layout: Layout, # what `layout` found
+        size: int, # rows in a batch, the last one aside
+    ) -> Iterator[np.ndarray]: # (up to `size`, features)
         "Batches of rows."
         if not layout.fortran:
             file.seek(layout.offset)
@@ -177,8 +186,14 @@ class Npy:
             yield rows.reshape(-1, layout.features)
 
     @staticmethod
-    def pick(file: BinaryIO, path: Path, layout: Layout, rows: np.ndarray, out: np.ndarray) -> None:
-        "Read some rows, in ascending order, into `out`: neighbours together."
+    def pick(
+        file: BinaryIO, # the file, open for reading
+        path: Path, # where it is, for messages
+        layout: Layout, # what `layout` found
+        rows: np.ndarray, # numbers of rows, ascending
+        out: np.ndarray, # (n, features), where they are put
+    ) -> None:
+        "Read some rows into an array: neighbours together."
         ends = np.flatnonzero(np.diff(rows, append=-2) != 1) + 1
         for start, end in zip(np.r_[0, ends[:-1]], ends):
             file.seek(layout.offset + int(rows[start]) * layout.row_bytes)
@@ -186,7 +201,11 @@ class Npy:
             out[start:end] = raw.view(layout.dtype).reshape(-1, layout.features)
 
     @staticmethod
-    def in_order(file: BinaryIO, layout: Layout, size: int) -> Iterator[np.ndarray]:
+    def in_order(
+        file: BinaryIO, # the file, open for reading
+        layout: Layout, # what `layout` found
+        size: int, # rows in a batch, the last one aside
+    ) -> Iterator[np.ndarray]: # (up to `size`, features)
         "Batches of rows that follow one another from here."
         for start in range(0, layout.shape[0], size):
             rows = min(size, layout.shape[0] - start)
@@ -195,8 +214,13 @@ class Npy:
 
     @staticmethod
     @contextmanager
-    def writer(file: BinaryIO, path: Path, shape: tuple[int, ...], dtype: np.dtype) -> _Writer:
-        "A function that appends a batch of shape (n, features)."
+    def writer(
+        file: BinaryIO, # the file, open for writing
+        path: Path, # where it is, for messages
+        shape: tuple[int, ...], # of all rows together
+        dtype: np.dtype, # of the rows
+    ) -> _Writer: # a context that gives the function
+        "A function that appends a batch (n, features), for use in `with`."
         header = {"descr": npy_format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
         with file_problems(path): npy_format.write_array_header_1_0(file, header)
         yield file.write
@@ -249,7 +273,11 @@ class Npz:
     "The `.npz` format: `.npy` members of a zip archive."
 
     @staticmethod
-    def layout(file: BinaryIO, path: Path, name: str | None) -> Layout:
+    def layout(
+        file: BinaryIO, # the file, open for reading
+        path: Path, # where it is, for messages
+        name: str | None, # of an array in an archive; None for the only one
+    ) -> Layout:
         "Choose an array, and read its header."
         with open_archive(file, path) as archive:
             info = _npz_member(archive, path, name)
@@ -347,7 +375,11 @@ class Csv:
     "Comma-separated text: a row a line."
 
     @staticmethod
-    def layout(file: BinaryIO, path: Path, name: str | None) -> Layout:
+    def layout(
+        file: BinaryIO, # the file, open for reading
+        path: Path, # where it is, for messages
+        name: str | None, # not used
+    ) -> Layout:
         "Count the rows and the features."
         with closing(_csv_lines(file, path)) as lines:
             _, first = next(lines, (0, ""))

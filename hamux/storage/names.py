@@ -58,7 +58,7 @@ def plain_entries(
     table: Mapping, # of a person or a program
     kind: str, # "configuration", "layer" or "Lagrangian"
     where: str, # what the table describes, for messages
-) -> dict:
+) -> dict: # the same entries under our words
     "A table with our words for its entries. Raises ValueError where two words say the same."
     words, out = ENTRY_ALIASES[kind], {}
     for word, value in table.items():
@@ -69,8 +69,10 @@ def plain_entries(
     return out
 
 # %% ../../nbs/api/storage/names.ipynb #a41de167
-def import_path(thing):
-    "Where `thing` can be imported from, as `module:name`; None where it cannot."
+def import_path(
+    thing, # a function or a class
+) -> str | None: # `module:name`; None where it cannot be imported
+    "Where a thing can be imported from."
     module, name = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
     if not module or not name or "<" in name or inspect.ismethod(thing): return None
     return f"{module}:{name}"

@@ -71,7 +71,11 @@ class Parquet:
     "The Parquet format, read only."
 
     @staticmethod
-    def layout(file: BinaryIO, path: Path, name: str | None) -> Layout:
+    def layout(
+        file: BinaryIO, # the file, open for reading
+        path: Path, # where it is, for messages
+        name: str | None, # not used
+    ) -> Layout:
         "The shape and the dtype, from the file's own description."
         parquet = _opened(file, path)
         schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
@@ -86,7 +90,12 @@ class Parquet:
         return check_layout(Layout((rows, len(dtypes)), dtype), path)
 
     @staticmethod
-    def chunks(file: BinaryIO, path: Path, layout: Layout, size: int) -> Iterator[np.ndarray]:
+    def chunks(
+        file: BinaryIO, # the file, open for reading
+        path: Path, # where it is, for messages
+        layout: Layout, # what `layout` found
+        size: int, # rows in a batch, the last one aside
+    ) -> Iterator[np.ndarray]: # (up to `size`, features)
         "Batches of rows."
         left = np.empty((0, layout.features), layout.dtype)
         parquet = _opened(file, path)

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import equinox as eqx
@@ -197,7 +197,7 @@ def _read_array(archive, i, row, path, checksum=None):
 def open_saved(
     path: str | os.PathLike, # the file
     kind: str, # what it should be, "hamux network" or "hamux training"
-): # a context; what goes wrong in it is a `FileProblem` of the file
+) -> Iterator[tuple]: # a context: archive and header; what goes wrong in it is a `FileProblem`
     "The archive and the header of a file of a kind."
     with file_problems(path), open(as_path(path, "load"), "rb") as file:
         if file.read(4) != b"PK\x03\x04":
@@ -279,7 +279,7 @@ def _as_before(here, there):
 # %% ../../nbs/api/storage/saving.ipynb #7fd92eac
 def json_architecture(
     ham: HAM | VectorizedHAM, # a network
-) -> dict:
+) -> dict: # dictionaries, lists, strings and numbers
     "The description of a network, without weights, as JSON gives it back."
     return json.loads(json.dumps(architecture(ham, strict=False)))
 

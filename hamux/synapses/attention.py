@@ -68,7 +68,7 @@ class AttentionSynapse(eqx.Module):
     causal: bool = eqx.field(static=True)
     include_self: bool = eqx.field(static=True)
     trainable: bool = eqx.field(static=True)
-    config_name: ClassVar[str] = "attention"
+    config_name: ClassVar[str] = "attention" # its name in a configuration
     data_fields: ClassVar[tuple] = "mask", "key_mask" # which are never trained, also as arrays
 
     def __init__(self,
@@ -234,7 +234,7 @@ def lazy(cls: AttentionSynapse,
 
 
 @patch
-def config(self: AttentionSynapse) -> dict:
+def config(self: AttentionSynapse) -> dict: # the settings, by name
     "What `AttentionSynapse.lazy` needs to make it again."
     masks = {
         name: mask.tolist()
@@ -248,7 +248,10 @@ def config(self: AttentionSynapse) -> dict:
 
 
 @patch
-def alone(self: AttentionSynapse, position: int) -> str | None:
+def alone(
+    self: AttentionSynapse,
+    position: int, # which of its layers, counted from 0
+) -> str | None: # "affine", "concave", or None where neither is known
     "How the energy depends on one layer alone, as `Relaxation` asks."
     # between two layers; within one it meets its layer twice, which relaxation refuses
     return "concave"

@@ -86,7 +86,7 @@ class PoolSynapse(eqx.Module):
     strides: int | tuple[int, ...] = eqx.field(static=True)
     padding: str | tuple = eqx.field(static=True)
     kind: str = eqx.field(static=True)
-    config_name: ClassVar[str] = "pool"
+    config_name: ClassVar[str] = "pool" # its name in a configuration
 
     def __init__(self,
                  window, # size of the window: an int for every spatial axis, or a tuple
@@ -166,7 +166,7 @@ def _overlap(who, what, xhat1, made, xhat2):
 
 # %% ../../nbs/api/synapses/grids.ipynb #17245902
 @patch
-def config(self: PoolSynapse) -> dict:
+def config(self: PoolSynapse) -> dict: # the settings, by name
     "What makes a `PoolSynapse` again: it has no sizes to find."
     return {
         "window": self.window,
@@ -177,7 +177,10 @@ def config(self: PoolSynapse) -> dict:
 
 
 @patch
-def alone(self: PoolSynapse, position: int) -> str | None:
+def alone(
+    self: PoolSynapse,
+    position: int, # which of its layers, counted from 0
+) -> str | None: # "affine", "concave", or None where neither is known
     "How the energy depends on one layer alone, as `Relaxation` asks."
     return "affine" if position == 1 or self.kind == "average" else None
 
@@ -191,7 +194,7 @@ class ConvSynapse(eqx.Module):
     dilation: tuple[int, ...] = eqx.field(static=True)
     groups: int = eqx.field(static=True)
     pool: PoolSynapse | None
-    config_name: ClassVar[str] = "conv"
+    config_name: ClassVar[str] = "conv" # its name in a configuration
 
     def __init__(self,
                  # filters, with one, two or three spatial axes
@@ -276,17 +279,20 @@ def forward(self: ConvSynapse,
 
 # %% ../../nbs/api/synapses/grids.ipynb #d4d24efe
 @patch(cls_method=True)
-def from_conv_params(cls: ConvSynapse,
-                     key, # a PRNG key
-                     channels_out: int, # number of filters
-                     channels_in: int, # channels of the first layer
-                     filter_shape, # size of a filter along each spatial axis
-                     window_strides, # steps of the window: an int or a tuple
-                     padding="SAME", # "SAME", "SAME_LOWER", "VALID", or a (low, high) pair per axis
-                     mu=0.0, # mean of the filters
-                     sigma=0.01, # standard deviation of the filters
-                     *, groups=1, # number of parts that the channels are split in
-                     **settings): # dilation, pool and trainable, passed on
+def from_conv_params(
+    cls: ConvSynapse,
+    key, # a PRNG key
+    channels_out: int, # number of filters
+    channels_in: int, # channels of the first layer
+    filter_shape, # size of a filter along each spatial axis
+    window_strides, # steps of the window: an int or a tuple
+    padding="SAME", # "SAME", "SAME_LOWER", "VALID", or a (low, high) pair per axis
+    mu=0.0, # mean of the filters
+    sigma=0.01, # standard deviation of the filters
+    *,
+    groups=1, # number of parts that the channels are split in
+    **settings, # dilation, pool and trainable, as in `ConvSynapse`
+) -> ConvSynapse:
     "Normal filters. Raises ValueError where groups do not divide the channels."
     if channels_in % groups:
         raise ValueError(
@@ -336,7 +342,7 @@ def lazy(cls: ConvSynapse,
 
 
 @patch
-def config(self: ConvSynapse) -> dict:
+def config(self: ConvSynapse) -> dict: # the settings, by name
     "What `ConvSynapse.lazy` needs to make it again."
     more = {"dilation": self.dilation} if set(self.dilation) != {1} else {}
     if self.groups != 1: more["groups"] = self.groups
@@ -351,6 +357,9 @@ def config(self: ConvSynapse) -> dict:
 
 
 @patch
-def alone(self: ConvSynapse, position: int) -> str | None:
+def alone(
+    self: ConvSynapse,
+    position: int, # which of its layers, counted from 0
+) -> str | None: # "affine", "concave", or None where neither is known
     "How the energy depends on one layer alone, as `Relaxation` asks."
     return "affine" if position == 1 or self.pool is None else self.pool.alone(0)

@@ -39,7 +39,7 @@ class LinearSynapse(eqx.Module):
     "Joins two layers of vectors by −x̂₁ᵀ W x̂₂."
     W: Float[Array, "d1 d2"]
     trainable: bool = eqx.field(static=True)
-    config_name: ClassVar[str] = "linear"
+    config_name: ClassVar[str] = "linear" # its name in a configuration
 
     def __init__(self,
                  W: Float[Array, "d1 d2"], # weights, one row per neuron of the first layer
@@ -57,11 +57,13 @@ class LinearSynapse(eqx.Module):
         return -((xhat1 @ trained(self.W, self.trainable)) * xhat2).sum(-1)
 
     @classmethod
-    def rand_init(cls,
-                  key, # a PRNG key
-                  x1_dim: int, # size of the first layer
-                  x2_dim: int, # size of the second layer
-                  scale=0.02): # standard deviation of the weights
+    def rand_init(
+        cls,
+        key, # a PRNG key
+        x1_dim: int, # size of the first layer
+        x2_dim: int, # size of the second layer
+        scale=0.02, # standard deviation of the weights
+    ) -> "LinearSynapse":
         "Normal weights of mean 0."
         return cls(scale * jr.normal(key, (x1_dim, x2_dim)))
 
@@ -83,13 +85,16 @@ def lazy(cls: LinearSynapse,
 
 
 @patch
-def config(self: LinearSynapse) -> dict:
+def config(self: LinearSynapse) -> dict: # the settings, by name
     "What `LinearSynapse.lazy` needs to make it again."
     return trainable_config(self)
 
 
 @patch
-def alone(self: LinearSynapse, position: int) -> str | None:
+def alone(
+    self: LinearSynapse,
+    position: int, # which of its layers, counted from 0
+) -> str | None: # "affine", "concave", or None where neither is known
     "How the energy depends on one layer alone, as `Relaxation` asks."
     return "affine"
 
@@ -98,8 +103,8 @@ class BiasSynapse(eqx.Module):
     "A constant input b to one layer: −<b, x̂>."
     b: Float[Array, "..."]
     trainable: bool = eqx.field(static=True)
-    config_name: ClassVar[str] = "bias"
-    counts: ClassVar[bool] = False
+    config_name: ClassVar[str] = "bias" # its name in a configuration
+    counts: ClassVar[bool] = False # it takes no share of the scale of weights
 
     def __init__(self,
                  b: Float[Array, "..."], # input current, the layer's shape
@@ -121,7 +126,7 @@ class LinearSynapseWithBias(eqx.Module):
     W: Float[Array, "d1 d2"]
     b: Float[Array, " d2"]
     trainable: bool = eqx.field(static=True)
-    config_name: ClassVar[str] = "linear_bias"
+    config_name: ClassVar[str] = "linear_bias" # its name in a configuration
 
     def __init__(self,
                  W: Float[Array, "d1 d2"], # weights, one row per neuron of the first layer
@@ -151,8 +156,14 @@ class LinearSynapseWithBias(eqx.Module):
         return -((xhat1 @ W + b) * xhat2).sum(-1)
 
     @classmethod
-    def rand_init(cls, key, x1_dim: int, x2_dim: int, scale=0.02):
-        "Normal weights and biases of mean 0 and standard deviation `scale`, from independent keys."
+    def rand_init(
+        cls,
+        key, # a PRNG key
+        x1_dim: int, # size of the first layer
+        x2_dim: int, # size of the second layer
+        scale=0.02, # standard deviation of weights and biases
+    ) -> "LinearSynapseWithBias":
+        "Normal weights and biases of mean 0, from independent keys."
         kW, kb = jr.split(key)
         return cls(scale * jr.normal(kW, (x1_dim, x2_dim)), scale * jr.normal(kb, (x2_dim,)))
 
@@ -171,13 +182,16 @@ def lazy(cls: BiasSynapse,
 
 
 @patch
-def config(self: BiasSynapse) -> dict:
+def config(self: BiasSynapse) -> dict: # the settings, by name
     "What `BiasSynapse.lazy` needs to make it again."
     return trainable_config(self)
 
 
 @patch
-def alone(self: BiasSynapse, position: int) -> str | None:
+def alone(
+    self: BiasSynapse,
+    position: int, # which of its layers, counted from 0
+) -> str | None: # "affine", "concave", or None where neither is known
     "How the energy depends on one layer alone, as `Relaxation` asks."
     return "affine"
 
@@ -199,13 +213,16 @@ def lazy(cls: LinearSynapseWithBias,
 
 
 @patch
-def config(self: LinearSynapseWithBias) -> dict:
+def config(self: LinearSynapseWithBias) -> dict: # the settings, by name
     "What `LinearSynapseWithBias.lazy` needs to make it again."
     return trainable_config(self)
 
 
 @patch
-def alone(self: LinearSynapseWithBias, position: int) -> str | None:
+def alone(
+    self: LinearSynapseWithBias,
+    position: int, # which of its layers, counted from 0
+) -> str | None: # "affine", "concave", or None where neither is known
     "How the energy depends on one layer alone, as `Relaxation` asks."
     return "affine"
 
@@ -214,7 +231,7 @@ class DenseSynapse(eqx.Module):
     "Joins any number of layers of any shapes by −<W, x̂₁ ⊗ … ⊗ x̂ₖ>."
     W: Float[Array, "..."]
     trainable: bool = eqx.field(static=True)
-    config_name: ClassVar[str] = "dense"
+    config_name: ClassVar[str] = "dense" # its name in a configuration
 
     def __init__(self,
                  # weights: the axes of the first layer, then of the second, …
@@ -237,10 +254,12 @@ class DenseSynapse(eqx.Module):
         return -rest
 
     @classmethod
-    def rand_init(cls,
-                  key, # a PRNG key
-                  *shapes, # the shape of each layer, an int or a tuple
-                  scale=0.02): # standard deviation of the weights
+    def rand_init(
+        cls,
+        key, # a PRNG key
+        *shapes, # the shape of each layer, an int or a tuple
+        scale=0.02, # standard deviation of the weights
+    ) -> "DenseSynapse":
         "Normal weights of mean 0 for layers of the given shapes."
         return cls(
             scale
@@ -269,12 +288,15 @@ def lazy(cls: DenseSynapse,
 
 
 @patch
-def config(self: DenseSynapse) -> dict:
+def config(self: DenseSynapse) -> dict: # the settings, by name
     "What `DenseSynapse.lazy` needs to make it again."
     return trainable_config(self)
 
 
 @patch
-def alone(self: DenseSynapse, position: int) -> str | None:
+def alone(
+    self: DenseSynapse,
+    position: int, # which of its layers, counted from 0
+) -> str | None: # "affine", "concave", or None where neither is known
     "How the energy depends on one layer alone, as `Relaxation` asks."
     return "affine"

@@ -42,7 +42,7 @@ from hamux.network.parameters import (
 )
 from ..network.recipe import Lazy, trainable_config
 from ..numerics.streaming import Spread, gather_rows, spread_rows
-from .similarities import Bank, separation_of
+from .similarities import BankReader, separation_of
 
 # %% ../../nbs/api/synapses/memory.ipynb #d238abb1
 def _check_memories(Xi, lagrangian, similarity, block, over):
@@ -154,7 +154,7 @@ def _bank_of(synapse):
         "partial": None if entries is None else jax.lax.stop_gradient(entries.reshape(K, -1)),
     }
     arrays = {name: v for name, v in beside.items() if v is not None}
-    bank = Bank(synapse.similarity, **dict.fromkeys(arrays, True))
+    bank = BankReader(synapse.similarity, **dict.fromkeys(arrays, True))
     return bank, (trained(synapse.Xi, synapse.trainable).reshape(K, -1), *arrays.values())
 
 
@@ -217,7 +217,7 @@ class MemorySynapse(eqx.Module):
     block: int | None = eqx.field(static=True)
     over: str = eqx.field(static=True)
     spread: Spread | None = eqx.field(static=True)
-    config_name: ClassVar[str] = "memory"
+    config_name: ClassVar[str] = "memory" # its name in a configuration
     data_fields: ClassVar[tuple] = "mask", "known" # which are never trained, also as arrays
 
     def __init__(self,
@@ -256,15 +256,18 @@ class MemorySynapse(eqx.Module):
         jax.eval_shape(scalar, jax.ShapeDtypeStruct(self.Xi.shape[:1], self.Xi.dtype))
 
     @property
-    def lagrangian(self):
+    def lagrangian(self) -> Callable:
+        "The function of the similarities."
         return unseal(self._lagrangian)
 
     @property
     def mask(self):
+        "Booleans (K,), False for an empty slot; None where all are used."
         return unseal_mask(self._mask)
 
     @property
     def known(self):
+        "Booleans of the shape of Xi, False for an entry that is not known; None for none."
         return unseal_mask(self._known)
 
     def __call__(self,
@@ -351,7 +354,7 @@ def as_saved(self: MemorySynapse) -> MemorySynapse: # of one device
 
 
 @patch
-def config(self: MemorySynapse) -> dict:
+def config(self: MemorySynapse) -> dict: # the settings, by name
     "What `MemorySynapse.lazy` needs to make it again."
     if self.spread is not None: return self.as_saved().config()
     settings = {
@@ -368,7 +371,10 @@ def config(self: MemorySynapse) -> dict:
 
 
 @patch
-def alone(self: MemorySynapse, position: int) -> str | None:
+def alone(
+    self: MemorySynapse,
+    position: int, # which of its layers, counted from 0
+) -> str | None: # "affine", "concave", or None where neither is known
     "How the energy depends on the layer, as `Relaxation` asks."
     return "concave" if self.similarity == "dot" and facts_of(self.lagrangian).convex else None
 

@@ -43,7 +43,7 @@ class RandomFeatureMemory(eqx.Module):
     beta: float = eqx.field(static=True)
     floor: float = eqx.field(static=True)
     trainable: bool = eqx.field(static=True)
-    config_name: ClassVar[str] = "random_features"
+    config_name: ClassVar[str] = "random_features" # its name in a configuration
 
     def __init__(self,
                  T: Float[Array, " 2m"], # summed features of what is stored: m cosines, m sines
@@ -119,15 +119,16 @@ def _patterns(patterns, d, dtype):
 
 
 @patch(cls_method=True)
-def store(cls: RandomFeatureMemory,
-          key, # a PRNG key for the frequencies
-          patterns: Float[Array, "K d"], # what to store, one pattern per row
-          beta: float, # inverse temperature in units of 1/distance²
-          # number m of frequencies; each is kept as a cosine and a sine, so the memory is 2m
-          # numbers
-          n_features: int,
-          floor=1.0, # what the sum is not allowed to undercut, in units of its noise
-          trainable=True): # whether gradients reach T
+def store(
+    cls: RandomFeatureMemory,
+    key, # a PRNG key for the frequencies
+    patterns: Float[Array, "K d"], # what to store, one pattern per row
+    beta: float, # inverse temperature in units of 1/distance²
+    # number m of frequencies; each is kept as a cosine and a sine, so the memory is 2m numbers
+    n_features: int,
+    floor=1.0, # what the sum is not allowed to undercut, in units of its noise
+    trainable=True, # whether gradients reach T
+) -> RandomFeatureMemory:
     "A memory of the given patterns. Raises ValueError for numbers and shapes that do not fit."
     patterns, beta = _patterns(patterns, None, None), _positive(beta, "beta")
     if (

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ..network.hypergraph import HAM, VectorizedHAM
 from ..numerics.streaming import spread_over
 from .memory import MemorySynapse
 
@@ -27,7 +28,7 @@ def shard_memories(
     network, # a HAM, a VectorizedHAM or a MemorySynapse
     mesh: Mesh, # devices, with names for its axes
     axes="memories", # the axis of the mesh, or several, over which to spread the memories
-): # the same; raises TypeError or ValueError where there is nothing to spread, or no such axis
+) -> HAM | VectorizedHAM | MemorySynapse: # the same network, its memories on the devices
     "Spread memories over devices: each holds some of them, and streams over those alone."
     spread = spread_over(mesh, axes)
     everywhere = NamedSharding(spread.mesh, P())
@@ -37,7 +38,7 @@ def shard_memories(
 
 def gather_memories(
     network, # what `shard_memories` returned
-): # the same on one device, without the slots that filled up the others
+) -> HAM | VectorizedHAM | MemorySynapse: # the same, without the slots that filled up devices
     "Bring spread memories together: all of them, in every process of a cluster."
     back = lambda part: part.on(None) if _is_memory(part) else jnp.asarray(np.asarray(part))
     return jtu.tree_map(back, _with_memories(network, "gather"), is_leaf=_is_memory)

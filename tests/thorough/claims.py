@@ -289,8 +289,10 @@ def judge_one(what, numbers, dtype, out, path, tols):
         moved = jnp.stack([(new[n] != out["xs"][n]).any() for n in new]).any()
         there = {n: x.astype(jnp.float64) for n, x in new.items()}
         drop = E(xs) - E(there)
+        # and what the network itself can tell in its dtype
+        seen = jnp.isfinite(energy(what, narrow, activations(what, narrow, new), new))
         fits = abs(E(there)) < float(jnp.finfo(dtype).max) / 64
-        return jnp.where(moved & fits, drop, -jnp.inf)
+        return jnp.where(moved & fits & seen, drop, -jnp.inf)
     drops = jax.lax.map(lower, lengths)
     return dict(excess=jnp.stack(excess).max(), energies=along[:, 0], sizes=along[:, 1],
                 drop=drops.max(), best=lengths[drops.argmax()], size=size_of(what, ham, xs, eps))
