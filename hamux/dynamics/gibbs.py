@@ -24,7 +24,7 @@ from .solver import at_step, check_setting
 def is_affine(
     problem: Problem, # the energy of the free layers
     name, # a layer
-) -> bool:
+) -> bool: # False where one of them says nothing, or meets the layer twice
     "Whether all hypersynapses say that they are affine in a layer's activation."
     met = [(s, names) for names, s in problem.ham.connections if name in names]
     synapses = problem.ham.hypersynapses
