@@ -29,6 +29,7 @@ ELSEWHERE = {
     | dict.fromkeys(("150", "95.2 %", "70", "96.3 %", "95.6 %", "77 %", "130"), TRIAL),
     "08_completing_digits": {"5,000": DATA},
     "09_memories_for_tables": {"569": DATA, "797": DATA},
+    "12_sampling_and_training": {"1,797": DATA, "18.9": TRIAL},
 }
 
 

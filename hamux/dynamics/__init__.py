@@ -17,4 +17,4 @@ from .corners import *
 from .sampling import *
 from .gibbs import *
 from .metropolis import *
-from .tempering import *
+from .replicas import *

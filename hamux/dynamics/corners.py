@@ -44,31 +44,44 @@ class CornerLaw(eqx.Module):
         "The logarithm of the sum over all corners in a field."
 
     @abc.abstractmethod
-    def mean(self, field) -> Float[Array, "..."]:
+    def mean(self,
+             field: Float[Array, "..."], # input current / T
+             ) -> Float[Array, "..."]: # the layer's shape
         "The mean of the corners in a field: the activation at β = 1/T."
 
     @abc.abstractmethod
-    def draw(self, key, field) -> Float[Array, "..."]:
+    def draw(self,
+             key, # a PRNG key
+             field: Float[Array, "..."], # input current / T
+             ) -> Float[Array, "..."]: # the layer's shape
         "A corner with its probability in a field."
 
     @abc.abstractmethod
-    def draw_near(self, key, xhat) -> Float[Array, "..."]:
+    def draw_near(self,
+                  key, # a PRNG key
+                  xhat: Float[Array, "..."], # activation
+                  ) -> Float[Array, "..."]: # the layer's shape
         "A corner whose mean is the activation; a corner stays what it is."
 
     @abc.abstractmethod
-    def choices(self, xhat, site):
+    def choices(self,
+                xhat: Float[Array, "..."], # activation
+                site, # which unit: an int
+                ): # (values, *layer) and (values,)
         "The activations in which one unit has each of its values, and the logarithms of weights."
 
     @abc.abstractmethod
-    def admits(self, xhat):
+    def admits(self,
+               xhat: Float[Array, "..."], # activation
+               ): # a bool
         "Whether an activation is a mean of corners."
 
 # %% ../../nbs/api/dynamics/corners.ipynb #6c0384c7
 class PairLaw(CornerLaw):
     "Every entry takes one of two values."
     shape: tuple = eqx.field(static=True)
-    low: float = eqx.field(static=True)
-    high: float = eqx.field(static=True)
+    low: float = eqx.field(static=True) # the smaller value
+    high: float = eqx.field(static=True) # the larger one
 
     @property
     def log_count(self): return self.sites * math.log(2)
@@ -101,8 +114,8 @@ class PairLaw(CornerLaw):
 class OneHotLaw(CornerLaw):
     "Along some axes one entry is 1 and the others are 0; or all are 0, with a weight."
     shape: tuple = eqx.field(static=True)
-    axes: tuple = eqx.field(static=True)
-    silent: float = eqx.field(static=True, default=0.0)
+    axes: tuple = eqx.field(static=True) # along which the entries compete
+    silent: float = eqx.field(static=True, default=0.0) # the weight of silence
 
     @property
     def _values(self): return math.prod(self.shape[a] for a in self.axes)
@@ -195,7 +208,7 @@ def common_temperature(
 def all_corners(
     law: CornerLaw, # of a layer
     most: int = 2**20, # corners at most
-) -> Float[Array, "corners ..."]:
+) -> Float[Array, "corners ..."]: # the layer's shape, after the axis of corners
     "Every corner of a layer, one a row. Raises ValueError where there are too many."
     nothing = jnp.zeros(law.shape)
     sites = jnp.arange(law.sites)

@@ -24,7 +24,7 @@ from .solver import at_step, check_setting
 def is_affine(
     problem: Problem, # the energy of the free layers
     name, # a layer
-) -> bool:
+) -> bool: # False where one of them says nothing, or meets the layer twice
     "Whether all hypersynapses say that they are affine in a layer's activation."
     met = [(s, names) for names, s in problem.ham.connections if name in names]
     synapses = problem.ham.hypersynapses
@@ -119,9 +119,7 @@ class Gibbs(AbstractSampler):
     def init(self, problem, key):
         laws = corner_laws(problem)
         keys = dict(zip(laws, jr.split(key, len(laws)), strict=True))
-        return self._free(problem, {
-            n: law.draw_near(keys[n], problem.start[n]) for n, law in laws.items()
-        })
+        return {n: law.draw_near(keys[n], problem.start[n]) for n, law in laws.items()}
 
     def sweep(self, problem, state, temperature, key):
         laws, step = corner_laws(problem), 0
@@ -132,13 +130,7 @@ class Gibbs(AbstractSampler):
             for n in apart:
                 k, step = jr.fold_in(key, step), step + 1
                 state = state | {n: _visit(problem, laws[n], n, state, temperature, k)}
-            state = self._free(problem, state)
         return state, jnp.ones(())
-
-    def _free(self, problem, values):
-        "The free layers, the clamped units of each where they were."
-        whole = problem.states(values)
-        return {n: whole[n] for n in problem.free}
 
     def energy(self, problem, state): return synapse_energy(problem, problem.states(state))
     def values(self, problem, state): return problem.states(state)

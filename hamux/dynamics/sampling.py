@@ -61,19 +61,30 @@ class AbstractSampler(eqx.Module):
         "One sweep over all that is free."
 
     @abc.abstractmethod
-    def energy(self, problem: Problem, state: PyTree) -> Float[Array, ""]:
+    def energy(self,
+               problem: Problem, # the energy of the free layers
+               state: PyTree, # of the chain
+               ) -> Float[Array, ""]: # E
         "The energy E in the law exp(−E/T)."
 
     @abc.abstractmethod
-    def values(self, problem: Problem, state: PyTree) -> dict:
+    def values(self,
+               problem: Problem, # the energy of the free layers
+               state: PyTree, # of the chain
+               ) -> dict: # by layer
         "All layers in the form in which a chain may start."
 
     @abc.abstractmethod
-    def xhats(self, problem: Problem, state: PyTree) -> dict:
+    def xhats(self,
+              problem: Problem, # the energy of the free layers
+              state: PyTree, # of the chain
+              ) -> dict: # by layer
         "The activations of all layers."
 
     @abc.abstractmethod
-    def anywhere(self, ham: HAM) -> dict:
+    def anywhere(self,
+                 ham: HAM, # the network
+                 ) -> dict: # by layer
         "Where a chain may start of which nothing is known, in the form of `values`."
 
     @abc.abstractmethod
@@ -82,7 +93,7 @@ class AbstractSampler(eqx.Module):
                  state: PyTree, # of the chain
                  temperature, # T
                  means: bool = True, # whether units that would be drawn next may be at their means
-                 ) -> Float[Array, ""]:
+                 ) -> Float[Array, ""]: # a scalar, differentiable in the network
         "An energy at fixed activations, whose mean and derivative are those of E."
 
 # %% ../../nbs/api/dynamics/sampling.ipynb #9c7c78b8

@@ -164,21 +164,33 @@ class PersistentDivergence(eqx.Module):
     sampler: AbstractSampler # how chains move
     chains: int = eqx.field(static=True) # how many
 
-    def carried(self, ham, key) -> dict:
+    def carried(self,
+                ham, # the network
+                key, # a PRNG key
+                ) -> dict: # by layer, one row per chain
         "Where the chains begin: anywhere."
         start, one = self.sampler.anywhere(ham.unvectorize()), ham.unvectorize()
         problem = Problem(one, start, {}, tuple(one.neurons))
         first = lambda k: self.sampler.values(problem, self.sampler.init(problem, k))
         return jax.vmap(first)(jr.split(key, self.chains))
 
-    def advance(self, ham, batch, key, carried) -> tuple:
+    def advance(self,
+                ham, # the network
+                batch, # rows of the data
+                key, # a PRNG key
+                carried: dict, # where the chains stand
+                ) -> tuple: # the loss, and where they stand after it
         "The loss of a step, and where the chains stand after it."
         ham, (first, then) = ham.unvectorize(), jr.split(key)
         here, _ = _data_half(self, ham, batch, first)
         there, values = _model_half(self, ham, carried, then)
         return here.mean() - there.mean(), _frozen(values)
 
-    def __call__(self, ham, batch, key) -> Float[Array, ""]:
+    def __call__(self,
+                 ham, # the network
+                 batch, # rows of the data
+                 key, # a PRNG key
+                 ) -> Float[Array, ""]: # the loss
         "The loss with chains that begin at the data, since none are carried here."
         return ContrastiveDivergence(self.layers, self.k, self.sampler)(ham, batch, key)
 
