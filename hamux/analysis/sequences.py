@@ -1,4 +1,4 @@
-"""Memories that do not come to rest: binary neurons that go from each pattern to the next, and a slow layer that leads a continuous network on.
+"""Memories that do not come to rest: bits that go from pattern to pattern, a slow layer that leads.
 
 Docs: https://hamux.github.io/hamux/api/analysis/sequences.html.md"""
 

@@ -242,7 +242,7 @@ class MemorySynapse(eqx.Module):
                  # memories, one per row, each of the layer's shape (or of a token's)
                  Xi: Float[Array, "K ..."],
                  lagrangian: Callable = lagr_softmax, # function of the K similarities to one number
-                 # "dot", ξ·x̂, "euclidean", −½‖x̂ − ξ‖², or a function (x̂, ξ) → a number, as a module
+                 # "dot", ξ·x̂, "euclidean", −½‖x̂ − ξ‖², or a module: (x̂, ξ) → a number
                  # of yours that learns
                  similarity="dot",
                  *,
