@@ -338,7 +338,7 @@ def test_gaps_are_data_of_a_compiled_program():
     hmx.descend(net(KNOWN), x, max_steps=3)
     with hmx.compiled_programs() as names: hmx.descend(net(KNOWN[:, ::-1]), x, max_steps=3)
     assert "_descend" not in " ".join(names)
-    plain, data = net(KNOWN), network_as_data(net(KNOWN), jnp.float32)
+    plain, (data, _) = net(KNOWN), network_as_data(net(KNOWN), jnp.float32)
     assert data.dtype == plain.dtype == jnp.float32
     np.testing.assert_allclose(data.energy(x, x), plain.energy(x, x), rtol=1e-6)
 
