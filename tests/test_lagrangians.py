@@ -1027,6 +1027,19 @@ FAULTS = {  # the Lagrangian, the question that it fails, what the sentence name
         "facts",
         "a competition",
     ),
+    "no threshold": (
+        declared(form="threshold", threshold=lagr.sparse.entmax_threshold)(
+            lambda x, alpha=1.5: lagr.lagr_entmax(x, 1.75)
+        ),
+        "facts",
+        "a threshold, which at .* but it is",
+    ),
+    "another energy": (
+        declared(form="threshold", threshold=lagr.sparse.sparsemax_threshold,
+                 conjugate=lambda x: lagr.lagr_sparsemax(x))(lambda x: lagr.lagr_sparsemax(x)),
+        "facts",
+        "to have the energy .* but it has",
+    ),
     "other terms": (
         declared(form="function of a sum", terms=lambda x: (x**2).sum(), outer=lambda s: 3 * s)(
             lambda x: (x**2).sum()

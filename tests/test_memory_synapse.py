@@ -28,7 +28,7 @@ CASES = [  # lagrangian, its learned hyperparameter, similarity, mask
     (hmx.lagr_sparsemax, {"beta": 0.7}, "euclidean", MASK),
     (hmx.lagr_entmax, {"alpha": 1.4, "beta": 0.7}, "dot", None),
     (hmx.lagr_normmax, {"alpha": 1.7, "beta": 0.7}, "dot", MASK),
-    (Partial(hmx.lagr_ksubsets, k=3), {"beta": 0.7}, "euclidean", None),
+    (Partial(hmx.lagr_ksubsets, k=3), {"beta": 0.7}, "euclidean", MASK),
 ]
 
 
@@ -518,3 +518,10 @@ def test_sparse_memories_on_rows_that_are_traced_and_masked():
             rows = Xi[np.flatnonzero(m)]
             np.testing.assert_allclose(v, -L(rows @ x), rtol=1e-5)
             np.testing.assert_allclose(g, -jax.grad(L)(rows @ x) @ rows, rtol=1e-4, atol=1e-6)
+
+
+def test_a_mask_leaves_as_many_memories_as_win():
+    L, Xi = Partial(hmx.lagr_ksubsets, k=3), jnp.eye(8, 4)
+    with pytest.raises(ValueError, match="leave 3 memories, which lagr_ksubsets.* got 2"):
+        MemorySynapse(Xi, L, mask=np.arange(8) < 2)
+    np.testing.assert_allclose(MemorySynapse(Xi, L, mask=np.arange(8) < 3)(jnp.ones(4)), -3.0)
