@@ -525,3 +525,19 @@ def test_a_mask_leaves_as_many_memories_as_win():
     with pytest.raises(ValueError, match="leave 3 memories, which lagr_ksubsets.* got 2"):
         MemorySynapse(Xi, L, mask=np.arange(8) < 2)
     np.testing.assert_allclose(MemorySynapse(Xi, L, mask=np.arange(8) < 3)(jnp.ones(4)), -3.0)
+
+
+def test_subsets_are_taken_from_all_blocks_and_filled_slots():
+    "Far apart, the best in the first block; or all negative, so that an empty slot's 0 is better"
+    rng = np.random.default_rng(0)
+    Xi, mask = rng.normal(size=(40, 3)) * np.linspace(30, 1, 40)[:, None], np.arange(40) % 4 > 0
+    Xi[:, 0] = -10 - abs(Xi[:, 0])
+    for beta in (0.02, 3.0):
+        L = Partial(hmx.lagr_ksubsets, k=5, beta=beta)
+        with jax.enable_x64(True):
+            ours = MemorySynapse(Xi, L, mask=mask, block=7)
+            plain = lambda x: -L(jnp.asarray(Xi[mask]) @ x)
+            for x in (jnp.array([1.0, 0.0, 0.0]), jnp.array([-1.0, 2.0, 0.5])):
+                got, wanted = (jax.value_and_grad(f)(x) for f in (ours, plain))
+                np.testing.assert_allclose(got[0], wanted[0], rtol=1e-9)
+                np.testing.assert_allclose(got[1], wanted[1], rtol=1e-9)
