@@ -175,6 +175,18 @@ def test_a_schedule_comes_to_its_end_however_it_rounds():
     assert out.converged and 50 <= out.steps < 150
 
 
+def test_the_rise_at_a_change_of_temperature_is_none():
+    "One of both changes lifts the energy"
+    lifts = []
+    for before, after in ((1.0, 4.0), (4.0, 1.0)):
+        ham = HAM({"v": TanhLayer(4, beta=jnp.asarray(1.0))}, {"b": BiasSynapse(B)}, [(("v",), "b")])
+        jump = {"v": lambda k, a=before, b=after: jnp.where(k < 50, a, b)}
+        out = descend(ham, {"v": jnp.zeros(4)}, anneal=jump, solver=Euler(0.5), max_steps=200)
+        assert out.converged and out.rises == 0
+        lifts.append(bool(out.energies[50] > out.energies[49] + 1e-3))
+    assert sorted(lifts) == [False, True]
+
+
 def test_a_flow_that_runs_out_of_steps_rests_at_no_later_time():
     "Its input is NaN from 20 on, so no step gets there"
     ham = HAM({"v": IdentityLayer(2)}, {"b": BiasSynapse(np.ones(2))}, [(("v",), "b")])
