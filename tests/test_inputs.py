@@ -179,7 +179,8 @@ def test_the_rise_at_a_change_of_temperature_is_none():
     "One of both changes lifts the energy"
     lifts = []
     for before, after in ((1.0, 4.0), (4.0, 1.0)):
-        ham = HAM({"v": TanhLayer(4, beta=jnp.asarray(1.0))}, {"b": BiasSynapse(B)}, [(("v",), "b")])
+        layer = TanhLayer(4, beta=jnp.asarray(1.0))
+        ham = HAM({"v": layer}, {"b": BiasSynapse(B)}, [(("v",), "b")])
         jump = {"v": lambda k, a=before, b=after: jnp.where(k < 50, a, b)}
         out = descend(ham, {"v": jnp.zeros(4)}, anneal=jump, solver=Euler(0.5), max_steps=200)
         assert out.converged and out.rises == 0
