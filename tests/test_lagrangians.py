@@ -643,6 +643,17 @@ def test_hyperparameter_gradients_match_finite_differences(name, k):
     np.testing.assert_allclose(mixed[1], (grad[2] - grad[0]) / (2 * s), rtol=1e-7, atol=1e-8)
 
 
+@every(["entmax", "normmax"])
+def test_second_derivatives_in_degree_and_temperature(name):
+    "By finite differences of the first, which are tested above; and in the order of either"
+    x, at, s = jnp.asarray([[0.5, -1.25, 2.0], [3.0, 2.75, -0.75]]), jnp.asarray([1.4, 0.7]), 1e-6
+    first = jax.grad(lambda v: call(name, x, (v[0], v[1])))
+    around = at + s * jnp.asarray([[0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]])
+    slope, second = jax.jit(jax.vmap(lambda v: (first(v), jax.jacfwd(first)(v))))(around)
+    wanted = jnp.stack([slope[1] - slope[2], slope[3] - slope[4]]) / (2 * s)
+    np.testing.assert_allclose(second[0], wanted, rtol=1e-6, atol=1e-8)
+
+
 @every(NORMS)
 def test_delta_of_the_shape_of_x_has_the_gradient_x(name):
     x = jnp.asarray(np.random.default_rng(5).normal(size=(4, 3)))
@@ -1026,6 +1037,19 @@ FAULTS = {  # the Lagrangian, the question that it fails, what the sentence name
         declared(form="competition", silent=1.0)(lambda x: own_softmax(x)),
         "facts",
         "a competition",
+    ),
+    "no threshold": (
+        declared(form="threshold", threshold=lagr.sparse.entmax_threshold)(
+            lambda x, alpha=1.5: lagr.lagr_entmax(x, 1.75)
+        ),
+        "facts",
+        "a threshold, which at .* but it is",
+    ),
+    "another energy": (
+        declared(form="threshold", threshold=lagr.sparse.sparsemax_threshold,
+                 conjugate=lambda x: lagr.lagr_sparsemax(x))(lambda x: lagr.lagr_sparsemax(x)),
+        "facts",
+        "to have the energy .* but it has",
     ),
     "other terms": (
         declared(form="function of a sum", terms=lambda x: (x**2).sum(), outer=lambda s: 3 * s)(

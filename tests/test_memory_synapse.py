@@ -28,7 +28,7 @@ CASES = [  # lagrangian, its learned hyperparameter, similarity, mask
     (hmx.lagr_sparsemax, {"beta": 0.7}, "euclidean", MASK),
     (hmx.lagr_entmax, {"alpha": 1.4, "beta": 0.7}, "dot", None),
     (hmx.lagr_normmax, {"alpha": 1.7, "beta": 0.7}, "dot", MASK),
-    (Partial(hmx.lagr_ksubsets, k=3), {"beta": 0.7}, "euclidean", None),
+    (Partial(hmx.lagr_ksubsets, k=3), {"beta": 0.7}, "euclidean", MASK),
 ]
 
 
@@ -338,7 +338,7 @@ def test_gaps_are_data_of_a_compiled_program():
     hmx.descend(net(KNOWN), x, max_steps=3)
     with hmx.compiled_programs() as names: hmx.descend(net(KNOWN[:, ::-1]), x, max_steps=3)
     assert "_descend" not in " ".join(names)
-    plain, data = net(KNOWN), network_as_data(net(KNOWN), jnp.float32)
+    plain, (data, _) = net(KNOWN), network_as_data(net(KNOWN), jnp.float32)
     assert data.dtype == plain.dtype == jnp.float32
     np.testing.assert_allclose(data.energy(x, x), plain.energy(x, x), rtol=1e-6)
 
@@ -518,3 +518,26 @@ def test_sparse_memories_on_rows_that_are_traced_and_masked():
             rows = Xi[np.flatnonzero(m)]
             np.testing.assert_allclose(v, -L(rows @ x), rtol=1e-5)
             np.testing.assert_allclose(g, -jax.grad(L)(rows @ x) @ rows, rtol=1e-4, atol=1e-6)
+
+
+def test_a_mask_leaves_as_many_memories_as_win():
+    L, Xi = Partial(hmx.lagr_ksubsets, k=3), jnp.eye(8, 4)
+    with pytest.raises(ValueError, match="leave 3 memories, which lagr_ksubsets.* got 2"):
+        MemorySynapse(Xi, L, mask=np.arange(8) < 2)
+    np.testing.assert_allclose(MemorySynapse(Xi, L, mask=np.arange(8) < 3)(jnp.ones(4)), -3.0)
+
+
+def test_subsets_are_taken_from_all_blocks_and_filled_slots():
+    "Far apart, the best in the first block; or all negative, so that an empty slot's 0 is better"
+    rng = np.random.default_rng(0)
+    Xi, mask = rng.normal(size=(40, 3)) * np.linspace(30, 1, 40)[:, None], np.arange(40) % 4 > 0
+    Xi[:, 0] = -10 - abs(Xi[:, 0])
+    for beta in (0.02, 3.0):
+        L = Partial(hmx.lagr_ksubsets, k=5, beta=beta)
+        with jax.enable_x64(True):
+            ours = MemorySynapse(Xi, L, mask=mask, block=7)
+            plain = lambda x: -L(jnp.asarray(Xi[mask]) @ x)
+            for x in (jnp.array([1.0, 0.0, 0.0]), jnp.array([-1.0, 2.0, 0.5])):
+                got, wanted = (jax.value_and_grad(f)(x) for f in (ours, plain))
+                np.testing.assert_allclose(got[0], wanted[0], rtol=1e-9)
+                np.testing.assert_allclose(got[1], wanted[1], rtol=1e-9)

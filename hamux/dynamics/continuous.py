@@ -287,6 +287,8 @@ def _flow_one(start, ham, row, times, tools, saveat, steady, rtol, atol, max_ste
     if isinstance(sol.ts, dict): ts, path = sol.ts["path"], sol.ys["path"]
     ts, (energies, path) = _blank((ts, path), ts, ok)
     t, steps = jnp.where(ok, t, times[0]), jnp.where(ok, sol.stats["num_steps"], 0)
+    if start.inputs is not None: # before t1 it may move on
+        at_rest &= sol.result == _diffrax().RESULTS.successful
     code = _reason(sol, at_rest, finite)
     return Flow(ts, path, energies, t, x1, E, residual, steps, code, sol)
 

@@ -58,12 +58,19 @@ class Inputs(eqx.Module):
     ) -> Int[Array, ""]: # `steps` where the input moves to the end
         "The first step from which no input changes any more, up to the last."
         still = jtu.tree_map(lambda v: jax.lax.stop_gradient(v) if eqx.is_array(v) else v, self)
-        end = still.values(jnp.asarray(steps, jnp.result_type(int)))
-        same = lambda step: jnp.stack(
-            [(a == b).all() for a, b in zip(*map(jtu.tree_leaves, (still.values(step), end)))]
-        ).all()
-        first = jnp.asarray(steps, jnp.result_type(int))
-        return jax.lax.while_loop(lambda s: (s > 0) & same(s - 1), lambda s: s - 1, first)
+        last = jnp.asarray(steps, jnp.result_type(int))
+        value = lambda step: jtu.tree_leaves(still.values(step))
+        same = lambda a, b: jnp.stack([(v == w).all() for v, w in zip(a, b, strict=True)]).all()
+        # one program for all steps, the last too, whose values go from turn to turn: what is
+        # computed in two places may round in two ways
+        def back(state):
+            step, end, now = state
+            end = [jnp.where(step == last, v, w) for v, w in zip(now, end, strict=True)]
+            return step - 1, end, value(step - 1)
+        on = lambda step, end, now: (step > 0) & ((step >= last) | same(now, end))
+        room = [jnp.zeros_like(v) for v in value(last)]
+        step, end, now = jax.lax.while_loop(lambda s: on(*s), back, (last + 1, room, room))
+        return jnp.where(same(now, end), step, step + 1)
 
 # %% ../../nbs/api/dynamics/inputs.ipynb #f702082c
 def split_clamp(

@@ -148,6 +148,13 @@ def over(
     return over_rows(self.ham, self.per_row, one, *per_row, *trees)
 
 # %% ../../nbs/api/dynamics/loop.ipynb #1479616e
+def _is_as_in(schedule, step, last):
+    "Whether a schedule has its last value. One program reads both: two may round in two ways."
+    both = jnp.stack([jnp.asarray(s, jnp.result_type(int)) for s in (step, last)])
+    now, end = jax.lax.map(lambda s: jnp.asarray(at_step(schedule, s)), both)
+    return now == end
+
+
 @patch
 def is_final(
     self: Setup,
@@ -155,7 +162,7 @@ def is_final(
 ) -> Bool[Array, ""]: # True where nothing changes any more
     "Whether the network, its inputs and the temperature of a step are those of the end."
     last = self.max_steps
-    same = [jnp.asarray(at_step(b, step) == at_step(b, last)) for b in self.anneal.values()]
+    same = [_is_as_in(b, step, last) for b in self.anneal.values()]
     falls = [jnp.asarray(self.solver.descends(step)), jnp.asarray(self.solver.descends(last))]
     if self.inputs is not None: same.append(step >= self.last_change)
     return jnp.stack([*falls, *same]).all()

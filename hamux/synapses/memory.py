@@ -25,7 +25,7 @@ from fastcore.basics import patch
 from jaxtyping import Array, Float, PyTree
 
 from ..lagrangians.competitions import lagr_softmax
-from ..lagrangians.facts import facts_of
+from ..lagrangians.facts import facts_of, setting_of
 from ..network.neurons import readable_name, scalar_lagrangian
 from hamux.network.parameters import (
     as_mask,
@@ -88,12 +88,21 @@ def _check_memories(Xi, lagrangian, similarity, block, over):
         )
 
 
-def _memory_mask(mask, K):
+def _memory_mask(mask, K, lagrangian):
     "A mask of the memories, checked, or None."
     if mask is None: return None
     mask = as_mask(mask, "MemorySynapse", "mask", (K,))
     if not isinstance(mask, jax.core.Tracer) and not mask.any():
         raise ValueError("MemorySynapse: the mask leaves no memory at all.")
+    threshold = facts_of(lagrangian).threshold
+    if threshold is None or isinstance(mask, jax.core.Tracer): return mask
+    total = threshold.total
+    if isinstance(total, str): total = setting_of(lagrangian, total)
+    if mask.sum() < total:
+        raise ValueError(
+            f"MemorySynapse: the mask must leave {total} memories, which"
+            f" {readable_name(lagrangian)} lets win, or more, got {mask.sum()}."
+        )
     return mask
 
 
@@ -260,7 +269,7 @@ class MemorySynapse(eqx.Module):
         self.Xi = as_weights(Xi, "Xi", "MemorySynapse") if spread is None else _spread(Xi, spread)
         _check_memories(self.Xi, lagrangian, similarity, block, over)
         K, dtype = len(Xi), self.Xi.dtype
-        mask = _memory_mask(mask, K)
+        mask = _memory_mask(mask, K, lagrangian)
         known = _memory_known(known, (K, *self.Xi.shape[1:]), mask)
         if known is not None and callable(similarity):
             raise ValueError(
