@@ -424,6 +424,18 @@ def test_the_error_of_the_default_solver_dies_out_as_it_converges():
     assert close.max() < 1e-2 and rest.max() < 1e-6
 
 
+@pytest.mark.parametrize("lagrangian, start", [(hmx.lagr_relu, -1.0), (hmx.lagr_sparsemax, 0.0)])
+def test_activations_that_do_not_change_at_first_have_a_gradient(lagrangian, start):
+    "At rest the energy is −L(b), and its slope that of L; the first error of a step is 0."
+    b, x = jnp.arange(5.0) / 3, jnp.full(5, start)
+    def end(beta):
+        layer = hmx.NeuronLayer(jtu.Partial(lambda x, beta: lagrangian(beta * x), beta=beta), 5)
+        ham = HAM({"x": layer}, {"b": hmx.BiasSynapse(b)}, [(("x",), "b")])
+        return descend(ham, {"x": x}, trace=False, rtol=0.0, atol=1e-10).energy
+    slope = jax.grad(lambda beta: -lagrangian(beta * b))(2.0)
+    np.testing.assert_allclose(jax.grad(end)(jnp.array(2.0)), slope, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     "solver", [Euler(0.5), Backtracking(), hmx.Relaxation()], ids=lambda s: type(s).__name__
 )

@@ -268,7 +268,8 @@ def _judge(problem, now, path, packed, trial, sums):
     "The error of the trial, and whether the energy did not rise."
     tau, h = trial.tau, path.now.time
     unexpected = _travel(trial.leak / tau, h) / 2 * (trial.new[2] / tau - path.guess[1])
-    error = _error(problem, *jax.lax.stop_gradient((now, _unflat(unexpected, now.xs))))
+    # a length is constant, also in what the layers learn
+    error = jax.lax.stop_gradient(_error(problem, now, _unflat(unexpected, now.xs)))
     fell = _fell(path.held, packed, path.lowest, sums, path.now.plain > 0)
     if all(layer.leak for layer in problem.ham.neurons.values()): return error, fell
     held = [_unflat(path.held.lines[i], now.xs) for i in (0, 2)]

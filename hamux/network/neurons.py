@@ -136,7 +136,7 @@ def check_state(
             f"{what} must hold real floating numbers, got dtype {x.dtype}. Convert it with"
             " .astype(jnp.float32)."
         )
-    return x
+    return x.astype(x.dtype) if x.weak_type else x # a state has the dtype that it shows
 
 # %% ../../nbs/api/network/neurons.ipynb #e3958939
 class NeuronLayer(eqx.Module):
