@@ -94,7 +94,7 @@ class Descent(eqx.Module):
 @functools.lru_cache
 def _number(value, dtype):
     "A scalar array; made once, since that takes longer than a step of a small network."
-    with jax.ensure_compile_time_eval(): return jnp.asarray(value, dtype)
+    with jax.ensure_compile_time_eval(): return jax.device_put(np.asarray(value, dtype))
 
 
 def _tolerances(start, rtol, atol):

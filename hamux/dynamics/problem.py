@@ -57,7 +57,8 @@ def _clamp_mask(name, mask, shape, batch):
     "A boolean array of the layer's shape, after the batch axis if there is one; None if all false."
     mask = as_mask(mask, f"The clamp of the layer {name!r}", "a mask", shape, batch + shape)
     if isinstance(mask, np.ndarray) and not mask.any(): return None
-    return jnp.broadcast_to(jnp.asarray(mask), batch + shape)
+    if isinstance(mask, np.ndarray): return jax.device_put(np.broadcast_to(mask, batch + shape))
+    return jnp.broadcast_to(mask, batch + shape)
 
 
 def read_clamp(

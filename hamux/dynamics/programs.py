@@ -53,7 +53,7 @@ def compiled_programs() -> Iterator[list]: # names, in the order in which they w
 # %% ../../nbs/api/dynamics/programs.ipynb #c1cf8cc6
 def is_tracing() -> bool: # whether a program is being traced where this is called
     "Whether an operation on plain numbers would become part of a program."
-    return isinstance(jax.lax.neg(np.float32(0)), jax.core.Tracer)
+    return isinstance(jax.device_put(np.float32(0)), jax.core.Tracer)
 
 
 @ft.lru_cache(256)
@@ -100,7 +100,7 @@ def solver_as_data(
 @ft.lru_cache
 def _weak(number, default):
     "A number as an array that takes the dtype of what it meets, in JAX's default of now."
-    with jax.ensure_compile_time_eval(): return jnp.asarray(number)
+    with jax.ensure_compile_time_eval(): return jax.device_put(number)
 
 # %% ../../nbs/api/dynamics/programs.ipynb #5307f9c9
 def filled_size(

@@ -450,10 +450,10 @@ def _stopped(self: Memory, x, free, k, values):
 
 
 @patch
-def _first_step(self: Memory, x, noisy):
-    "Where a whole step leads, and a look at the bank from the query."
+def _first_step(self: Memory, x, noisy, k):
+    "Where a whole step leads, and a look at the bank from the query, with the program of the end."
     if not len(x): return x, np.zeros(0, self.dtype)
-    seen = look(self.bank, x, self._inner, averages=True, block=self.block)
+    seen = look(self.bank, x, self._inner, k, averages=True, block=self.block)
     goal = np.where(np.isnan(seen.mean), 0, seen.mean) # nobody with weight knows: the centre
     return np.where(noisy | np.isnan(x), goal, x).astype(self.dtype), seen.log_sum
 
@@ -506,7 +506,7 @@ def recall(self: Memory,
     step, parts = self._rows_at_a_time(), []
     for at in range(0, max(len(x), 1), step):
         part = slice(at, at + step)
-        begin, log_sum = self._first_step(x[part], noisy)
+        begin, log_sum = self._first_step(x[part], noisy, k)
         free = np.full_like(known[part], True) if noisy else ~known[part]
         parts.append((log_sum, *self._settled(begin, free, k, solver, max_steps)))
     log_sum, out, seen, _ = zip(*parts)

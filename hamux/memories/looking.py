@@ -257,8 +257,9 @@ def _members(bank, query, kept, beta, m):
     slots, logits, rest, members, rows = (
         np.concatenate([np.asarray(p[i]) for p in parts]) for i in range(5)
     )
+    here = {name: np.asarray(getattr(kept, name)) for name in ("top", "total", "sums")}
     # the best of groups that were not chosen is at most the least of those that were
-    return exact_sum(kept, members, np), slots, logits, np.maximum(rest, best[:, -1]), rows
+    return exact_sum(kept._replace(**here), members, np), slots, logits, np.maximum(rest, best[:, -1]), rows
 
 # %% ../../nbs/api/memories/looking.ipynb #06ad2ca1
 def block_rows(
@@ -272,6 +273,9 @@ def block_rows(
     room = 2 ** ((2**22 // max(n, d, 1)).bit_length() - 1)
     whole = 2 ** max(K - 1, 1).bit_length()
     return int(max(GROUP, min(max(room, 256), 2**14, whole)))
+
+
+_FEW = 2**24 # products of numbers: that many take less time than another program compiles
 
 
 def look(
@@ -291,10 +295,12 @@ def look(
     more = filled_size(n) - n # so that nearly as many queries find their program
     x = np.concatenate([x, np.repeat(x[:1], more, 0)]) if more else x
     own = np.full(len(x), -1) if own is None else np.concatenate([own, np.full(more, -1)])
-    known = ~np.isnan(x)
-    query = Query(np.where(known, x, 0), None if known.all() else known, own.astype(np.int32))
+    known, few = ~np.isnan(x), x.size * bank.size <= _FEW
+    mask = None if known.all() and not few else known
+    query = Query(np.where(known, x, 0), mask, own.astype(np.int32))
+    wanted = averages or few, values or (few and bank.values is not None)
     kept, exact, slots, logits, rivals, rows = bank.source.pass_over(
-        bank, query, beta, m, averages, values, block
+        bank, query, beta, m, *wanted, block
     )
     mean = average = mass = None
     total = np.asarray(kept.total)[:, None]

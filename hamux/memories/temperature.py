@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Float
-from scipy.optimize import minimize_scalar
 
 from .frames import Frame, power_of_two
 
@@ -80,6 +79,7 @@ def best_beta(
     r2: Float[np.ndarray, "S R"], # the squared distances that it weighs; inf for none
 ) -> float: # in units of 1/r²
     "The β of least loss, searched on a logarithmic scale between the distances that there are."
+    from scipy.optimize import minimize_scalar # takes longer to import than to run
     finite = r2[np.isfinite(r2) & (r2 > 0)]
     if not len(finite): return 1.0
     low, high = math.log(0.1 / finite.max()), math.log(100 / np.quantile(finite, 0.001))

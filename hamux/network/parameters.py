@@ -206,7 +206,7 @@ def number_as_data(
 ) -> PyTree: # an array in its place
     "A number as an array, weakly typed, so that it goes on behaving as a number."
     value = unseal(sealed)
-    return jnp.asarray(float(value)) if _is_plain(value) else sealed
+    return jax.device_put(float(value)) if _is_plain(value) else sealed
 
 
 def mask_as_data(
@@ -215,6 +215,7 @@ def mask_as_data(
 ) -> PyTree: # zeros and ones in its place; None for no mask
     "A mask as an array of zeros and ones."
     mask = unseal_mask(sealed)
+    if isinstance(mask, np.ndarray): return jax.device_put(mask.astype(dtype))
     return None if mask is None else jnp.asarray(mask, dtype)
 
 
@@ -226,5 +227,5 @@ def lagrangian_as_data(
     lagrangian = unseal(sealed)
     facts = facts_of(lagrangian)
     if facts is UNKNOWN or not _is_plain(beta := setting_of(lagrangian, facts.beta)): return sealed
-    hot = with_setting(lagrangian, facts.beta, jnp.asarray(beta, dtype))
+    hot = with_setting(lagrangian, facts.beta, jax.device_put(np.asarray(beta, dtype)))
     return sealed if hot is None else seal(hot)
