@@ -53,7 +53,9 @@ PROCESS = """
 import sys, time
 import jax, jax.numpy as jnp, numpy as np
 import equinox, optimistix
-start = time.perf_counter(); import hamux as hmx; loaded = time.perf_counter() - start
+start = time.perf_counter()
+import hamux as hmx; hmx.HAM, hmx.MemorySynapse, hmx.descend
+loaded = time.perf_counter() - start
 rng = np.random.default_rng(0)
 A = rng.uniform(size=(100, 64)).astype("f4")
 Q = np.where(rng.uniform(size=(300, 64)) < 0.5, A[rng.integers(0, 100, 300)], np.nan)

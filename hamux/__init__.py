@@ -7,34 +7,30 @@ import sys as _sys
 import types as _types
 import warnings as _warnings
 
-from . import numerics as _numerics
-
-# What people write in a notebook, in the order in which the pages explain it.
-# Everything else is in its wing.
-from .lagrangians import (
-    lagr_identity, lagr_repu, lagr_relu, lagr_exp, lagr_rexp, lagr_tanh, lagr_sigmoid,
-    lagr_softmax, lagr_ghostmax, ghostmax, lagr_layernorm, lagr_spherical_norm, lagr_sparsemax,
-    lagr_entmax, lagr_normmax, lagr_ksubsets, log_sum_relu, Facts, with_facts, check_lagrangian,
-)
-from .network import (
-    NeuronLayer, legendre_transform, IdentityLayer, ReluLayer, RepuLayer, ExpLayer, RexpLayer,
-    TanhLayer, SigmoidLayer, SoftmaxLayer, GhostmaxLayer, LayerNormLayer, SphericalNormLayer,
-    SparsemaxLayer, EntmaxLayer, NormmaxLayer, KSubsetsLayer, HAM, VectorizedHAM, Lazy, build,
-)
-from .synapses import (
-    LinearSynapse, LinearSynapseWithBias, BiasSynapse, DenseSynapse, ConvSynapse, PoolSynapse,
-    AttentionSynapse, MemorySynapse, RandomFeatureMemory,
-)
-from .dynamics import (
-    descend, Descent, Trace, with_beta, flow, Flow, compiled_programs, AbstractSolver, Move, Point,
-    Problem, Euler, Backtracking, Adaptive, Relaxation, Langevin, AbstractAdjoint, UnrolledAdjoint,
-    CheckpointedAdjoint, ImplicitAdjoint, OneStepAdjoint, sample, Samples, Gibbs,
-    MetropolisLangevin, tempering,
-)
-from .display import plot_energy, plot_recall, plot_lagrangian, plot_attractors, draw, describe
-
-# The same of the wings that not everybody enters: they are imported when one of these is asked for.
-_LATER = {
+# What people write in a notebook, by the wing that it is in, in the order in which the pages
+# explain it. A wing is imported when one of its names is asked for. The rest is in the wings.
+_WINGS = {
+    "lagrangians": """
+        lagr_identity lagr_repu lagr_relu lagr_exp lagr_rexp lagr_tanh lagr_sigmoid lagr_softmax
+        lagr_ghostmax ghostmax lagr_layernorm lagr_spherical_norm lagr_sparsemax lagr_entmax
+        lagr_normmax lagr_ksubsets log_sum_relu Facts with_facts check_lagrangian
+    """,
+    "network": """
+        NeuronLayer legendre_transform IdentityLayer ReluLayer RepuLayer ExpLayer RexpLayer
+        TanhLayer SigmoidLayer SoftmaxLayer GhostmaxLayer LayerNormLayer SphericalNormLayer
+        SparsemaxLayer EntmaxLayer NormmaxLayer KSubsetsLayer HAM VectorizedHAM Lazy build
+    """,
+    "synapses": """
+        LinearSynapse LinearSynapseWithBias BiasSynapse DenseSynapse ConvSynapse PoolSynapse
+        AttentionSynapse MemorySynapse RandomFeatureMemory
+    """,
+    "dynamics": """
+        descend Descent Trace with_beta flow Flow compiled_programs AbstractSolver Move Point
+        Problem Euler Backtracking Adaptive Relaxation Langevin AbstractAdjoint UnrolledAdjoint
+        CheckpointedAdjoint ImplicitAdjoint OneStepAdjoint sample Samples Gibbs MetropolisLangevin
+        tempering
+    """,
+    "display": "plot_energy plot_recall plot_lagrangian plot_attractors draw describe",
     "learning": """
         gradient Gradient AbstractMethod EquilibriumPropagation ContrastiveHebbian RecallLoss
         denoising_loss completion_loss classification_loss squared_error cross_entropy
@@ -50,16 +46,9 @@ _LATER = {
     """,
     "storage": "save load to_config from_config FileProblem",
 }
-_WING = {name: wing for wing, names in _LATER.items() for name in names.split()}
+_WING = {name: wing for wing, names in _WINGS.items() for name in names.split()}
 
-__all__ = [
-    *(
-        _n
-        for _n, _v in globals().items()
-        if not (_n.startswith("_") or isinstance(_v, _types.ModuleType))
-    ),
-    *_WING,
-]
+__all__ = [*_WING]
 
 # Modules of 0.3, and where what they held is now.
 _MOVED = {
@@ -120,8 +109,8 @@ def __getattr__(name):
         _warnings.warn(said, DeprecationWarning, stacklevel=2)
         return getattr(_importlib.import_module(wing), name)
     if name in _MOVED: return _sys.modules[f"hamux.{name}"]
-    if name in _LATER: return _importlib.import_module(f"hamux.{name}")
+    if name in _WINGS or name == "numerics": return _importlib.import_module(f"hamux.{name}")
     raise AttributeError(f"module 'hamux' has no attribute {name!r}")
 
 
-def __dir__(): return sorted({*globals(), *__all__, *_LATER})
+def __dir__(): return sorted({*globals(), *__all__, *_WINGS, "numerics"})

@@ -64,7 +64,7 @@ def lint(options) -> Iterator[Outcome]:
 
 
 def generated(options) -> Iterator[Outcome]:
-    for script in ("sync_dependencies", "make_readme", "make_names"):
+    for script in ("sync_dependencies", "make_readme", "make_names", "make_stub"):
         yield command(script, f"scripts/{script}.py", "--check")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import generated
 import make_readme
+import make_stub
 import nbformat
 import pytest
 import setuptools
@@ -43,6 +44,9 @@ def test_settings_in_step(): assert generated.drift(sync_dependencies.build(ROOT
 
 
 def test_readme_in_step(): assert generated.drift(make_readme.build(ROOT)) == ""
+
+
+def test_stub_in_step(): assert generated.drift(make_stub.build(ROOT)) == ""
 
 
 def test_drift_sees(tmp_path):
@@ -203,7 +207,7 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
 def test_wheel_is_whole(wheel):
     names = wheel.namelist()
     modules = {path.relative_to(ROOT).as_posix() for path in MODULES}
-    assert {n for n in names if n.startswith("hamux/")} == modules
+    assert {n for n in names if n.startswith("hamux/")} == {*modules, make_stub.STUB}
     # no tests, scripts or notebooks beside it
     assert {n.split("/")[0].split("-")[0] for n in names} == {"hamux"}
     assert any(n.endswith("licenses/LICENSE") for n in names)
@@ -237,15 +241,28 @@ def test_console_scripts_resolve(target):
 
 
 def test_import_is_light():
+    asked = "hamux.HAM, hamux.MemorySynapse, hamux.descend, hamux.draw"
     loaded = python(
-        f"import sys, hamux; print(*[m for m in {HEAVY!r} if m in sys.modules])"
+        f"import sys, hamux; {asked}; print(*[m for m in {HEAVY!r} if m in sys.modules])"
     ).split()
     assert loaded == []
 
 
+def test_a_wing_is_imported_when_asked_for():
+    told = "print(*[m for m in sys.modules if m in wings])"
+    code = (
+        "import sys, hamux; wings = {f'hamux.{w}' for w in hamux._WINGS};"
+        f" {told}; hamux.SoftmaxLayer; {told};"
+        " from hamux import *; print(all(n in vars(hamux) for n in hamux.__all__))"
+    )
+    first, second, whole = python(code).split("\n")[:3]
+    assert (first, whole) == ("", "True")
+    assert set(second.split()) == {"hamux.lagrangians", "hamux.network"}
+
+
 def test_import_is_quiet():
     run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", "import hamux"],
+        [sys.executable, "-W", "error", "-c", "from hamux import HAM, descend, draw, recall"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -259,7 +259,8 @@ def _members(bank, query, kept, beta, m):
     )
     here = {name: np.asarray(getattr(kept, name)) for name in ("top", "total", "sums")}
     # the best of groups that were not chosen is at most the least of those that were
-    return exact_sum(kept._replace(**here), members, np), slots, logits, np.maximum(rest, best[:, -1]), rows
+    rivals = np.maximum(rest, best[:, -1])
+    return exact_sum(kept._replace(**here), members, np), slots, logits, rivals, rows
 
 # %% ../../nbs/api/memories/looking.ipynb #06ad2ca1
 def block_rows(

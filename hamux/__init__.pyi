@@ -1,0 +1,168 @@
+# Generated from the names in __init__.py by scripts/make_stub.py: run it, do not edit.
+
+from . import analysis as analysis
+from . import display as display
+from . import dynamics as dynamics
+from . import lagrangians as lagrangians
+from . import learning as learning
+from . import memories as memories
+from . import network as network
+from . import numerics as numerics
+from . import storage as storage
+from . import synapses as synapses
+from .lagrangians import (
+    lagr_identity as lagr_identity,
+    lagr_repu as lagr_repu,
+    lagr_relu as lagr_relu,
+    lagr_exp as lagr_exp,
+    lagr_rexp as lagr_rexp,
+    lagr_tanh as lagr_tanh,
+    lagr_sigmoid as lagr_sigmoid,
+    lagr_softmax as lagr_softmax,
+    lagr_ghostmax as lagr_ghostmax,
+    ghostmax as ghostmax,
+    lagr_layernorm as lagr_layernorm,
+    lagr_spherical_norm as lagr_spherical_norm,
+    lagr_sparsemax as lagr_sparsemax,
+    lagr_entmax as lagr_entmax,
+    lagr_normmax as lagr_normmax,
+    lagr_ksubsets as lagr_ksubsets,
+    log_sum_relu as log_sum_relu,
+    Facts as Facts,
+    with_facts as with_facts,
+    check_lagrangian as check_lagrangian,
+)
+from .network import (
+    NeuronLayer as NeuronLayer,
+    legendre_transform as legendre_transform,
+    IdentityLayer as IdentityLayer,
+    ReluLayer as ReluLayer,
+    RepuLayer as RepuLayer,
+    ExpLayer as ExpLayer,
+    RexpLayer as RexpLayer,
+    TanhLayer as TanhLayer,
+    SigmoidLayer as SigmoidLayer,
+    SoftmaxLayer as SoftmaxLayer,
+    GhostmaxLayer as GhostmaxLayer,
+    LayerNormLayer as LayerNormLayer,
+    SphericalNormLayer as SphericalNormLayer,
+    SparsemaxLayer as SparsemaxLayer,
+    EntmaxLayer as EntmaxLayer,
+    NormmaxLayer as NormmaxLayer,
+    KSubsetsLayer as KSubsetsLayer,
+    HAM as HAM,
+    VectorizedHAM as VectorizedHAM,
+    Lazy as Lazy,
+    build as build,
+)
+from .synapses import (
+    LinearSynapse as LinearSynapse,
+    LinearSynapseWithBias as LinearSynapseWithBias,
+    BiasSynapse as BiasSynapse,
+    DenseSynapse as DenseSynapse,
+    ConvSynapse as ConvSynapse,
+    PoolSynapse as PoolSynapse,
+    AttentionSynapse as AttentionSynapse,
+    MemorySynapse as MemorySynapse,
+    RandomFeatureMemory as RandomFeatureMemory,
+)
+from .dynamics import (
+    descend as descend,
+    Descent as Descent,
+    Trace as Trace,
+    with_beta as with_beta,
+    flow as flow,
+    Flow as Flow,
+    compiled_programs as compiled_programs,
+    AbstractSolver as AbstractSolver,
+    Move as Move,
+    Point as Point,
+    Problem as Problem,
+    Euler as Euler,
+    Backtracking as Backtracking,
+    Adaptive as Adaptive,
+    Relaxation as Relaxation,
+    Langevin as Langevin,
+    AbstractAdjoint as AbstractAdjoint,
+    UnrolledAdjoint as UnrolledAdjoint,
+    CheckpointedAdjoint as CheckpointedAdjoint,
+    ImplicitAdjoint as ImplicitAdjoint,
+    OneStepAdjoint as OneStepAdjoint,
+    sample as sample,
+    Samples as Samples,
+    Gibbs as Gibbs,
+    MetropolisLangevin as MetropolisLangevin,
+    tempering as tempering,
+)
+from .display import (
+    plot_energy as plot_energy,
+    plot_recall as plot_recall,
+    plot_lagrangian as plot_lagrangian,
+    plot_attractors as plot_attractors,
+    draw as draw,
+    describe as describe,
+)
+from .learning import (
+    gradient as gradient,
+    Gradient as Gradient,
+    AbstractMethod as AbstractMethod,
+    EquilibriumPropagation as EquilibriumPropagation,
+    ContrastiveHebbian as ContrastiveHebbian,
+    RecallLoss as RecallLoss,
+    denoising_loss as denoising_loss,
+    completion_loss as completion_loss,
+    classification_loss as classification_loss,
+    squared_error as squared_error,
+    cross_entropy as cross_entropy,
+    hide_pixels as hide_pixels,
+    hide_half as hide_half,
+    hide_rectangle as hide_rectangle,
+    fit as fit,
+    Fit as Fit,
+    batches as batches,
+    unit_norm as unit_norm,
+    fit_memory as fit_memory,
+    contrastive_divergence as contrastive_divergence,
+    pseudo_likelihood as pseudo_likelihood,
+    score_matching as score_matching,
+)
+from .memories import (
+    recall as recall,
+    Memory as Memory,
+    Recalled as Recalled,
+    memory_ham as memory_ham,
+)
+from .analysis import (
+    which_memory as which_memory,
+    stability as stability,
+    Stability as Stability,
+    basin_size as basin_size,
+    flip_signs as flip_signs,
+    add_noise as add_noise,
+    erase as erase,
+    cover as cover,
+    find_attractors as find_attractors,
+    Landscape as Landscape,
+    composition as composition,
+    AbstractDiscreteMemory as AbstractDiscreteMemory,
+    DiscreteHopfield as DiscreteHopfield,
+    DiscreteMemory as DiscreteMemory,
+    hebbian as hebbian,
+    pseudo_inverse as pseudo_inverse,
+    recall_bits as recall_bits,
+    flip_together as flip_together,
+    effective_sample_size as effective_sample_size,
+    r_hat as r_hat,
+    free_energy as free_energy,
+    log_partition as log_partition,
+    SequenceMemory as SequenceMemory,
+)
+from .storage import (
+    save as save,
+    load as load,
+    to_config as to_config,
+    from_config as from_config,
+    FileProblem as FileProblem,
+)
+
+__version__: str
