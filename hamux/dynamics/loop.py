@@ -250,8 +250,11 @@ def _record(setup, state, held, keep):
     "The records after a step."
     if state.records is None: return None
     (energies, kept), count, index = state.records, state.count, state.rows.index
-    index = slice(None) if index.shape[0] == energies.shape[1] else index # all rows, in their order
-    energies = energies.at[count, index].set(jnp.where(keep, held.energy, jnp.nan))
+    of_rows = jnp.where(keep, held.energy, jnp.nan)
+    if len(index) == energies.shape[1]: # all rows, in their order
+        index = slice(None)
+        energies = jax.lax.dynamic_update_index_in_dim(energies, of_rows, count, 0)
+    else: energies = energies.at[count, index].set(of_rows)
     if not kept: return energies, kept
     every, due = setup.trace.every, count % setup.trace.every == 0
     look = lambda: setup.over(lambda p, _, point: setup.trace.values(p, point), count, held)
