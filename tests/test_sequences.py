@@ -145,3 +145,32 @@ def test_a_slow_layer_without_its_reaction_leads_on_and_with_it_comes_to_rest():
     assert ends[False].converged and not ends[True].converged
     assert (np.diff(ends[False].energies) < 1e-4).all()
     assert (np.diff(ends[True].energies) > 1e-2).any()
+
+
+@pytest.mark.parametrize(
+    "separation, f",
+    [
+        (np.exp, lambda m: np.exp(m)),
+        (lambda m: (m / 200) ** 40, lambda m: [int(v) ** 40 for v in m]),
+        (40, lambda m: [int(v) ** 40 for v in m]),
+        (lambda m: np.where(m > 50, 2.0**900, 2.0**-900 * m), None),
+    ],
+    ids=["exp", "scaled", "power", "jump"],
+)
+def test_steep_separations_have_the_right_signs(separation, f):
+    "What is far below the largest overlap of all is not nothing where all overlaps are small"
+    rng, N, K = np.random.default_rng(0), 200, 10
+    P = np.where(rng.random((K, N)) < 0.5, -1, 1)
+    s = np.where(rng.random((6, N)) < 0.5, -1, 1)
+    s[3:] = np.where(rng.random((3, N)) < 0.35, -1, 1) * P[3:6]
+    got = np.asarray(SequenceMemory(P, separation).next(s))
+    for state, new in zip(s, got, strict=True):
+        others = (P @ state)[:, None] - P * state  # without the own neuron
+        values = np.array([(f or separation)(row) for row in others], object)
+        h = [sum(int(a) * b for a, b in zip(np.roll(P, -1, 0)[:, i], values[:, i])) for i in range(N)]
+        assert (new == [1 if v > 0 else -1 if v < 0 else old for v, old in zip(h, state)]).all()
+
+
+def test_a_separation_is_real():
+    with pytest.raises(TypeError, match="must return real numbers, got complex128"):
+        SequenceMemory(np.eye(4, dtype=int) * 2 - 1, lambda m: m * (1 + 2j))

@@ -69,7 +69,8 @@ def free_energy(
         raise ValueError("free_energy: layers must be clamped as a whole, got masks.")
     problem = Problem(start.ham, {n: x[0] for n, x in start.xs.items()}, {}, start.free)
     _one_class(problem)
-    if temperature is not None: check_setting(temperature, "free_energy", "temperature")
+    if temperature is not None:
+        check_setting(temperature, "free_energy", "temperature", schedule=False)
     layers = {n: start.ham.neurons[n] for n in start.free or start.ham.neurons}
     T = common_temperature(layers, temperature, "free_energy")
     F = _free_energies(start, jnp.asarray(T, jnp.result_type(float)))
@@ -120,7 +121,8 @@ def log_partition(
     if start.masks: raise ValueError("log_partition: layers must be clamped as a whole, got masks.")
     if clamp is not None and xhats is None:
         raise ValueError("log_partition: what is clamped must be given as xhats=…")
-    if temperature is not None: check_setting(temperature, "log_partition", "temperature")
+    if temperature is not None:
+        check_setting(temperature, "log_partition", "temperature", schedule=False)
     free = {n: one.neurons[n] for n in start.free}
     laws = corner_laws(Problem(one, start.xs, {}, start.free), "log_partition")
     coins = Gibbs().anywhere(one) # from which any corner is drawn alike

@@ -21,13 +21,18 @@ from .discrete import as_signs
 
 # %% ../../nbs/api/analysis/sequences.ipynb #3d05b2fa
 def _separation_table(f, N, K):
-    "f at the overlaps −N−1, −N+1, …, N+1, those that cannot be as their neighbours, to a scale."
+    "f at the overlaps −N−1, −N+1, …, N+1, those that cannot be as their neighbours: y 2ⁿ."
     x, dtype = np.arange(-N - 1, N + 2, 2, dtype=float), jnp.result_type(float)
     x = np.clip(x, 1 - N, N - 1)
     if isinstance(f, numbers.Integral) and not isinstance(f, bool) and f > 0:
         with np.errstate(over="ignore"): y = x ** int(f)
     elif callable(f):
-        with np.errstate(all="ignore"): y = np.asarray(f(x), dtype=float)
+        with np.errstate(all="ignore"): y = np.asarray(f(x))
+        if y.dtype.kind not in "biuf":
+            raise TypeError(
+                f"SequenceMemory: separation must return real numbers, got {y.dtype} of overlaps."
+            )
+        y = y.astype(float)
     else:
         raise ValueError(
             "SequenceMemory: separation must be a power d > 0, or a function of an array of"
@@ -44,15 +49,16 @@ def _separation_table(f, N, K):
             f" {x[~np.isfinite(y)][0]:g}. Scale it, such as lambda x: (x / N) ** d; the states are"
             " the same."
         )
-    # by a power of two, which changes no digit
-    most = abs(y).max()
-    return jnp.asarray(y * 2.0 ** -max(0, np.ceil(np.log2(max(most, 1))) - 20), dtype)
+    digits, powers = np.frexp(y)
+    powers = np.where(y == 0, np.iinfo(np.int32).min // 2, powers)
+    return jnp.asarray(digits, dtype), jnp.asarray(powers, jnp.int32)
 
 # %% ../../nbs/api/analysis/sequences.ipynb #6655fe2f
 class SequenceMemory(eqx.Module):
     "Neurons of ±1 that go from each pattern to the next. Without symmetry there is no energy."
     rows: Int[Array, "N K"] # the patterns, one per column
-    table: Float[Array, " overlaps"] # the separation at all overlaps
+    table: Float[Array, " overlaps"] # the separation at all overlaps, each by a power of two
+    powers: Int[Array, " overlaps"] # those powers: it reaches further than a dtype
     cyclic: bool = eqx.field(static=True) # whether the first pattern follows the last
 
     def __init__(self,
@@ -63,7 +69,8 @@ class SequenceMemory(eqx.Module):
         self.rows = as_signs(patterns, "The patterns", 2).T
         N, K = self.rows.shape
         if K < 2: raise ValueError(f"SequenceMemory: a sequence has two patterns or more, got {K}.")
-        self.table, self.cyclic = _separation_table(separation, N, K), bool(cyclic)
+        self.table, self.powers = _separation_table(separation, N, K)
+        self.cyclic = bool(cyclic)
 
     @property
     def size(self) -> int:
@@ -103,16 +110,19 @@ def _fitting(memory, states):
 
 
 def _renewed(memory, s):
-    "All neurons at once, by two products of matrices."
+    "All neurons at once, by four products of matrices: of either sign, with a pattern or against."
     dtype, N = memory.table.dtype, memory.size
     rows = memory.rows.astype(dtype)
     ahead = jnp.roll(rows, -1, 1)
     if not memory.cyclic: rows, ahead = rows[:, :-1], ahead[:, :-1]
     product = lambda a, b: jnp.matmul(a, b, precision="highest")
     at = (product(s.astype(dtype), rows).astype(jnp.int32) + N) // 2
-    less, more = memory.table[at], memory.table[at + 1] # without the own value, and against it
-    agree = s.astype(dtype) * product(less - more, (ahead * rows).T)
-    h = product(less + more, ahead.T) + agree
+    # without the own value, and against it, in units of the largest there is in a state
+    most = jnp.maximum(memory.powers[at], memory.powers[at + 1]).max(-1, keepdims=True)
+    less, more = (jnp.ldexp(memory.table[i], memory.powers[i] - most) for i in (at, at + 1))
+    plus, minus = (jnp.where(rows == sign, ahead, 0).T for sign in (1, -1))
+    on, off = (product(less, a) + product(more, b) for a, b in ((plus, minus), (minus, plus)))
+    h = jnp.where(s > 0, on, off)
     return jnp.where(h > 0, 1, jnp.where(h < 0, -1, s)).astype(s.dtype)
 
 

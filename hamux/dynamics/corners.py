@@ -77,6 +77,11 @@ class CornerLaw(eqx.Module):
         "Whether an activation is a mean of corners."
 
 # %% ../../nbs/api/dynamics/corners.ipynb #6c0384c7
+def _wide(v):
+    "In float32 at least: bfloat16 has 128 numbers between 1/2 and 1, too few to draw from."
+    return v.astype(jnp.promote_types(v.dtype, jnp.float32))
+
+
 class PairLaw(CornerLaw):
     "Every entry takes one of two values."
     shape: tuple = eqx.field(static=True)
@@ -89,8 +94,9 @@ class PairLaw(CornerLaw):
     def sites(self): return math.prod(self.shape)
 
     def _chance(self, field): return jax.nn.sigmoid((self.high - self.low) * field)
-    def _pick(self, flags, like):
-        return jnp.where(flags, self.high, self.low).astype(like.dtype)
+    def _pick(self, key, share, like):
+        draws = jr.uniform(key, share.shape, share.dtype)
+        return jnp.where(draws < share, self.high, self.low).astype(like.dtype)
 
     def log_sum(self, field):
         return (self.low * field + jax.nn.softplus((self.high - self.low) * field)).sum()
@@ -98,11 +104,10 @@ class PairLaw(CornerLaw):
     def mean(self, field): return self.low + (self.high - self.low) * self._chance(field)
 
     def draw(self, key, field):
-        return self._pick(jr.uniform(key, field.shape, field.dtype) < self._chance(field), field)
+        return self._pick(key, self._chance(_wide(field)), field)
 
     def draw_near(self, key, xhat):
-        share = (xhat - self.low) / (self.high - self.low)
-        return self._pick(jr.uniform(key, xhat.shape, xhat.dtype) < share, xhat)
+        return self._pick(key, (_wide(xhat) - self.low) / (self.high - self.low), xhat)
 
     def choices(self, xhat, site):
         put = lambda value: xhat.ravel().at[site].set(value).reshape(self.shape)
@@ -139,7 +144,7 @@ class OneHotLaw(CornerLaw):
         return jnp.moveaxis(rows[:, : self._values].reshape(moved), last, self.axes)
 
     def _won(self, key, logits, like):
-        winner = jr.categorical(key, logits)
+        winner = jr.categorical(key, _wide(logits))
         return self._layer(jax.nn.one_hot(winner, logits.shape[1], dtype=like.dtype))
 
     def log_sum(self, field): return jax.nn.logsumexp(self._rows(field), axis=1).sum()
@@ -162,8 +167,9 @@ class OneHotLaw(CornerLaw):
 
     def admits(self, xhat):
         sums = self._rows(xhat)[:, : self._values].sum(1)
-        near = abs(sums - 1) < 1e-3
-        return (xhat >= 0).all() & (sums < 1 + 1e-3 if self.silent else near).all()
+        slack = max(1e-3, 8 * float(jnp.finfo(xhat.dtype).eps))
+        near = abs(sums - 1) < slack
+        return (xhat >= 0).all() & (sums < 1 + slack if self.silent else near).all()
 
 # %% ../../nbs/api/dynamics/corners.ipynb #2f4f8c2b
 def corner_law(

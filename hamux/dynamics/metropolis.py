@@ -43,10 +43,8 @@ class MetropolisLangevin(AbstractSampler):
     moves_corners: ClassVar[bool] = False
 
     def __check_init__(self):
-        check_setting(self.dt, "MetropolisLangevin", "dt")
+        check_setting(self.dt, "MetropolisLangevin", "dt", schedule=False)
         check_setting(self.temperature, "MetropolisLangevin", "temperature")
-        if callable(self.dt):
-            raise TypeError("MetropolisLangevin: dt must be a number or an array, got a function.")
 
     def check(self, problem):
         states = {n: problem.start[n] for n in problem.free}

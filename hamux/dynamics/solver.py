@@ -81,12 +81,17 @@ def check_setting(
     who: str, # whose setting it is, in messages
     what: str, # what it is called, in messages
     zero=False, # whether 0 is allowed
+    schedule=True, # whether a function of the step is allowed, which is looked at for step 0
 ) -> Any: # the same: a positive number, a scalar array or a schedule (a function of the step)
     "A setting that is checked. Raises TypeError or ValueError if it is none."
-    if callable(value): return value
+    if callable(value):
+        if not schedule: raise TypeError(f"{who}: {what} must be a number, got a function.")
+        check_setting(at_step(value, 0), who, f"{what} at step 0", zero, schedule=False)
+        return value
+    also = ", or a function of the step" if schedule else ""
     if not isinstance(value, (numbers.Real, np.ndarray, jax.Array)) or isinstance(value, bool):
         raise TypeError(
-            f"{who}: {what} must be one positive number, or a function of the step, got {value!r}."
+            f"{who}: {what} must be one positive number{also}, got {value!r}."
         )
     if jnp.shape(value) != ():
         raise ValueError(

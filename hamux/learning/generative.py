@@ -274,7 +274,8 @@ def pseudo_likelihood(
     temperature=None, # T; None for 1/β of the layers
 ) -> PseudoLikelihood: # a loss for `fit`
     "The loss of pseudo-likelihood, in nats per row. Raises ValueError for bad settings."
-    if temperature is not None: check_setting(temperature, "pseudo_likelihood", "temperature")
+    if temperature is not None:
+        check_setting(temperature, "pseudo_likelihood", "temperature", schedule=False)
     return PseudoLikelihood(_names(layers, "pseudo_likelihood"), temperature)
 
 # %% ../../nbs/api/learning/generative.ipynb #f6752086
@@ -321,8 +322,6 @@ def score_matching(
     temperature: float = 1.0, # T of the law that is learned
 ) -> ScoreMatching: # a loss for `fit`
     "The loss of denoising score matching. Raises ValueError for bad settings."
-    check_setting(noise, "score_matching", "noise")
-    check_setting(temperature, "score_matching", "temperature")
-    if callable(noise) or callable(temperature):
-        raise TypeError("score_matching: noise and temperature must be numbers, got a function.")
+    check_setting(noise, "score_matching", "noise", schedule=False)
+    check_setting(temperature, "score_matching", "temperature", schedule=False)
     return ScoreMatching(_names(layers, "score_matching"), noise, temperature)
