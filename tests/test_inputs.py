@@ -367,3 +367,14 @@ def test_a_mask_that_cuts_a_competition_moves_with_its_input():
         x = jnp.where(held, show(k), x)
         if k < 12: x = jnp.where(held, x, x - 0.3 * slope(x))
     np.testing.assert_allclose(out.xs["s"], x, rtol=1e-9)
+
+
+def test_flow_does_not_overlook_a_pulse():
+    "A leaky neuron at rest, and 20 for 5 units of time after 40: 20 (1 − e^(−t/τ)), then decay"
+    unit = HAM({"x": IdentityLayer(1, tau=2.0)}, {"0": lambda x: 0 * x.sum()}, [(("x",), "0")])
+    ts = jnp.array([41.0, 45.0, 50.0])
+    pulse = lambda t: jnp.where((t > 40) & (t < 45), 20.0, 0.0)[None]
+    out = flow(unit, {"x": jnp.zeros(1)}, 100.0, saveat=ts, drive={"x": pulse})
+    top = 20 * (1 - np.exp(-5 / 2))
+    exact = [20 * (1 - np.exp(-1 / 2)), top, top * np.exp(-5 / 2)]
+    np.testing.assert_allclose(out.xs["x"][:, 0], exact, rtol=1e-3)

@@ -167,7 +167,8 @@ def test_steep_separations_have_the_right_signs(separation, f):
     for state, new in zip(s, got, strict=True):
         others = (P @ state)[:, None] - P * state  # without the own neuron
         values = np.array([(f or separation)(row) for row in others], object)
-        h = [sum(int(a) * b for a, b in zip(np.roll(P, -1, 0)[:, i], values[:, i])) for i in range(N)]
+        signs = np.roll(P, -1, 0)
+        h = [sum(int(a) * b for a, b in zip(signs[:, i], values[:, i])) for i in range(N)]
         assert (new == [1 if v > 0 else -1 if v < 0 else old for v, old in zip(h, state)]).all()
 
 

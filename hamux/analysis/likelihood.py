@@ -113,6 +113,10 @@ def log_partition(
     key, # a PRNG key
 ) -> LogPartition:
     "log Z by annealed importance sampling. Raises ValueError for layers without corners."
+    if not isinstance(key, jax.Array):
+        raise TypeError(
+            f"log_partition: key must be a PRNG key such as jax.random.key(0), got {key!r}."
+        )
     for name, value in (("steps", steps), ("chains", chains)):
         if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 2:
             raise ValueError(f"log_partition: {name} must be an int, 2 or more, got {value!r}.")
@@ -123,11 +127,14 @@ def log_partition(
         raise ValueError("log_partition: what is clamped must be given as xhats=…")
     if temperature is not None:
         check_setting(temperature, "log_partition", "temperature", schedule=False)
-    free = {n: one.neurons[n] for n in start.free}
+    free = {n: one.neurons[n] for n in start.free or one.neurons}
     laws = corner_laws(Problem(one, start.xs, {}, start.free), "log_partition")
     coins = Gibbs().anywhere(one) # from which any corner is drawn alike
     xs = {n: coins[n] if n in laws else x for n, x in start.xs.items()}
     cold = 1 / jnp.asarray(common_temperature(free, temperature, "log_partition"), float)
+    if not start.free: # one state, that of `xhats`
+        w = jnp.full(chains, -cold * synapse_energy(Problem(one, xs, {}, ()), xs))
+        return LogPartition(w[0], jnp.zeros_like(w[0]), jnp.asarray(float(chains)), w)
     levels = jnp.linspace(0, 1, int(steps) + 1) * cold
     rows = {n: jnp.broadcast_to(x, (chains, *x.shape)) for n, x in xs.items()}
     begin = start._replace(xs=rows, batched=True)

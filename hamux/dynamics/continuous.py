@@ -170,6 +170,14 @@ def _check_times(t0, t1, ts, steady):
             f"flow: the times to save must increase, from t0={t0} to t1={t1}, got {ts}."
         )
 
+
+def _longest_step(start, t0, t1):
+    "Under an input that moves, the time in which it may not be overlooked; None for any."
+    if start.inputs is None: return None
+    taus = jtu.tree_leaves([start.ham.neurons[n].tau for n in start.free])
+    shortest = jnp.stack([jnp.asarray(tau, t0.dtype).min() for tau in taus]).min()
+    return jnp.maximum(shortest, (t1 - t0) / 1000)
+
 # %% ../../nbs/api/dynamics/continuous.ipynb #1e1c4666
 def _at_times(problem, inputs, place):
     "The arrays of a problem, and the function that makes of a time and of these the problem then."
@@ -314,7 +322,8 @@ def flow(
     drive=None, # currents from outside: layer → array, or function of the time
     solver=None, # a diffrax solver; None for diffrax.Tsit5()
     # a diffrax step-size controller; None for diffrax.PIDController with a quarter of the
-    # tolerances of rest
+    # tolerances of rest, and under an input that moves with no step longer than the shortest time
+    # constant, or than a thousandth of the way if that is more
     stepsize_controller=None,
     saveat=None, # times to save, or a diffrax.SaveAt; None for the end alone
     dt0=None, # the first step (the only one with diffrax.ConstantStepSize()); None to choose
@@ -347,7 +356,7 @@ def flow(
         solver=diffrax.Tsit5() if solver is None else solver,
         adjoint=diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint,
         stepsize_controller=(
-            diffrax.PIDController(rtol=tol, atol=tol)
+            diffrax.PIDController(rtol=tol, atol=tol, dtmax=_longest_step(start, t0, t1))
             if stepsize_controller is None
             else stepsize_controller
         ),

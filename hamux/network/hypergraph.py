@@ -371,7 +371,10 @@ class VectorizedHAM(eqx.Module):
         self,
         i, # its number
     ) -> HAM: # the network itself, where all rows share it
-        "The network of one row."
+        "The network of one row. Raises IndexError where there is no such row."
+        known = not isinstance(i, jax.core.Tracer) and self.n_rows is not None
+        if known and not -self.n_rows <= i < self.n_rows:
+            raise IndexError(f"row must be one of {self.n_rows} rows, got {i!r}.")
         return map_rows(self.network, self.per_row, lambda v: v[i])
 
     def vectorize(self): return self

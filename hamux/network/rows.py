@@ -42,7 +42,9 @@ def read_axes(
             )
         if name not in {n for n, _ in leaves}:
             raise ValueError(f"vectorize: {name!r} has no array that could have an axis of rows.")
-    if not chosen: raise ValueError("vectorize: the network has no array, so axes must be None.")
+    if not chosen:
+        why = "the network has no array" if axes == 0 else "axes names nothing"
+        raise ValueError(f"vectorize: {why}, so axes must be None.")
     _check_sizes({n: leaf for n, leaf in leaves if n in chosen}, leaves, chosen)
     return tuple(n in chosen for n, _ in leaves)
 
@@ -50,6 +52,8 @@ def read_axes(
 def _check_sizes(first, leaves, chosen):
     "Raise unless all arrays of the chosen parts have one number of rows."
     sizes = {leaf.shape[0] for n, leaf in leaves if n in chosen and leaf.ndim}
+    if sizes == {0}:
+        raise ValueError("vectorize: there must be a row, got arrays whose axis of rows is 0 long.")
     for n, leaf in leaves:
         if n in chosen and (not leaf.ndim or len(sizes) > 1):
             shapes = {m: [v.shape for k, v in leaves if k == m] for m in first}

@@ -48,7 +48,13 @@ from .similarities import BankReader, own_similarity, separation_of
 def _check_similarity(similarity, Xi):
     "Raise ValueError where a similarity does not return one real number."
     one = jax.ShapeDtypeStruct(Xi.shape[1:], Xi.dtype)
-    out = jax.eval_shape(similarity, one, one)
+    try:
+        out = jax.eval_shape(similarity, one, one)
+    except (TypeError, ValueError) as e:
+        raise ValueError(
+            "MemorySynapse: similarity must take an activation and one memory, both of shape"
+            f" {Xi.shape[1:]}, got an error: {e}"
+        ) from e
     if getattr(out, "shape", None) != () or not jnp.issubdtype(out.dtype, jnp.floating):
         raise ValueError(
             "MemorySynapse: similarity must return one real number for an activation and one"

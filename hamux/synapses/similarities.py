@@ -68,12 +68,18 @@ class Mahalanobis(eqx.Module):
 
 
 class Cosine(eqx.Module):
-    "The cosine of the angle between x̂ and ξ; `eps` keeps it finite at 0."
-    eps: float = 1e-6 # a product of lengths that counts as none
+    "The cosine of the angle between x̂ and ξ, of any lengths; `eps` keeps its slope finite at 0."
+    eps: float = 1e-12 # a length of x̂ that counts as none
 
     def __call__(self, xhat, xi):
-        sizes = (xhat**2).sum() * (xi**2).sum()
-        return (xhat * xi).sum() * jax.lax.rsqrt(sizes + self.eps**2)
+        # in units in which no square overflows or vanishes; the cosine does not depend on them
+        largest = lambda v: jax.lax.stop_gradient(abs(v).max())
+        least = jnp.maximum(self.eps, jnp.finfo(xhat.dtype).tiny).astype(xhat.dtype)
+        unit, size = jnp.maximum(largest(xhat), least), largest(xi)
+        x, m = xhat / unit, xi / jnp.where(size > 0, size, 1)
+        length2 = jnp.where(size > 0, (m * m).sum(), 1)
+        slack = (least / unit) ** 2
+        return (x * m).sum() * jax.lax.rsqrt(length2) * jax.lax.rsqrt((x * x).sum() + slack)
 
 # %% ../../nbs/api/synapses/similarities.ipynb #c8dfefc1
 @dataclass(frozen=True)
