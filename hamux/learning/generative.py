@@ -210,6 +210,11 @@ def contrastive_divergence(
         raise TypeError(
             f"contrastive_divergence: sampler must be one such as Gibbs(), got {sampler!r}."
         )
+    if not sampler.always_draws:
+        raise TypeError(
+            "contrastive_divergence: sampler must be one each of whose states is a draw, such as"
+            f" Gibbs(), got {sampler!r}."
+        )
     for what, value in (("k", k), ("persistent", persistent)):
         count = isinstance(value, numbers.Integral) and not isinstance(value, bool) and value > 0
         if not count and not (what == "persistent" and value is None):
