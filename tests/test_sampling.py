@@ -388,6 +388,17 @@ def test_contrastive_divergence_of_a_density():
     np.testing.assert_allclose(slope, wanted, atol=0.1)
 
 
+def test_contrastive_divergence_with_many_temperatures_is_that_of_the_first():
+    "Of separate units, which a sweep draws afresh: (σ(b/T) − mean of the data) / T in the bias"
+    ham = hmx.HAM({"v": hmx.SigmoidLayer(2)}, {"b": hmx.BiasSynapse(jnp.array([0.5, -0.3]))},
+                  [(("v",), "b")])
+    data, T = jnp.tile(jnp.array([[1.0, 0], [1, 1], [0, 1]]), (3000, 1)), 0.5
+    loss = hmx.contrastive_divergence("v", sampler=hmx.tempering(hmx.Gibbs(), [T, 1.0, 2.0]))
+    slope = jax.jit(jax.grad(loss))(ham, data, jr.key(13)).hypersynapses["b"].b
+    wanted = (jax.nn.sigmoid(jnp.array([0.5, -0.3]) / T) - 2 / 3) / T
+    np.testing.assert_allclose(slope, wanted, atol=0.05)
+
+
 def test_chains_are_carried_through_fit_and_its_file(tmp_path):
     "A run in two parts is the run in one, chains and all; without the chains it is another"
     data = np.asarray(RNG.integers(0, 2, (60, 4)), np.float32)
