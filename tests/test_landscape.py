@@ -325,6 +325,54 @@ def test_minima_of_log_sum_relu_are_the_centroids_inside_their_own_supports():
     close(weights, expected, atol=1e-5)
 
 
+def in_units(kind, c):
+    "A memory of five patterns in float32 whose activations are counted in units of 1/c."
+    Xi = jnp.asarray(c * np.random.default_rng(0).normal(size=(5, 8)), jnp.float32)
+    if kind == "leak":
+        synapse = MemorySynapse(Xi, ft.partial(hmx.lagr_softmax, beta=1 / c**2))
+    else:
+        known = {"softmax": (hmx.lagr_softmax, 4.0), "tents": (hmx.log_sum_relu, 0.2)}
+        synapse = MemorySynapse(
+            Xi, ft.partial(known[kind][0], beta=known[kind][1] / c**2), "euclidean")
+    return HAM([IdentityLayer(8, leak=kind == "leak")], [synapse], [((0,), 0)]), Xi
+
+
+@pytest.mark.parametrize("kind, count", [("softmax", 5), ("tents", 2), ("leak", 2)])
+def test_units_change_nothing(kind, count):
+    """Powers of two are exact, so a network and its starts in other units have the same points with
+    the same verdicts; with β = 4 each of five patterns far apart is one"""
+    rng = np.random.default_rng(1)
+    begin = np.random.default_rng(0).normal(size=(5, 8))[rng.integers(0, 5, 60)]
+    begin = (begin + 0.5 * rng.normal(size=(60, 8))).astype(np.float32)
+    ham, Xi = in_units(kind, 1.0)
+    one = find_attractors(ham, {0: begin}, patterns=Xi, measure="distance")
+    assert len(one) == count and one.converged.all() and (one.kind == "minimum").all()
+    for c in (2.0**-20, 2.0**20):
+        ham, Xi = in_units(kind, c)
+        found = find_attractors(ham, {0: np.float32(c) * begin}, patterns=Xi, measure="distance")
+        assert np.array_equal(found.label, one.label) and np.array_equal(found.kind, one.kind)
+        assert found.result == one.result and found.xs[0].dtype == jnp.float32
+        assert np.array_equal(found.composition.kind, one.composition.kind)
+        close(found.xs[0] / c, one.xs[0], atol=1e-4)
+        close(found.energy / c**2, one.energy, rtol=1e-4, atol=1e-5)
+        close(found.softest.curvature, one.softest.curvature, atol=1e-3)
+        close(found.tolerance / c, one.tolerance)
+    with pytest.raises(ValueError, match="symmetry must leave the energy as it is, got"):
+        small, c = in_units(kind, 2.0**-20)[0], np.float32(2.0**-20)
+        find_attractors(small, {0: c * begin}, symmetry=lambda xs: {0: xs[0] + c})
+
+
+def test_a_landscape_may_begin_at_rest_or_nowhere():
+    "From its own ends, in float32, where gradients are rounding; and from the saddle at 0."
+    ham, Xi = in_units("tents", 1.0)
+    ends = find_attractors(ham, {0: Xi}).xs[0]
+    for more in (ends, ends[:1]):
+        again = find_attractors(ham, {0: more})
+        assert again.converged.all() and len(again) == len(more)
+    nowhere = find_attractors(FOUR, {0: np.zeros((1, 2), np.float32)})
+    assert nowhere.converged.all() and nowhere.kind.tolist() == ["saddle"]
+
+
 def test_composition_recovers_weights():
     rng = np.random.default_rng(0)
     patterns = rng.normal(size=(6, 20))

@@ -185,6 +185,126 @@ def test_a_swap_keeps_every_law():
     np.testing.assert_allclose(out.accepted["swaps"].mean(), rate, atol=0.01)
 
 
+def valleys():
+    "Ten signs, of which one chooses between a pattern of the other nine and its negative"
+    xi = np.array([[1.0, -1, -1, 1, 1, -1, 1, -1, 1]]).T
+    return hmx.HAM(
+        {"v": hmx.TanhLayer(9), "h": hmx.TanhLayer(1)},
+        {"W": hmx.LinearSynapse(jnp.asarray(1.2 * xi, jnp.float32)),
+         "b": hmx.BiasSynapse(jnp.array([0.3]))},
+        [(("v", "h"), "W"), (("h",), "b")],
+    )
+
+
+def test_one_chain_has_the_law_of_the_coldest_level():
+    "Of all 1024 corners, where a plain chain stays in the valley that it began in"
+    ham, T, ladder = valleys(), 0.8, [0.8, 1.2, 1.8, 2.7, 4.0]
+    many, (xhats, high) = ham.vectorize(), all_states(ham)
+    p = np.exp((high - high.max()) / T)
+    p /= p.sum()
+    wrong = np.argmax(np.where(xhats["h"][:, 0] < 0, high, -np.inf))
+    start = {n: jnp.tile(v[wrong], (200, 1)) for n, v in xhats.items()}
+    one = hmx.tempering(hmx.Gibbs(), ladder, one_chain=True)
+    out = hmx.sample(many, start, one, draws=150, warmup=300, keep=("v", "h"), key=jr.key(20))
+    drawn = np.concatenate([np.asarray(v) for v in out.xhats.values()], -1)
+    corners = np.concatenate([np.asarray(v) for v in xhats.values()], -1)
+    # the mean of every unit, of every product of two, and of the energy
+    pairs = lambda s: np.einsum("...i,...j->...ij", s, s)[..., *np.triu_indices(10, 1)]
+    with_E = lambda s, E: np.concatenate([s, pairs(s), np.asarray(E)[..., None]], -1)
+    means = with_E(drawn, out.energy).mean(1)
+    error = means.std(0) / 200**0.5
+    assert (abs(means.mean(0) - p @ with_E(corners, -high)) < 4.5 * error + 1e-4).all()
+    assert error.max() < 0.05
+    assert hmx.r_hat(out.energy) < 1.2 and np.nanmax(hmx.r_hat(drawn)) < 1.2
+    assert hmx.effective_sample_size(out.xhats["h"])[0] > 500
+    levels = out.accepted["levels"].mean(0)
+    assert abs(levels.sum() - 1) < 1e-5 and levels.min() > 0.1
+    assert {n: v.shape for n, v in out.last.items()} == {"v": (200, 9), "h": (200, 1)}
+    np.testing.assert_array_equal(out.last["v"], out.xhats["v"][:, -1])
+    stuck = hmx.sample(many, start, hmx.Gibbs(T), draws=100, key=jr.key(21))
+    assert (stuck.xhats["h"] > 0).mean() < 0.05 < p @ (xhats["h"][:, 0] > 0)
+
+
+def test_one_chain_has_the_density_of_the_coldest_level():
+    "Of a well with two bottoms, and one layer beside it: moments by quadrature"
+    T, start = 0.3, {"x": jnp.full((200, 1), -2.0), "y": jnp.zeros((200, 1))}
+    wells = lambda x: (0.25 * x**4 - 2.2 * x**2 - 0.08 * x).sum()
+    ham = hmx.HAM(
+        {"x": hmx.IdentityLayer(1), "y": hmx.TanhLayer(1)},
+        {"wells": wells, "w": hmx.LinearSynapse(jnp.array([[0.3]]))},
+        [(("x",), "wells"), (("x", "y"), "w")],
+    ).vectorize()
+    one = hmx.tempering(hmx.MetropolisLangevin(0.15), [0.3, 0.6, 1.2, 2.4], one_chain=True)
+    out = hmx.sample(ham, start, one, draws=150, warmup=800, key=jr.key(22))
+    x, y = np.linspace(-4, 4, 801)[:, None], ((np.arange(400) + 0.5) / 200 - 1)[None]
+    own = ((1 + y) * np.log1p(y) + (1 - y) * np.log1p(-y)) / 2
+    E = 0.25 * x**4 - 1.7 * x**2 - 0.08 * x + own - 0.3 * x * y
+    p = np.exp(-(E - E.min()) / T)
+    p /= p.sum()
+    a, b = (np.asarray(out.xhats[n][..., 0]) for n in ("x", "y"))
+    products = ((a**2, x**2), (b**2, y**2), (a * b, x * y))
+    for drawn, exact in ((a, x), (b, y), (a > 0, x > 0), *products):
+        error = drawn.mean(1).std() / 200**0.5
+        assert abs(drawn.mean() - (p * exact).sum()) < 4.5 * error + 1e-3
+    np.testing.assert_allclose(out.energy.mean(), (p * E).sum(), atol=0.02)
+    assert hmx.r_hat(a) < 1.2 and hmx.effective_sample_size(a) > 300
+    assert out.accepted["levels"].mean(0).min() > 0.1 and 0.5 < out.accepted["moves"].mean() < 1
+
+
+def test_levels_are_visited_as_the_weights_say():
+    """Of four separate units, whose ⟨E⟩ = −Σ b σ(b/T) and log Z = Σ log(1 + exp(b/T)): a level has
+    the weight Z exp(g), with g by the trapezoid rule, which is off where levels are far apart"""
+    b, T = np.array([3.0, -2.0, 1.0, 4.0]), np.array([0.4, 1.0, 4.0, 40.0])
+    ham = hmx.HAM({"s": hmx.SigmoidLayer(4)}, {"b": hmx.BiasSynapse(jnp.asarray(b, jnp.float32))},
+                  [(("s",), "b")]).vectorize()
+    E = -(b / (1 + np.exp(-b / T[:, None]))).sum(1)
+    g = np.append(0, np.cumsum(np.diff(1 / T) * (E[1:] + E[:-1]) / 2))
+    wanted = np.exp(g) * (1 + np.exp(b / T[:, None])).prod(1)
+    wanted /= wanted.sum()
+    assert wanted.max() > 1.3 * wanted.min()
+    one = hmx.tempering(hmx.Gibbs(), T, one_chain=True)
+    start = ham.activations(ham.init_states(300))
+    out = hmx.sample(ham, start, one, draws=100, warmup=800, key=jr.key(23))
+    np.testing.assert_allclose(out.accepted["levels"].mean(0), wanted, atol=0.015)
+    np.testing.assert_allclose(out.xhats["s"].mean((0, 1)), 1 / (1 + np.exp(-b / 0.4)), atol=0.01)
+
+
+class Clock(hmx.dynamics.AbstractReturning):
+    "Counts its sweeps; what was adapted adds 100; every `period`-th is a draw"
+    period: float = 3.0
+    temperature = 1.0
+    moves_corners = False
+
+    def check(self, problem): pass
+    def temperature_at(self, problem, sweep): return sweep
+    def init(self, problem, key): return jnp.zeros(2)
+    def sweep(self, problem, state, temperature, key):
+        return state + jnp.array([1.0, 0.0]), 1.0 * jnp.asarray(temperature)
+    def settle(self, problem, state): return state + jnp.array([0.0, 100.0])
+    def is_draw(self, problem, state): return state[0] % self.period == 0
+    def energy(self, problem, state): return state.sum()
+    def values(self, problem, state): return {"v": state, "h": state}
+    def xhats(self, problem, state): return {"v": state, "h": state}
+    def anywhere(self, ham): return {}
+    def estimate(self, problem, state, temperature, means=True): return state.sum()
+
+
+def test_draws_are_returns():
+    """After a warm-up of 4 the sweeps 6, 9, 12, … are draws, every other one is kept; shares are
+    means over sweeps 5 to 21, of which each took its number"""
+    ham = machine()
+    call = lambda sampler: hmx.sample(ham, ham.init_states(), sampler, draws=3, warmup=4, thin=2,
+                                      key=jr.key(0))
+    out = call(Clock())
+    np.testing.assert_array_equal(out.energy, [109, 115, 121])
+    np.testing.assert_array_equal(out.xhats["v"][:, 0], [9, 15, 21])
+    np.testing.assert_array_equal(out.last["h"], [21, 100])
+    np.testing.assert_allclose(out.accepted, np.arange(4, 21).mean())
+    with pytest.warns(UserWarning, match="1 of 1 chains were away for 10000 sweeps"):
+        lost = call(Clock(12.0 * 1e5))
+    assert np.isnan(lost.energy).all()
+
+
 def test_effective_draws_and_r_hat_of_what_is_known():
     x = np.zeros((4, 8000))
     noise = np.random.default_rng(1).normal(size=x.shape)
@@ -268,6 +388,17 @@ def test_contrastive_divergence_of_a_density():
     np.testing.assert_allclose(slope, wanted, atol=0.1)
 
 
+def test_contrastive_divergence_with_many_temperatures_is_that_of_the_first():
+    "Of separate units, which a sweep draws afresh: (σ(b/T) − mean of the data) / T in the bias"
+    ham = hmx.HAM({"v": hmx.SigmoidLayer(2)}, {"b": hmx.BiasSynapse(jnp.array([0.5, -0.3]))},
+                  [(("v",), "b")])
+    data, T = jnp.tile(jnp.array([[1.0, 0], [1, 1], [0, 1]]), (3000, 1)), 0.5
+    loss = hmx.contrastive_divergence("v", sampler=hmx.tempering(hmx.Gibbs(), [T, 1.0, 2.0]))
+    slope = jax.jit(jax.grad(loss))(ham, data, jr.key(13)).hypersynapses["b"].b
+    wanted = (jax.nn.sigmoid(jnp.array([0.5, -0.3]) / T) - 2 / 3) / T
+    np.testing.assert_allclose(slope, wanted, atol=0.05)
+
+
 def test_chains_are_carried_through_fit_and_its_file(tmp_path):
     "A run in two parts is the run in one, chains and all; without the chains it is another"
     data = np.asarray(RNG.integers(0, 2, (60, 4)), np.float32)
@@ -312,6 +443,9 @@ WRONG = {
         machine(), {"v": jnp.full(4, -3.0), "h": jnp.zeros(3)}, hmx.Gibbs(), key=jr.key(0)),
         "start of the layer 'v' must be activations"),
     "one level": (lambda: hmx.tempering(hmx.Gibbs(), [1.0]), "two or more positive numbers"),
+    "one chain that trains": (lambda: hmx.contrastive_divergence(
+        "v", sampler=hmx.tempering(hmx.Gibbs(), [1.0, 2.0], one_chain=True)),
+        "each of whose states is a draw"),
     "images that are no corners": (lambda: hmx.fit(
         machine(), hmx.contrastive_divergence("v"), np.full((8, 4), 1.5, np.float32),
         optax.sgd(0.1), steps=1, batch_size=4, key=jr.key(0), progress=False),

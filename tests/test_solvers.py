@@ -404,6 +404,29 @@ def test_chains_have_keys_of_their_own_and_clamps_hold():
     close(alone.xs["x"], out.xs["x"][2], 1e-12)
 
 
+def test_a_ramp_is_over_where_rounding_says_so():
+    """0.9 − 100 · 0.009 is 1e-16, 1.35 − 150 · 0.009 is 1e-7 in float32, noise that nothing
+    resolves; 0.7 − 100 · 0.007 is −1e-16, without a root. A temperature that stays is one"""
+    wells = {"wells": lambda x: (0.25 * x**4 - 1.5 * x**2 - 0.15 * x).sum()}
+    ham = HAM({"x": IdentityLayer(1)}, wells, [(("x",), "wells")]).vectorize()
+    def run(T, dtype=jnp.float64):
+        xs = {"x": jnp.full((4, 1), 0.9, dtype)}
+        return descend(ham, xs, solver=Langevin(0.1, T), max_steps=900, key=jr.key(0), trace=False)
+    def ramp(start, slope, steps, dtype):
+        start, slope = jnp.asarray(start, dtype), jnp.asarray(slope, dtype)
+        return lambda s: start - jnp.minimum(s, steps).astype(dtype) * slope
+    for start, slope, steps, dtype, sign in (
+        (0.9, 0.009, 100, jnp.float64, 1),
+        (1.35, 0.009, 150, jnp.float32, 1),
+        (0.7, 0.007, 100, jnp.float64, -1),
+    ):
+        T = ramp(start, slope, steps, dtype)
+        assert sign * T(jnp.array(900)) > 0 # not 0 by accident
+        out = run(T, dtype)
+        assert (out.code == CONVERGED).all() and (out.steps >= steps).all()
+    assert (run(lambda s: jnp.where(s < 100, 0.5, 1e-9)).code == SAMPLED).all()
+
+
 def test_the_default_solver_has_the_gradient_of_the_fixed_point():
     ham = memory()
     xs = ham.init_states(key=jr.PRNGKey(11))

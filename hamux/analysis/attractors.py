@@ -304,7 +304,7 @@ def _verdict(curvature, error, residual, at_rest):
     )
 
 # %% ../../nbs/api/analysis/attractors.ipynb #fda559df
-def _softest(ham, xs, masks, free, steps, tol, key):
+def _softest(ham, xs, masks, free, steps, tol, atol, key):
     "The softest mode of one state."
     xs = {n: x.astype(jnp.promote_types(x.dtype, jnp.float32)) for n, x in xs.items()}
     H, S, moving, leak, tau, unravel = _products(ham, xs, masks, free)
@@ -315,14 +315,14 @@ def _softest(ham, xs, masks, free, steps, tol, key):
     # a residual that a descent to its own tolerance stays well below
     loose = jnp.finfo(leak.dtype).eps**0.5
     point = problem.evaluate({n: xs[n] for n in free})
-    residual, _, at_rest = check_rest(problem, point, loose, loose)
+    residual, _, at_rest = check_rest(problem, point, loose, loose if atol is None else atol)
     return Stability(theta, unravel(v), error, residual, at_rest, space.count)
 
 
 @eqx.filter_jit
-def _stability(start, steps, tol, key):
+def _stability(start, steps, tol, atol, key):
     "The compiled part of `stability`."
-    one = lambda xs, masks: _softest(start.ham, xs, masks, start.free, steps, tol, key)
+    one = lambda xs, masks: _softest(start.ham, xs, masks, start.free, steps, tol, atol, key)
     return (jax.vmap(one) if start.batched else one)(start.xs, start.masks)
 
 
@@ -333,6 +333,8 @@ def stability(
     clamp=None, # what stays put: a layer name, several, or a dictionary name → True or boolean mask
     steps: int = 64, # Lanczos vectors at most: that many copies of the free states are held, twice
     tol=None, # relative accuracy of the curvature to stop at; None for ε^½
+    # absolute tolerance on the residual of a state at rest, a number or an array; None for ε^½
+    atol=None,
     key=None, # a PRNG key for the random start of the method; None for a fixed one
 ) -> Stability:
     "The smallest curvature at a fixed point, and its mode. Raises ValueError or TypeError."
@@ -350,7 +352,11 @@ def stability(
     wide = jnp.result_type(jnp.float32, *start.xs.values())
     tol = float(jnp.finfo(wide).eps) ** 0.5 if tol is None else tol
     if not tol > 0: raise ValueError(f"stability: tol must be positive, got {tol}.")
-    return _stability(start_as_data(start), int(steps), tol, jr.key(0) if key is None else key)
+    if isinstance(atol, numbers.Real): # another number needs no other program
+        if not atol >= 0: raise ValueError(f"stability: atol must not be negative, got {atol}.")
+        atol = jnp.asarray(atol, wide)
+    key = jr.key(0) if key is None else key
+    return _stability(start_as_data(start), int(steps), tol, atol, key)
 
 # %% ../../nbs/api/analysis/attractors.ipynb #1e45c9df
 def flip_signs(

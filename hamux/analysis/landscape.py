@@ -12,6 +12,7 @@ import math
 import numbers
 from collections import Counter
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -27,7 +28,8 @@ from .joining import DistinctRows, join_near, join_pairs
 from ..display.tables import fold_rows, plural, text_table
 from ..dynamics.adaptive import Adaptive
 from ..dynamics.descent import descend
-from ..dynamics.problem import read_clamp, read_start
+from ..dynamics.problem import Problem, read_clamp, read_start
+from ..dynamics.programs import start_as_data
 from ..dynamics.results import CONVERGED, MAX_STEPS, NONFINITE, SAMPLED, STUCK, UNBOUNDED
 from ..dynamics.solver import AbstractSolver
 from ..network.hypergraph import HAM, VectorizedHAM
@@ -249,22 +251,69 @@ def _as_points(xhats):
     return np.concatenate(rows, 1)
 
 # %% ../../nbs/api/analysis/landscape.ipynb #645c0669
-def _typical_tolerance(many, starts, batch):
-    "A thousandth of the root mean square length of the starts' activations."
-    n, total = len(next(iter(starts.values()))), 0.0
-    for part in _parts(n, batch):
-        xs = {name: jnp.asarray(x[part]) for name, x in starts.items()}
-        rows = _as_points(many.activations(xs))
-        total += (np.where(np.isfinite(rows), rows, 0) ** 2).sum()
-    epsilon = float(jnp.finfo(jnp.result_type(jnp.float32, *xs.values())).eps)
-    return max(1e-3 * math.sqrt(total / n), 100 * epsilon ** (2 / 3))
+class _Scales(NamedTuple):
+    "What is large and what is small in a landscape, as its starts tell."
+    tolerance: float # distance of activations up to which ends are one
+    gradient: float # of the energy
+    energy: float # of a start
+
+
+@eqx.filter_jit
+def _look_at(start):
+    "Of each start: activations; energy, gradients, and how far these change on half the way to 0."
+    def one(xs, masks):
+        problem = Problem(start.ham, xs, masks, start.free)
+        def at(share): return problem.evaluate({n: (share * xs[n]).astype(xs[n].dtype)
+                                                for n in start.free})
+        points = jax.vmap(at)(jnp.array([1.0, 0.5]))
+        largest = lambda f: [abs(f(points.grads[n])).max().astype(float) for n in start.free]
+        sizes = [points.energy[0].astype(float)]
+        sizes += largest(lambda g: g[0]) + largest(lambda g: g[0] - g[1])
+        return problem.ham.activations(xs), jnp.stack(sizes)
+    return jax.vmap(one)(start.xs, start.masks)
+
+
+def _typical_gradient(own, change, epsilon):
+    "What a residual is compared with: (starts, layers) of gradients, and of what they are made of."
+    sizes = np.median(np.maximum(own, 100 * epsilon ** (1 / 3) * change), 0)
+    sizes = sizes[sizes > 10 * epsilon * sizes.max()] # of the others nothing but rounding is known
+    return float(sizes.min()) if len(sizes) else 1.0
+
+
+def _scales(many, starts, clamp, batch):
+    "The scales of a landscape, the starts being looked at in batches."
+    n, rows, total, sizes = len(next(iter(starts.values()))), 0, 0.0, []
+    for part in _parts(n, min(batch, n)):
+        start = read_start("find_attractors", many, _filled(starts, part, min(batch, n)), clamp)
+        xhats, size = _first_rows(_look_at(start_as_data(start)), part.stop - part.start)
+        points = _as_points({name: xhats[name] for name in many.neurons})
+        fine = np.isfinite(points).all(1) & np.isfinite(size).all(1)
+        points, rows = points[fine], rows + fine.sum()
+        total = total + np.stack([points.sum(0), (points**2).sum(0)])
+        sizes.append(size[fine])
+    if not rows: return _Scales(1.0, 1.0, 1.0)
+    mean, square = total / rows
+    length, spread = square.sum(), np.maximum(square - mean**2, 0).sum()
+    precise, wide = (float(jnp.finfo(jnp.result_type(*also, *start.xs.values())).eps)
+                     for also in ((), (jnp.float32,)))
+    least = 100 * wide ** (2 / 3) * math.sqrt(length / len(mean))
+    sizes = np.concatenate(sizes)
+    own, change = np.split(sizes[:, 1:], 2, 1)
+    return _Scales(
+        max(1e-3 * math.sqrt(spread), least) or 100 * wide ** (2 / 3),
+        _typical_gradient(own, change, precise),
+        float(np.median(abs(sizes[:, 0]))),
+    )
 
 # %% ../../nbs/api/analysis/landscape.ipynb #93d03510
-def _descend_all(many, starts, batch, tolerance, settings):
+def _descend_all(many, starts, batch, scales, settings):
     "The distinct ends, and of each start why it stopped and its place among them."
     n = len(next(iter(starts.values())))
     size = min(batch, n)
-    distinct, codes = DistinctRows(tolerance), []
+    distinct, codes = DistinctRows(scales.tolerance), []
+    if settings["atol"] is None:
+        dtype = jnp.result_type(*(jnp.asarray(x[:1]) for x in starts.values()))
+        settings = settings | dict(atol=float(jnp.finfo(dtype).eps) ** (2 / 3) * scales.gradient)
     for part in _parts(n, size):
         out = descend(many, _filled(starts, part, size), trace=False, **settings)
         out = _first_rows(out, part.stop - part.start)
@@ -313,14 +362,14 @@ def _energies(many, xs):
     return xhats, many.energy(xhats, xs)
 
 
-def _image(many, xs, f):
+def _image(many, xs, f, size):
     "Where a symmetry leads, as points. Raises ValueError for what is no symmetry of the energy."
     images = jax.vmap(f)(xs)
     energies = lambda xs: in_parts(lambda xs: _energies(many, xs), xs)
     (_, before), (xhats, after) = energies(xs), energies(images)
     before, after = np.asarray(before, float), np.asarray(after, float)
     worst = int(np.argmax(abs(after - before)))
-    if not abs(after - before)[worst] <= 1e-3 * max(1, abs(before).max()):
+    if not abs(after - before)[worst] <= 1e-3 * max(size, abs(before).max()):
         raise ValueError(
             "find_attractors: symmetry must leave the energy as it is, got"
             f" {after[worst]:.6g} for a point of energy {before[worst]:.6g}."
@@ -328,14 +377,14 @@ def _image(many, xs, f):
     return _as_points({n: xhats[n] for n in many.neurons})
 
 
-def _join(many, points, kept, tolerance, maps):
+def _join(many, points, kept, tolerance, maps, size):
     "A number for each of the distinct ends, the same for those that are one."
     label = join_near(points, tolerance)
     if not maps or not len(points): return label, label
     _, first = np.unique(label, return_index=True)
     one_each, tree, plain = {n: x[first] for n, x in kept.items()}, cKDTree(points), label
     for f in maps:
-        images = _image(many, one_each, f)
+        images = _image(many, one_each, f, size)
         d, near = tree.query(images, distance_upper_bound=tolerance)
         met = np.flatnonzero(np.isfinite(d))
         pairs = np.stack([label[first[met]], label[near[met]]], 1)
@@ -343,11 +392,13 @@ def _join(many, points, kept, tolerance, maps):
     return label, plain
 
 # %% ../../nbs/api/analysis/landscape.ipynb #4a4f4ec8
-def _stabilities(many, xs, clamp, steps):
+def _stabilities(many, xs, clamp, steps, gradient):
     "The softest mode of each point, some points at a time."
     size = sum(x[0].size for x in xs.values())
     most = max(2**22 // (2 * size * min(steps, size)), 1) # the vectors of the search, 16 MB
-    return in_parts(lambda xs: stability(many, xs, clamp=clamp, steps=steps), xs, min(most, 512))
+    dtype = jnp.result_type(jnp.float32, *xs.values())
+    known = dict(clamp=clamp, steps=steps, atol=float(jnp.finfo(dtype).eps) ** 0.5 * gradient)
+    return in_parts(lambda xs: stability(many, xs, **known), xs, min(most, 512))
 
 
 def _nothing(many, place):
@@ -404,7 +455,8 @@ def find_attractors(
     clamp=None, # what stays put, as in `descend`; one mask for all starts
     # "sign", or a map (or several) from states to states, by layer: points that it joins are one
     symmetry=None,
-    # distance of activations up to which ends are one; None for a thousandth of a start's length
+    # distance of activations up to which ends are one; None for a thousandth of the starts' spread,
+    # and at least a hundred times what a descent resolves of their entries
     tolerance=None,
     flat=None, # curvature, in 1/time, below which a point is called flat; None for ε^½
     batch: int = 1024, # starts that are followed at a time
@@ -415,7 +467,8 @@ def find_attractors(
     solver: AbstractSolver = Adaptive(), # how to step
     max_steps: int = 1000, # steps at most
     rtol=None, # relative tolerance on the residual, as in `descend`
-    atol=None, # absolute tolerance on the residual
+    # absolute tolerance on the residual; None for ε^⅔ of the gradient at a typical start
+    atol=None,
 ) -> Landscape:
     "The fixed points that many starts find. Raises ValueError or TypeError for bad input."
     many, starts = _read_starts(ham, starts, clamp, batch)
@@ -424,22 +477,23 @@ def find_attractors(
     sign = symmetry == "sign" if either_sign is None else bool(either_sign)
     which = dict(measure=measure, threshold=threshold, either_sign=sign and measure == "overlap")
     if patterns is not None: layer = _read_patterns(many, patterns, layer, which)
+    scales = _scales(many, starts, clamp, batch)
+    if tolerance is not None: scales = scales._replace(tolerance=tolerance)
     settings = dict(solver=solver, max_steps=max_steps, rtol=rtol, atol=atol, clamp=clamp)
-    if tolerance is None: tolerance = _typical_tolerance(many, starts, batch)
-    points, kept, place, code = _descend_all(many, starts, batch, tolerance, settings)
-    ends = _points_of(many, points, kept, place, tolerance, maps, clamp, steps)
+    points, kept, place, code = _descend_all(many, starts, batch, scales, settings)
+    ends = _points_of(many, points, kept, place, scales, maps, clamp, steps)
     dtype = jnp.result_type(jnp.float32, *ends["xs"].values())
     flat = float(jnp.finfo(dtype).eps) ** 0.5 if flat is None else flat
     made = None if patterns is None else composition(ends["xhats"][layer], patterns, **which)
-    known = ends | dict(code=code, tolerance=tolerance, flat=flat, composition=made)
+    known = ends | dict(code=code, tolerance=scales.tolerance, flat=flat, composition=made)
     return Landscape(**jax.tree_util.tree_map(jnp.asarray, known))
 
 # %% ../../nbs/api/analysis/landscape.ipynb #22a82577
-def _points_of(many, points, kept, place, tolerance, maps, clamp, steps):
+def _points_of(many, points, kept, place, scales, maps, clamp, steps):
     "What is known of each point, from the states that are returned."
     if not len(points): return _nothing(many, place)
     states, energy = dict(zip(many.neurons, kept)), kept[-1]
-    label, plain = _join(many, points, states, tolerance, maps)
+    label, plain = _join(many, points, states, scales.tolerance, maps, scales.energy)
     counts, (_, first) = np.bincount(label[place[place >= 0]]), np.unique(label, True)
     order = np.lexsort((energy[first], -counts))
     label, first = np.argsort(order)[label], first[order]
@@ -450,7 +504,7 @@ def _points_of(many, points, kept, place, tolerance, maps, clamp, steps):
         xs=xs,
         xhats=xhats,
         energy=energy,
-        softest=_stabilities(many, xs, clamp, steps),
+        softest=_stabilities(many, xs, clamp, steps, scales.gradient),
         share=counts[order] / len(place),
         spread=spread,
         gap=gap,

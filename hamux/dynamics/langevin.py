@@ -47,7 +47,9 @@ def potential_slope(
 class Langevin(AbstractSolver):
     "Noisy steps whose activations have the law exp(−E/T) at small dt."
     dt: Any = 0.01 # step in units of time, > 0: a number, an array, or a function of the step
-    temperature: Any = 1.0 # T ≥ 0, in units of the energy: likewise
+    # T ≥ 0, in units of the energy: likewise; a function that has come down to 4 ε of its first
+    # value has come down to 0
+    temperature: Any = 1.0
     check_every: ClassVar[int] = 4
     numbers: ClassVar[tuple] = ("dt", "temperature")
 
@@ -62,7 +64,7 @@ class Langevin(AbstractSolver):
             raise ValueError(
                 "Langevin draws noise and needs a key: descend(…, key=jax.random.key(0))."
             )
-        dt, T = at_step(self.dt, step), at_step(self.temperature, step)
+        dt, T = at_step(self.dt, step), self.temperature_at(step)
         ahead = {}
         for k, (n, x) in zip(jr.split(key, len(now.xs)), now.xs.items(), strict=True):
             wide = jnp.promote_types(x.dtype, jnp.float32)
@@ -73,5 +75,14 @@ class Langevin(AbstractSolver):
             ahead[n] = (x - length * potential_slope(problem, now, n, heat) + noise).astype(x.dtype)
         return Move(now, ahead, None)
 
-    def descends(self, step): return jnp.asarray(at_step(self.temperature, step)) == 0
+    def temperature_at(self,
+                       step, # number of steps taken so far
+                       ): # T
+        "The temperature of a step, without what rounding leaves at the end of a ramp."
+        T, first = (jnp.asarray(at_step(self.temperature, s)) for s in (step, 0))
+        if not callable(self.temperature): return T
+        left = 4 * jnp.finfo(jnp.result_type(float, T)).eps * abs(first)
+        return jnp.where(abs(T) <= left, 0, T)
+
+    def descends(self, step): return self.temperature_at(step) == 0
     def cost(self, problem): return 1.0
