@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from reference import mp, reference, with_cond  # pytest puts this folder on sys.path
+from reference import SPARSE, mp, reference, value_and_gradient, with_cond  # of this folder
 
 import hamux.lagrangians as lagr
 from hamux import NeuronLayer
@@ -41,7 +41,6 @@ HYPER = dict(
     normmax=("alpha", "beta"),
     ksubsets=("beta",),
 )
-SPARSE = ["sparsemax", "entmax", "normmax", "ksubsets"]
 NAMES = list(HYPER)
 WITH_BETA = [k for k, v in HYPER.items() if "beta" in v]
 NORMS = ["layernorm", "spherical_norm"]
@@ -160,16 +159,34 @@ def hypers(name, dtype):
 
 @functools.cache
 def evaluator(name):
-    """Value, gradient, and the Hessian-vector product both ways, for a batch of vectors with
-    hyperparameters of their own."""
+    """Value, gradient, the Hessian-vector product both ways, and the energy of a layer on its own
+    pair, for a batch of vectors with hyperparameters of their own."""
     def one(x, t, hyper):
         f = lambda x: call(name, x, hyper)
         grad = jax.grad(f)
         g, h = jax.jvp(grad, (x,), (t,))
         hrr = jax.grad(lambda x: jnp.sum(grad(x) * t))(x)
-        return f(x), g, h, hrr
+        layer = NeuronLayer(lambda_of(name, hyper), x.shape)
+        return f(x), g, h, hrr, layer.energy(layer.activations(x), x)
 
     return jax.jit(jax.vmap(one))
+
+
+def evaluated(name, dtype, xs, ts, hyper):
+    "What `evaluator` gives for rows, in batches of one size: there is one program to compile."
+    columns = [np.asarray(v, dtype) for v in (xs, ts, *hyper)]
+    parts = []
+    for k in range(0, len(xs), ROWS):
+        x, t, *h = (v[k : k + ROWS] for v in columns)
+        got = evaluator(name)(x, t, tuple(h))
+        n, m = x.shape[:1], x.shape
+        assert [(v.dtype, v.shape) for v in got] == [(dtype, s) for s in (n, m, m, m, n)]
+        parts.append(got)
+    return [np.concatenate(v) for v in zip(*parts, strict=True)]
+
+
+def lambda_of(name, hyper):
+    return functools.partial(L[name], **dict(zip(HYPER[name], hyper, strict=True)))
 
 
 def ratio(got, true, cond, kink, scale, c, floor, dtype):
@@ -192,14 +209,9 @@ def ratio(got, true, cond, kink, scale, c, floor, dtype):
 
 def misses(name, dtype, rows):
     """What is wrong with rows of (x, t, hyperparameters), in words; also asserts (b)."""
-    xs, ts = (jnp.asarray([row[k] for row in rows], dtype) for k in (0, 1))
-    hs = tuple(jnp.asarray([row[2][k] for row in rows], dtype) for k in range(len(HYPER[name])))
-    got = evaluator(name)(xs, ts, hs)
-    n = len(rows)
-    assert [(v.dtype, v.shape) for v in got] == [
-        (dtype, s) for s in ((n,), xs.shape, xs.shape, xs.shape)
-    ]
-    f, g, h, hrr = (np.asarray(v, np.float64) for v in got)
+    xs, ts, hs = zip(*rows, strict=True)
+    got = evaluated(name, dtype, xs, ts, zip(*hs, strict=True))
+    f, g, h, hrr, _ = (np.asarray(v, np.float64) for v in got)
     for k, (x, t, hyper) in enumerate(rows):
         ref = reference(name, x, t, hyper, float(jnp.finfo(dtype).eps))
         where = f"lagr_{name} {jnp.dtype(dtype)} x={x} t={t} {dict(zip(HYPER[name], hyper))}"
@@ -290,31 +302,14 @@ def test_hard_cases(name, dtype):
     xs = [[rounded(v, dtype) for v in x] for x in hard_vectors(dtype)]
     rows = [(x, ts[(k + s) % 3], tuple(hyper[h][(k // 3 + s) % len(hyper[h])] for h in HYPER[name]))
             for s in range(6) for k, x in enumerate(xs)]
-    for k in range(0, len(rows) - ROWS + 1, ROWS):  # in batches of ROWS: nothing more to compile
-        check(name, dtype, rows[k : k + ROWS])
-
-
-@functools.cache
-def pair_energies(name):
-    """Energies of layers on their own pairs, for a batch of states and hyperparameters."""
-    def one(x, hyper):
-        layer = NeuronLayer(lambda_of(name, hyper), x.shape)
-        return layer.energy(layer.activations(x), x)
-
-    return jax.jit(jax.vmap(one))
-
-
-def lambda_of(name, hyper):
-    return functools.partial(L[name], **dict(zip(HYPER[name], hyper, strict=True)))
+    check(name, dtype, rows)
 
 
 def wrong_energies(name, dtype, rows):
     """What is wrong with the energies of pairs: <σ(x), x> − L(x) in so many bits that the
     difference is exact."""
-    xs = jnp.asarray([x for x, _ in rows], dtype)
-    hs = tuple(jnp.asarray([h[k] for _, h in rows], dtype) for k in range(len(HYPER[name])))
-    got = pair_energies(name)(xs, hs)
-    assert got.dtype == dtype
+    xs, hs = zip(*rows, strict=True)
+    *_, got = evaluated(name, dtype, xs, np.zeros_like(xs), zip(*hs, strict=True))
     for k, (x, hyper) in enumerate(rows):
         with mp.workprec(2400 if dtype == jnp.float64 else 700):
             ref = reference(name, x, x, hyper, float(jnp.finfo(dtype).eps))
@@ -351,8 +346,7 @@ def test_energies_of_pairs_do_not_cancel(name, dtype):
     )
     rows = [([rounded(v, dtype) for v in x],
              tuple(hyper[h][k % len(hyper[h])] for h in HYPER[name])) for k, x in enumerate(xs)]
-    bad = [w for k in range(0, len(rows) - ROWS + 1, ROWS)
-           for w in wrong_energies(name, dtype, rows[k : k + ROWS])]
+    bad = list(wrong_energies(name, dtype, rows[: len(rows) // ROWS * ROWS]))
     assert not bad, "\n".join(bad[:8])
 
 
@@ -364,24 +358,29 @@ def test_energies_of_other_pairs_and_their_derivatives(name):
     hyper = {"repu": (2.5,), "layernorm": (2.0, [0.5, -1.0, 0.25, 2.0], 0.1),
              "spherical_norm": (2.0, [0.5, -1.0, 0.25, 2.0], 0.1),
              "entmax": (1.4, 0.7), "normmax": (1.4, 0.7)}
-    h = tuple(jnp.asarray(v) for v in hyper.get(name, (0.7,) if HYPER[name] else ()))
-    x, xhat, t = (jnp.asarray(rng.normal(size=DIM)) for _ in range(3))
+    h = tuple(np.asarray(v) for v in hyper.get(name, (0.7,) if HYPER[name] else ()))
+    x, xhat, t = rng.normal(size=(3, DIM))
 
     def energy(xhat, x, h): return NeuronLayer(lambda_of(name, h), DIM).energy(xhat, x)
 
     value = lambda x, h: call(name, x, h)
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12)
-    close(energy(xhat, x, h), xhat @ x - value(x, h))
-    in_xhat, in_x, in_h = jax.grad(energy, (0, 1, 2))(xhat, x, h)
-    close(in_xhat, x)
-    close(in_x, xhat - jax.grad(value)(x, h))
-    for ours, theirs in zip(in_h, jax.grad(value, 1)(x, h)): close(ours, -theirs)
-    second = jax.jvp(lambda x: jax.grad(energy, 1)(xhat, x, h), (x,), (t,))[1]
-    close(second, -jax.jvp(lambda x: jax.grad(value)(x, h), (x,), (t,))[1])
-    assert not jax.grad(energy, 1)(jax.grad(value)(x, h), x, h).any()
-    # the value beside a gradient has its own derivative
-    beside = lambda x: jax.value_and_grad(energy)(jax.grad(value)(x, h), x, h)[0]
-    close(jax.grad(beside)(x), jax.jvp(lambda x: jax.grad(value)(x, h), (x,), (x,))[1])
+
+    @jax.jit
+    def both(xhat, x, h):
+        at, (slope, in_h) = value(x, h), jax.grad(value, (0, 1))(x, h)
+        bend = lambda t: jax.jvp(lambda x: jax.grad(value)(x, h), (x,), (t,))[1]
+        pull = lambda x: jax.grad(energy, 1)(xhat, x, h)
+        # the value beside a gradient has its own derivative
+        beside = lambda x: jax.value_and_grad(energy)(jax.grad(value)(x, h), x, h)[0]
+        E, slopes = jax.value_and_grad(energy, (0, 1, 2))(xhat, x, h)
+        ours = (E, *slopes, jax.jvp(pull, (x,), (t,))[1], jax.grad(beside)(x))
+        theirs = (xhat @ x - at, x, xhat - slope, tuple(-v for v in in_h), -bend(t), bend(x))
+        return ours, theirs, jax.grad(energy, 1)(slope, x, h)
+
+    ours, theirs, at_rest = both(xhat, x, h)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+    assert not at_rest.any()
 
 
 @every(NAMES)
@@ -424,25 +423,16 @@ def test_reference_is_its_own_derivative(name):
 @every(NAMES)
 def test_convex(name):
     rng = np.random.default_rng(zlib.crc32(name.encode()))
-    hyper = dict(beta=1.5, gamma=2.0, delta=0.3, eps=1e-5, n=2.5, alpha=1.4)
-    args = tuple(hyper[h] for h in HYPER[name])
+    hyper = dict(beta=1.5, gamma=2.0, delta=[0.3] * DIM, eps=1e-5, n=2.5, alpha=1.4)
+    args = [[hyper[h]] * 200 for h in HYPER[name]]
     x, y, t = (
         rng.normal(size=(200, DIM)) * np.exp(rng.uniform(-5, 4, size=(200, 1))) for _ in range(3)
     )
-
-    @jax.jit
-    @jax.vmap
-    def gap(x, y, t):
-        f = lambda x: call(name, x, args)
-        h = jax.jvp(jax.grad(f), (x,), (t,))[1]
-        return (
-            (f(x) + f(y)) / 2 - f((x + y) / 2),
-            abs(f(x)) + abs(f(y)),
-            t @ h,
-            abs(t) @ (abs(t) + abs(h)),
-        )
-
-    middle, size, curve, scale = gap(x, y, t)
+    (f, _, h, *_), (g, *_), (m, *_) = (
+        evaluated(name, jnp.float64, v, t, args) for v in (x, y, (x + y) / 2)
+    )
+    middle, size = (f + g) / 2 - m, abs(f) + abs(g)
+    curve, scale = (t * h).sum(1), (abs(t) * (abs(t) + abs(h))).sum(1)
     eps = np.finfo(np.float64).eps
     assert (np.isposinf(size) | (middle >= -16 * eps * size)).all()
     # the norms' Hessian is of size γ/r, and t.Ht is a difference of terms of that size
@@ -578,16 +568,10 @@ def with_hyper(name, x, k, v):
     return [[hyper[h]] * len(x) if h == "delta" else hyper[h] for h in HYPER[name]]
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize(
-    "name, k", [(n, k) for n in NAMES for k in range(len(HYPER[n]))], ids=lambda v: str(v)
-)
-def test_hyperparameter_derivatives(name, k, dtype):
-    """∂L/∂θ and ∂²L/∂x∂θ at ordinary and extreme arguments, componentwise."""
-    param = HYPER[name][k]
-
-    @jax.jit
-    def derivatives(x, theta):
+@functools.cache
+def derivatives(name, k):
+    "L and ∂L/∂x, and of both ∂/∂θ; last ∂²L/∂x∂θ in the other order."
+    def all_of(x, theta):
         args = with_hyper(name, x, k, theta)
         f = lambda x, v: call(
             name,
@@ -597,20 +581,33 @@ def test_hyperparameter_derivatives(name, k, dtype):
                 for j, a in enumerate(args)
             ],
         )
-        mixed = jax.jvp(lambda v: jax.grad(f)(x, v), (theta,), (jnp.ones_like(theta),))[1]
-        return jax.grad(f, 1)(x, theta), mixed, jax.grad(lambda x: jax.grad(f, 1)(x, theta))(x)
+        by_x = lambda v: jax.value_and_grad(f)(x, v)
+        both, (_, mixed) = jax.jvp(by_x, (theta,), (jnp.ones_like(theta),))
+        first = jax.grad(f, 1)
+        return *both, first(x, theta), mixed, jax.grad(first)(x, theta)
 
-    bad = []
+    return jax.jit(all_of)
+
+
+every_hyperparameter = pytest.mark.parametrize(
+    "name, k", [(n, k) for n in NAMES for k in range(len(HYPER[n]))], ids=lambda v: str(v)
+)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=["float32", "float64"])
+@every_hyperparameter
+def test_hyperparameter_derivatives(name, k, dtype):
+    """∂L/∂θ and ∂²L/∂x∂θ at ordinary and extreme arguments, componentwise."""
+    param, bad = HYPER[name][k], []
     for x in HYPER_X[param if param in HYPER_X else "gamma"]:
         for v in HYPER_AT[param]:
             xd, vd = jnp.asarray(x, dtype), jnp.asarray(v, dtype)
-            first, mixed, mixed2 = derivatives(xd, vd)
+            *_, first, mixed, mixed2 = derivatives(name, k)(xd, vd)
             assert first.dtype == mixed.dtype == dtype
 
             def both(a):
                 xs, v = a[:-1], a[-1]
-                ref = reference(name, xs, [mp.zero] * 3, with_hyper(name, xs, k, v))
-                return [ref.value[0], *ref.grad]
+                return value_and_gradient(name, xs, with_hyper(name, xs, k, v))
 
             # the other hyperparameters reach the library as Python floats, as they do the reference
             with mp.workprec(600):
@@ -625,22 +622,17 @@ def test_hyperparameter_derivatives(name, k, dtype):
     assert not bad, f"lagr_{name} {jnp.dtype(dtype)}:\n" + "\n".join(bad)
 
 
-@pytest.mark.parametrize(
-    "name, k", [(n, k) for n in NAMES for k in range(len(HYPER[n]))], ids=lambda v: str(v)
-)
+@every_hyperparameter
 def test_hyperparameter_gradients_match_finite_differences(name, k):
     """In float64, through the library alone: no reference between."""
-    x, param = jnp.asarray([[0.5, -1.25, 2.0], [3.0, 0.25, -0.75]]), HYPER[name][k]
     base = dict(beta=0.7, gamma=2.0, delta=0.3, eps=0.1, n=2.5, alpha=1.4)
-    f = lambda v: call(name, x, [v if j == k else base[h] for j, h in enumerate(HYPER[name])])
-    g = lambda v: jax.grad(
-        lambda x: call(name, x, [v if j == k else base[h] for j, h in enumerate(HYPER[name])])
-    )(x)
-    s, v = 1e-6, jnp.asarray(base[param])
-    around = jax.jit(jax.vmap(lambda v: (f(v), jax.grad(f)(v), g(v), jax.jacfwd(g)(v))))
-    value, first, grad, mixed = around(jnp.asarray([v - s, v, v + s]))
-    np.testing.assert_allclose(first[1], (value[2] - value[0]) / (2 * s), rtol=1e-7, atol=1e-8)
-    np.testing.assert_allclose(mixed[1], (grad[2] - grad[0]) / (2 * s), rtol=1e-7, atol=1e-8)
+    s, v = 1e-6, base[HYPER[name][k]]
+    for x in ([0.5, -1.25, 2.0], [3.0, 0.25, -0.75]):
+        rows = [derivatives(name, k)(np.asarray(x), np.asarray(v + d)) for d in (-s, 0, s)]
+        value, grad, first, mixed, _ = zip(*rows, strict=True)
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-7, atol=1e-8)
+        close(first[1], (value[2] - value[0]) / (2 * s))
+        close(mixed[1], (grad[2] - grad[0]) / (2 * s))
 
 
 @every(["entmax", "normmax"])
