@@ -735,7 +735,7 @@ def test_quick_example():
 # --------------------------------------------------------------------------------------------------
 # -------------------
 # (b) what the earlier implementations get wrong (FACTS §1; 1 and 2 in test_packaging.py, 6, 7 and
-# 9-13 in test_lagrangians.py,
+# 9-13 in test_lagrangian_facts.py,
 # 23 in test_dynamics.py)
 
 
