@@ -344,7 +344,7 @@ def slopes(f, tree, h):
 
 
 @settings(
-    max_examples=8,
+    max_examples=4, # each compiles; tests/thorough has ten thousand
     deadline=None,
     derandomize=True,
     database=None,
