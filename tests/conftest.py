@@ -1,6 +1,7 @@
 """What takes long, tests/thorough and tests marked `thorough`, is run when pytest is given
 --thorough."""
 
+import time
 from pathlib import Path
 
 import jax
@@ -26,10 +27,16 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=long)
 
 
+looked = time.monotonic()
+
+
 @pytest.fixture(autouse=True)
 def forget_programs():
     """A process may hold some 65,000 pieces of memory (Linux, vm.max_map_count), a compiled program
-    takes ten and more of them, and a compiler that gets none ends the process."""
+    takes ten and more of them, and a compiler that gets none ends the process. Counting them takes
+    longer than most tests, and a second is too short to fill what is left."""
+    global looked
     yield
-    maps = Path("/proc/self/maps")
+    if time.monotonic() - looked < 1: return
+    maps, looked = Path("/proc/self/maps"), time.monotonic()
     if maps.exists() and maps.read_bytes().count(b"\n") > 20_000: jax.clear_caches()

@@ -251,6 +251,8 @@ def norm(x, t, gamma, delta, eps, unit, center):
 
 # Weights that share a total: p = g(s), s_i = β(x_i − x_ref) − T, T where they add up to k
 
+SPARSE = ["sparsemax", "entmax", "normmax", "ksubsets"]
+
 
 class Sharing:
     "A member of the sparse family at one row: its level, weights and Hessian."
@@ -277,7 +279,8 @@ class Sharing:
         T = mp.zero
         for _ in range(200):
             t = [g - T for g in gap]
-            shares, slopes = ([self.share(v, self.a, o) for v in t] for o in (0, 1))
+            shares = [self.share(v, self.a) for v in t]
+            slopes = self.slopes(t, self.a, shares)
             log = mp.log(sum(shares))
             e = self.a if self.name == "entmax" else self.a / (1 + self.a)
             root = mp.expm1(e * log) / e if e else log
@@ -309,11 +312,11 @@ class Sharing:
         y = [(1 + v) ** (1 / a) if self.live(v, a) else mp.zero for v in t]
         return [v / sum(y) for v in y]
 
-    def hessian(self, t, a):
-        "∂p/∂z."
-        every, p = range(len(t)), self.weights(t, a)
+    def hessian(self, t, a, p):
+        "∂p/∂z, from the weights."
+        every = range(len(t))
         if self.name != "normmax":
-            s = [self.share(v, a, 1) for v in t]
+            s = self.slopes(t, a, p)
             whole = sum(s) or mp.one
             return [[(s[i] * (whole - s[i]) if i == j else -s[i] * s[j]) / whole for j in every]
                     for i in every]
@@ -321,17 +324,41 @@ class Sharing:
         off = lambda k, i: mp.mpf(k == i) - p[i]
         return [[sum(s[k] * off(k, i) * off(k, j) for k in every) for j in every] for i in every]
 
-    def moved(self, f, dz, da=0):
-        "The change of f(t, a) when z and a change, the level along with them."
-        slopes = [self.share(v, self.a, 1) for v in self.t]
-        rise = sum(s * d for s, d in zip(slopes, dz))
-        if da: rise += da * sum(self.share(v, self.a, "a") for v in self.t)
-        dT, step = rise / (sum(slopes) or mp.one), mp.mpf(2) ** -70
-        size = step / (1 + max(abs(d - dT) for d in dz) + abs(da))
-        there = [v + size * (d - dT) for v, d in zip(self.t, dz)]
-        flat = lambda v: [u for row in v for u in row] if isinstance(v[0], list) else v
-        new, old = flat(f(there, self.a + size * da)), flat(f(self.t, self.a))
-        return [(v - w) / size for v, w in zip(new, old)]
+    def slopes(self, t, a, shares):
+        "g′(t), from g(t): for powers of a linear function no second power is taken."
+        if self.name == "ksubsets": return [self.share(v, a, 1) for v in t]
+        if not a: return shares # exp is its own slope
+        if self.name == "entmax": return [g / (1 + a * v) if g else g for v, g in zip(t, shares)]
+        return [(1 + 1 / a) * g / (1 + v) if g else g for v, g in zip(t, shares)]
+
+    def both(self, t, a):
+        "The weights, and after them the Hessian row by row."
+        p = self.weights(t, a)
+        return [*p, *(v for row in self.hessian(t, a, p) for v in row)]
+
+    def moved(self, moves):
+        "The change of `both` for each move of z and a, the level along with them."
+        slopes = self.slopes(self.t, self.a, [self.share(v, self.a) for v in self.t])
+        old, step, tilts = self.both(self.t, self.a), mp.mpf(2) ** -70, None
+        changes = []
+        for dz, da in moves:
+            rise = sum(s * d for s, d in zip(slopes, dz))
+            if da:
+                tilts = tilts or sum(self.share(v, self.a, "a") for v in self.t)
+                rise += da * tilts
+            dT = rise / (sum(slopes) or mp.one)
+            size = step / (1 + max(abs(d - dT) for d in dz) + abs(da))
+            there = [v + size * (d - dT) for v, d in zip(self.t, dz)]
+            new = self.both(there, self.a + size * da)
+            changes.append([(v - w) / size for v, w in zip(new, old)])
+        return changes
+
+    def value_and_weights(self, x):
+        "The value, the weights and the entropy."
+        p = self.weights(self.t, self.a)
+        with mp.workprec(1200): # H may be a difference of nearly equal numbers
+            H = self.entropy(self.weights(self.t, self.a), self.a)
+            return sum(pi * xi for pi, xi in zip(p, x)) + H / self.beta, p, H
 
     def entropy(self, p, a):
         alpha = 1 + a
@@ -341,14 +368,18 @@ class Sharing:
         return (1 - sum(v**alpha for v in p if v)) / (alpha * a)
 
 
-def sparse(name, x, t, beta, alpha=2, k=1, unit=2.0**-53):
+def sharing(name, x, hyper):
+    "The `Sharing` of a Lagrangian with its hyperparameters in the order of its signature."
+    alpha, beta = hyper if len(hyper) == 2 else (mp.mpf(2), *hyper)
+    kind, k = "entmax" if name == "sparsemax" else name, 2 if name == "ksubsets" else 1
+    return Sharing(kind, x, beta, alpha, k)
+
+
+def sparse(at, x, t, unit=2.0**-53):
     "(1/β) max <p, βx> + H(p), as `Ref`."
-    at, every = Sharing(name, x, beta, mp.mpf(alpha), k), range(len(x))
-    p, a = at.weights(at.t, at.a), at.a
-    with mp.workprec(1200): # H may be a difference of nearly equal numbers
-        H = at.entropy(at.weights(at.t, a), a)
-        value = sum(pi * xi for pi, xi in zip(p, x)) + H / beta
-    step = mp.mpf(2) ** -70
+    name, beta, every = at.name, at.beta, range(len(x))
+    value, p, H = at.value_and_weights(x)
+    a, step = at.a, mp.mpf(2) ** -70
     drift = (at.entropy(p, a + step) - at.entropy(p, a)) / step if name != "ksubsets" else mp.zero
     cf = abs(value) + sum(abs(pi * xi) for pi, xi in zip(p, x)) + abs(H / beta)
     cf += abs((1 + a) * drift / beta)
@@ -358,11 +389,10 @@ def sparse(name, x, t, beta, alpha=2, k=1, unit=2.0**-53):
     moves = [([beta * x[j] * (i == j) for i in every], 0) for j in every if at.live(at.t[j], a)]
     moves += [([beta * g for g in near], 0), ([mp.zero] * len(x), 1 + a)]
     if name == "ksubsets": moves.pop()
-    J = [v for row in at.hessian(at.t, a) for v in row]
-    dp = [at.moved(at.weights, *m) for m in moves]
-    dJ = [at.moved(at.hessian, *m) for m in moves]
+    n, J = len(x), at.both(at.t, a)[len(x):]
+    changes = at.moved(moves)
+    dp, dJ = [c[:n] for c in changes], [c[n:] for c in changes]
     cg = [p[i] + sum(abs(d[i]) for d in dp) for i in every]
-    n = len(x)
     size = [abs(J[m]) + sum(abs(d[m]) for d in dJ) for m in range(n * n)]
     # rows of the Hessian sum to 0
     h = [beta * sum(J[i * n + j] * (t[j] - t[i]) for j in every) for i in every]
@@ -389,15 +419,23 @@ def reference(name, x, t, hyper, unit=2.0**-53):
         return repu(x, t, hyper[0] if hyper else mp.mpf(2))
     if name in ("softmax", "ghostmax"):
         return softmax(x, t, *hyper, ghost=name == "ghostmax")
-    if name == "sparsemax": return sparse("entmax", x, t, *hyper, unit=unit)
-    if name == "ksubsets": return sparse(name, x, t, *hyper, k=2, unit=unit)
-    if name in ("entmax", "normmax"): return sparse(name, x, t, hyper[1], hyper[0], unit=unit)
+    if name in SPARSE: return sparse(sharing(name, x, hyper), x, t, unit)
     if name in ("layernorm", "spherical_norm"):
         return norm(x, t, *hyper, unit, center=name == "layernorm")
     psi = dict(
         identity=psi_identity, exp=psi_exp, rexp=psi_rexp, tanh=psi_tanh, sigmoid=psi_sigmoid
     )[name]
     return elementwise(psi, x, t, *(hyper or [mp.one]))
+
+
+def value_and_gradient(name, x, hyper):
+    "The value and the gradient of `reference`, in a list, without what takes it long."
+    if name not in SPARSE:
+        ref = reference(name, x, [mp.zero] * len(x), hyper)
+        return [ref.value[0], *ref.grad]
+    x = [mp.mpf(v) for v in x]
+    value, weights, _ = sharing(name, x, [mp.mpf(v) for v in hyper]).value_and_weights(x)
+    return [value, *weights]
 
 
 def derivative(fn, args, k, rel=2.0**-60):

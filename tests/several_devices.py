@@ -2,12 +2,14 @@
 
 import json
 import os
+import pickle
 import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 
 HERE = Path(__file__).parent
@@ -51,3 +53,10 @@ def exchanged(compiled):
     count = lambda s: int(np.prod([int(n) for n in s.split(",") if n], initial=1))
     sizes = lambda shape: [count(s) for s in re.findall(r"\w\d+\[([\d,]*)\]", shape)]
     return sorted((name, *sizes(shape)) for shape, name in found)
+
+
+def once(path, make, alone):
+    "What `make` gives, as arrays of NumPy: made and left in a file if alone, or read there."
+    path = Path(path).with_suffix(".pickle")
+    if alone: path.write_bytes(pickle.dumps(jax.tree.map(np.asarray, make())))
+    return pickle.loads(path.read_bytes())

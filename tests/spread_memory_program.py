@@ -1,8 +1,8 @@
 """What `test_spread.py` runs in processes of its own: memories on one device, and the same ones
 spread over eight, compared. Prints one line of JSON.
 
-Arguments: a folder with `rows.npy`; and for one of two processes its number, and the address of
-the first.
+Arguments: a folder with `rows.npy`, where one process leaves what one device says; then, for one of
+two processes, its number and the address of the first. These read it.
 """
 import functools as ft
 import json
@@ -11,7 +11,7 @@ import warnings
 
 import jax
 import numpy as np
-from several_devices import exchanged
+from several_devices import exchanged, once
 
 from hamux.memories.arrays import Memory
 from hamux.memories.candidates import settle
@@ -61,20 +61,25 @@ def answers(memory):
     return numbers, things
 
 
-def compare(make, changed):
+def compare(name, make, changed):
     "The largest difference, and whether all else is the same."
-    one, many = make(), make(mesh=mesh)
-    if changed:
-        for memory in (one, many): change(memory)
-    (numbers, things), (others, other_things) = answers(one), answers(many)
+    def asked(**where):
+        memory = make(**where)
+        if changed: change(memory)
+        return answers(memory)
+
+    others, other_things = asked(mesh=mesh)
+    numbers, things = once(f"{folder}/{name}-on-one", asked, alone=not cluster)
     apart = max(float(np.abs(a - b).max()) for a, b in zip(numbers, others))
-    return apart, all(map(np.array_equal, things, other_things))
+    pairs = zip(things, other_things, strict=True)
+    return apart, all(np.array_equal(a, b) for a, b in pairs)
 
 
 def places(**given):
     "The same memory over other axes: the largest difference."
-    one, many = Memory(rows, beta=2.0), Memory(rows, beta=2.0, **given)
-    return float(np.abs(one.energy(x) - many.energy(x)).max())
+    energy = Memory(rows, beta=2.0, **given).energy(x)
+    known = once(f"{folder}/energy", lambda: Memory(rows, beta=2.0).energy(x), not cluster)
+    return float(np.abs(known - energy).max())
 
 
 def travels(K):
@@ -107,7 +112,7 @@ if not cluster: # where they cost less
 many = Memory(rows, mesh=mesh)
 answer = {
     "devices": [jax.device_count(), jax.process_count()],
-    "cases": {name: compare(*case) for name, case in cases.items()},
+    "cases": {name: compare(name, *case) for name, case in cases.items()},
     "one axis of two": places(mesh=grid),
     "both axes": places(mesh=grid, axis=("memories", "batch")),
     "exchanged": [travels(203), travels(16 * 203)],

@@ -1,8 +1,8 @@
 """What `test_sharding.py` runs in processes of its own: a network on one device, and the same one
 with its memories spread over eight, compared. Prints one line of JSON.
 
-Arguments: none for one process with eight devices; or the number of this process of two with four
-devices each, and the address of the first.
+Arguments: a folder, where one process with eight devices leaves what one device gives; then, for
+one of two processes with four devices each, its number and the address of the first. These read it.
 """
 import json
 import sys
@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.tree_util import Partial
-from several_devices import exchanged
+from several_devices import exchanged, once
 
 import hamux as hmx
 from hamux.numerics.streaming import gather_rows, spread_over
 from hamux.synapses.sharding import gather_memories, join_cluster, shard_memories
 
-if len(sys.argv) > 1: join_cluster(sys.argv[2], 2, int(sys.argv[1]), timeout=120)
+folder, *cluster = sys.argv[1:]
+if cluster: join_cluster(cluster[1], 2, int(cluster[0]), timeout=120)
 jax.config.update("jax_enable_x64", True)
 
 K, d, B = 61, 5, 3 # eight devices do not divide 61
@@ -67,17 +68,17 @@ def recalled(ham):
 def learned(ham):
     target = np.ones((B, d))
     compare = lambda xhats, t: ((xhats["v"] - t) ** 2).sum()
-    out = hmx.gradient(ham, compare, xs, targets=target)
+    out = hmx.gradient(ham, compare, xs, targets=target, solver=hmx.Euler(0.5))
     return out.value, parameters(out.grads)
 
 
-def trained(ham):
+def trained(ham, *stages):
     def denoise(ham, batch, key):
         start = {"v": batch, "h": jnp.zeros((len(batch), 4))}
         return ((hmx.descend(ham, start, **steps).xs["v"] - batch) ** 2).mean()
     decay = optax.adamw(1e-2, weight_decay=0.5) # which would take a mask to 0
     with tempfile.TemporaryDirectory() as folder: # each process has its own
-        for steps_so_far in (2, 4): # the second goes on from the file of the first
+        for steps_so_far in stages: # each goes on from the file of the one before
             fit = hmx.fit(
                 ham, denoise, np.tile(xs["v"], (3, 1)), decay, steps=steps_so_far, batch_size=4,
                 key=jax.random.key(0), progress=False, checkpoint=f"{folder}/run",
@@ -93,27 +94,32 @@ def apart(one, many):
     return max(map(difference, jax.tree.leaves(one), jax.tree.leaves(many)))
 
 
-def both(f): return apart(f(plain), f(spread))
+def compared(name, f, many):
+    "The same of what `f` gives for the plain network, here or where it was alone, and of another."
+    return apart(once(f"{folder}/{name}", lambda: f(plain), alone=not cluster), many)
 
 
-def collectives(f, *args):
+def collectives(compiled):
     "Names of what devices exchange, and the most numbers in one of those exchanges."
-    found = exchanged(f.lower(*args).compile())
+    found = exchanged(compiled)
     return sorted({name for name, *_ in found}), max(n for _, *sizes in found for n in sizes)
 
 
-after = trained(spread)
+slope = jax.jit(jax.grad(loss)).lower(spread).compile()
+after = trained(spread, 2, 4)
 memory = after.hypersynapses["m"]
 here = lambda v: np.asarray(v.addressable_shards[0].data)
 answer = {
     "devices": [jax.device_count(), jax.process_count()],
-    "recall": both(recalled),
-    "gradient through descend": both(lambda ham: parameters(jax.grad(loss)(ham))),
-    "gradient": both(learned),
-    "fit": apart(parameters(trained(plain)), parameters(after)),
+    "recall": compared("recall", recalled, recalled(spread)),
+    "gradient through descend": compared(
+        "through", lambda ham: parameters(jax.grad(loss)(ham)), parameters(slope(spread))
+    ),
+    "gradient": compared("gradient", learned, learned(spread)),
+    "fit": compared("fit", lambda ham: parameters(trained(ham, 4)), parameters(after)),
     "masks after fit": bool((here(memory._mask) == here(spread.hypersynapses["m"]._mask)).all()),
     "rows here": memory.Xi.addressable_shards[0].data.shape[0],
-    "exchanged": collectives(jax.jit(jax.grad(loss)), spread),
+    "exchanged": collectives(slope),
     "gathered": bool(eqx.tree_equal(gather_memories(spread), plain)),
     "config": hmx.to_config(spread) == hmx.to_config(plain),
 }

@@ -1,6 +1,7 @@
 """What the site is made with: the documentation of a name, what is mended before Quarto and after
 it, and the check of the result."""
 
+import functools
 import inspect
 import json
 import os
@@ -42,9 +43,13 @@ def test_renderer_is_the_one_that_nbdev_uses():
     assert isinstance(show_doc(hamux.descend, renderer=Reference), Reference)
 
 
+@functools.cache
+def documentation(name): return str(Reference(exported(None, name), name))
+
+
 @pytest.mark.parametrize("name", PUBLIC)
 def test_every_name_is_documented(name):
-    text = str(Reference(exported(None, name), name))
+    text = documentation(name)
     assert not re.search(r"__main__|NoneType|<class|<function|object at 0x|<factory>", text)
     assert f"{{#{name.lower()}" in text
 
@@ -52,8 +57,7 @@ def test_every_name_is_documented(name):
 @pytest.mark.parametrize("name", [n for n in PUBLIC if "." not in n])
 def test_every_parameter_stands_in_the_call(name):
     "A class that holds what only the library can give it shows none"
-    thing = exported(None, name)
-    text = str(Reference(thing, name))
+    thing, text = exported(None, name), documentation(name)
     shown = re.search(r"```python\n(.*?)```", text.split("\n####")[0], re.S)
     if inspect.isclass(thing) and (inspect.isabstract(thing) or issubclass(thing, Exception)):
         return

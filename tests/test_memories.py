@@ -42,8 +42,8 @@ def test_masked_queries_of_a_network():
 
 def test_a_mask_without_an_entry_is_no_mask():
     whole = np.ma.masked_array(PATTERNS, np.zeros_like(HIDDEN))
-    plain = hmx.recall(PATTERNS, PATTERNS[:3], noisy=True)[0]
-    masked = hmx.recall(whole, whole[:3], noisy=True)[0]
+    plain = hmx.recall(PATTERNS, PATTERNS, noisy=True)[0]
+    masked = hmx.recall(whole, whole, noisy=True)[0]
     np.testing.assert_array_equal(plain, masked)
 
 
@@ -104,8 +104,8 @@ def test_magnitudes(unit):
 def test_the_largest_numbers():
     "A mean that overflows as a sum, and the largest number itself"
     top = np.finfo(float).max
-    patterns = np.array([[top, top / 2], [top, -top], [0, top]])
-    answers, out = hmx.recall(patterns, np.where([[1, 0]], patterns[2:], np.nan))
+    patterns = np.array([[top, top / 2, top], [top, -top, -top], [0, top, top / 2]])
+    answers, out = hmx.recall(patterns, np.where([[1, 0, 0]], patterns[2:], np.nan))
     assert out.converged.all()
     np.testing.assert_allclose(answers, patterns[2:], rtol=1e-3)
 
@@ -120,25 +120,25 @@ def test_beta_in_other_units():
             hmx.Memory(NORMAL, beta=beta)
 
 
-STAMPS = np.column_stack([1.76e9 + 60.0 * np.arange(20), NORMAL[:, :5]])
+STAMPS = np.column_stack([1.76e9 + 60.0 * np.arange(20), NORMAL[:, :11]])
 
 
 @pytest.mark.parametrize("x64", [False, True])
 def test_time_stamps_beside_columns_of_order_one(x64):
     "It is said that the others count for nothing; where the stamp is known all come back"
-    said = "differ so much in scale that 5 of 6 count for nothing"
+    said = "differ so much in scale that 11 of 12 count for nothing"
     with jax.enable_x64(x64), pytest.warns(UserWarning, match=said):
-        n, answers, out = right(STAMPS, np.where(np.arange(6) < 1, STAMPS, np.nan))
+        n, answers, out = right(STAMPS, np.where(np.arange(12) < 1, STAMPS, np.nan))
     assert n == 20 and out.converged.all()
 
 
 def test_columns_that_cannot_be_told_apart():
     "Where only what counts for nothing is known, to the last bit, there is no answer"
-    wide = STAMPS * np.array([1e6, 1, 1, 1, 1, 1])
+    wide = STAMPS * np.where(np.arange(12) < 1, 1e6, 1)
     with pytest.warns(UserWarning, match="count for nothing"), pytest.raises(
         ValueError, match="All 20 patterns weigh the same for 3 of 4 queries.*row 1: in float32"
     ):
-        queries = np.where(np.arange(6) > 0, wide[:4], np.nan)
+        queries = np.where(np.arange(12) > 0, wide[:4], np.nan)
         queries[0] = wide[0]
         hmx.recall(wide, queries)
     with pytest.warns(UserWarning, match="Near patterns cannot be told apart in float32.*x64"):
@@ -151,10 +151,10 @@ def test_columns_that_cannot_be_told_apart():
 def test_equal_weights_that_are_an_answer():
     "Copies, a query in the middle, one about which nothing is known, a single pattern"
     for patterns, query in [
-        (np.ones((5, 3)), np.array([[1, np.nan, np.nan]])),
+        (np.ones((3, 3)), np.array([[1, np.nan, np.nan]])),
         (np.eye(3), np.array([[0.5, 0.5, np.nan]])),
-        (np.array([[-1.0, 1], [1, 1]]), np.array([[np.nan, 1]])),
-        (np.array([[-1.0], [1]]), np.array([[np.nan]])),
+        (np.array([[-1.0, 1, 1], [0, 1, 1], [1, 1, 1]]), np.array([[np.nan, 1, 1]])),
+        (np.array([[-1.0] * 3, [0] * 3, [1] * 3]), np.full((1, 3), np.nan)),
         (np.ones((1, 3)), np.full((1, 3), np.nan)),
     ]:
         with warnings.catch_warnings():
@@ -290,7 +290,7 @@ def test_large_banks_end_where_the_whole_network_does(beta):
     "Among few, or in the stream: the same answers as one network of all patterns gives"
     rng = np.random.default_rng(4)
     rows = big_bank(rng)
-    queries = rows[:30] + 0.3 * rng.standard_normal((30, 400)).astype(np.float32)
+    queries = rows[:8] + 0.3 * rng.standard_normal((8, 400)).astype(np.float32)
     memory = hmx.Memory(rows, beta=beta)
     assert rows.size > 2**20 # so that it does not descend as one network
     out = memory.recall(queries, noisy=True, k=3)
@@ -303,7 +303,7 @@ def test_large_banks_end_where_the_whole_network_does(beta):
     np.testing.assert_allclose(out.patterns, answers, atol=2e-3 if beta else 1e-5)
     _, log_sum, _ = weights_by_hand(memory, out.patterns.astype(float), rows.astype(float))
     np.testing.assert_allclose(out.energy, -log_sum / memory.beta, rtol=1e-5, atol=1e-4)
-    if beta is None: np.testing.assert_array_equal(out.ids[:, 0], np.arange(30))
+    if beta is None: np.testing.assert_array_equal(out.ids[:, 0], np.arange(8))
 
 
 def test_a_bank_on_the_disk(tmp_path):
@@ -366,7 +366,7 @@ print("ended")
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's VmSize")
 def test_a_bank_four_times_the_address_space(tmp_path):
     "What may be added is a quarter of the bank; mapping the file fails, the memory does not"
-    command = [sys.executable, "-c", SMALL_SPACE, str(2**23), str(tmp_path / "bank.npy")]
+    command = [sys.executable, "-c", SMALL_SPACE, str(2**22), str(tmp_path / "bank.npy")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.stdout == "ended\n", done.stderr[-2000:]
 
@@ -446,8 +446,8 @@ def test_a_memory_that_refuses_is_as_it_was(change, said):
 
 def test_nothing_to_recall_is_said():
     with pytest.warns(UserWarning, match="nothing unknown, and come back as they are"):
-        out = hmx.recall(NORMAL, NORMAL[:3] + 0.1)
-    np.testing.assert_array_equal(out.patterns, NORMAL[:3] + 0.1)
+        out = hmx.recall(NORMAL, NORMAL + 0.1)
+    np.testing.assert_array_equal(out.patterns, NORMAL + 0.1)
 
 
 def test_p_values_of_exchangeable_queries():
@@ -455,13 +455,13 @@ def test_p_values_of_exchangeable_queries():
     rng = np.random.default_rng(7)
     rates = []
     for _ in range(10):
-        rows = rng.standard_normal((600, 4)) ** 3
-        memory = hmx.Memory(rows[:300], scale="std", beta="likelihood")
-        whole = memory.recall(rows[300:], noisy=True, max_steps=0).p_value
-        partly = memory.recall(np.where(np.arange(4) < 2, rows[300:], np.nan), max_steps=0).p_value
+        rows = rng.standard_normal((500, 4)) ** 3
+        memory = hmx.Memory(rows[:250], scale="std", beta="likelihood")
+        whole = memory.recall(rows[250:], noisy=True, max_steps=0).p_value
+        partly = memory.recall(np.where(np.arange(4) < 2, rows[250:], np.nan), max_steps=0).p_value
         rates.append([[(p <= a).mean() for a in (0.02, 0.1, 0.3)] for p in (whole, partly)])
     rates = np.array(rates)
     error = rates.std(0) / np.sqrt(len(rates))
     assert (rates.mean(0) <= np.array([0.02, 0.1, 0.3]) + 3 * error).all(), rates.mean(0)
     far = memory.recall(np.full((1, 4), 1e3), noisy=True, alpha=0.05)
-    assert far.verdict == ["unknown"] and far.p_value <= 1 / 300 + 1e-6
+    assert far.verdict == ["unknown"] and far.p_value <= 1 / 250 + 1e-6

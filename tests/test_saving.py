@@ -450,7 +450,7 @@ def test_a_flipped_bit_in_a_weight_is_refused(tmp_path):
     save(path, ham)
     with zipfile.ZipFile(path) as archive:
         members = {n: archive.read(n) for n in archive.namelist()}
-    for bit in range(0, 24 * 8, 5): # of 6 numbers of 4 bytes, at the end of their member
+    for bit in range(0, 24 * 8, 17): # of 6 numbers of 4 bytes, at the end of their member
         changed = bytearray(members["0.npy"])
         changed[-24 + bit // 8] ^= 1 << bit % 8
         with zipfile.ZipFile(path, "w") as archive:
@@ -595,16 +595,17 @@ def test_files_of_an_older_version_load(name):
         bits = expected[key].dtype == np.uint16 # a bfloat16
         got = np.asarray(leaf)
         np.testing.assert_array_equal(got.view(np.uint16) if bits else got, expected[key])
-    xs = ham.init_states(key=jax.random.key(0))
-    assert jnp.isfinite(ham.energy(ham.activations(xs), xs))
+    energy = jax.jit(lambda ham, xs: ham.energy(ham.activations(xs), xs))
+    assert jnp.isfinite(energy(ham, ham.init_states(key=jax.random.key(0))))
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in DATA.glob("*.hamux")))
-def test_a_changed_byte_of_an_older_file(name, tmp_path):
+def test_a_changed_byte_of_an_older_file(name, tmp_path, request):
     "Refused, or harmless: what a zip's own checksum shows"
     whole, ham = (DATA / f"{name}.hamux").read_bytes(), load(DATA / f"{name}.hamux")
     rng, refused = np.random.default_rng(0), 0
-    for at, bit in zip(rng.integers(0, len(whole), 40), rng.integers(0, 8, 40)):
+    places = 400 if request.config.getoption("--thorough") else 12
+    for at, bit in zip(rng.integers(0, len(whole), places), rng.integers(0, 8, places)):
         changed = bytearray(whole)
         changed[at] ^= 1 << int(bit)
         (tmp_path / "n").write_bytes(changed)
@@ -612,7 +613,7 @@ def test_a_changed_byte_of_an_older_file(name, tmp_path):
             assert same(load(tmp_path / "n"), ham), (at, bit)
         except FileProblem:
             refused += 1
-    assert refused > 10
+    assert refused > places / 4
 
 
 # what needs more than its name to be read
@@ -671,7 +672,9 @@ def test_files_of_0_3_that_need_more(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["training", "training_validated"])
+@pytest.mark.parametrize(
+    "name", ["training_validated", pytest.param("training", marks=pytest.mark.thorough)]
+)
 def test_a_training_of_0_3_goes_on(name, tmp_path):
     import optax
     A = lambda seed, *shape: np.random.RandomState(seed).standard_normal(shape).astype(np.float32)

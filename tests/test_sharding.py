@@ -31,12 +31,9 @@ def check(answer, processes):
 
 
 @pytest.mark.slow
-def test_eight_devices_are_one(): check(said(start(PROGRAM, 8)), processes=1)
-
-
-@pytest.mark.slow
-def test_two_processes_of_four_devices_are_one():
-    for answer in said_by_two(PROGRAM): check(answer, processes=2)
+def test_eight_devices_are_one_in_one_process_or_two(tmp_path):
+    check(said(start(PROGRAM, 8, tmp_path)), processes=1)
+    for answer in said_by_two(PROGRAM, tmp_path): check(answer, processes=2)
 
 
 # --- on the devices that are here -----------------------------------------------------------------

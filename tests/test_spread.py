@@ -37,11 +37,8 @@ def check(answer, processes):
 
 
 @pytest.mark.slow
-def test_eight_devices_are_one(folder): check(said(start(PROGRAM, 8, folder)), processes=1)
-
-
-@pytest.mark.slow
-def test_two_processes_of_four_devices_are_one(folder):
+def test_eight_devices_are_one_in_one_process_or_two(folder):
+    check(said(start(PROGRAM, 8, folder)), processes=1)
     for answer in said_by_two(PROGRAM, folder): check(answer, processes=2)
 
 

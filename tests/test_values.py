@@ -47,19 +47,20 @@ def network():
 
 @ft.cache
 def things():
-    "A thing of every kind, by name."
-    ham, key = network(), jr.key(1)
-    xs = ham.init_states(key=key)
-    loss = hmx.denoising_loss("x", max_steps=5)
+    "A thing of every kind, by name; the results are those of a network that is soon compiled."
+    key, layers = jr.key(1), {"x": hmx.TanhLayer(3, beta=2.0), "h": hmx.IdentityLayer(4)}
+    ham = hmx.build(layers, {"W": hmx.LinearSynapse.lazy()}, [(("x", "h"), "W")], key=key)
+    xs, steps = ham.init_states(key=key), dict(solver=hmx.Euler(0.5), max_steps=5)
+    loss = hmx.denoising_loss("x", **steps)
     images = jr.normal(key, (4, 3))
     how = dict(steps=2, batch_size=2, key=key, progress=False)
     bits = hmx.DiscreteHopfield(hmx.hebbian(jnp.array([[1, -1, 1], [1, 1, -1]])))
     return {
-        "network": ham,
-        "batches": ham.vectorize(),
-        "Descent": hmx.descend(ham, xs, max_steps=5, trace=hmx.Trace(states=True)),
+        "network": network(),
+        "batches": network().vectorize(),
+        "Descent": hmx.descend(ham, xs, **steps, trace=hmx.Trace(states=True)),
         "Flow": hmx.flow(ham, xs, 0.5),
-        "Gradient": hmx.gradient(ham, lambda xhats: xhats["x"].sum(), xs, max_steps=5),
+        "Gradient": hmx.gradient(ham, lambda xhats: xhats["x"].sum(), xs, **steps),
         "Fit": hmx.fit(ham, loss, images, optax.adam(1e-2), validation=images, **how),
         "Stability": hmx.stability(ham, xs),
         "BitRecall": hmx.recall_bits(bits, jnp.array([1, 1, 1])),
