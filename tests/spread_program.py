@@ -68,7 +68,7 @@ def recalled(ham):
 def learned(ham):
     target = np.ones((B, d))
     compare = lambda xhats, t: ((xhats["v"] - t) ** 2).sum()
-    out = hmx.gradient(ham, compare, xs, targets=target, solver=hmx.Euler(0.5))
+    out = hmx.gradient(ham, compare, xs, targets=target)
     return out.value, parameters(out.grads)
 
 
