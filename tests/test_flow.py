@@ -213,7 +213,13 @@ def test_a_clamped_problem_has_the_closed_form_of_the_free_part():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "layer", [SoftmaxLayer(5, beta=3.0), LayerNormLayer(5), LayerNormLayer((2, 5))]
+    "layer",
+    [
+        SoftmaxLayer(5, beta=3.0),
+        LayerNormLayer((2, 5)),
+        pytest.param(LayerNormLayer(5), marks=pytest.mark.thorough), # one row of the same
+    ],
+    ids=["softmax", "two rows of layer norm", "layer norm"],
 )
 def test_the_energy_falls_also_where_a_mask_cuts_a_competition(layer):
     "40 networks each: along the flow of the free states no saved energy is above the one before"
