@@ -316,7 +316,7 @@ def test_records_with_every_adjoint(adjoint):
     ham = memory()
     xs = ham.init_states(key=jr.PRNGKey(7))
     watch = Trace(parts=True, functions={"first": lambda xs: xs["v"][0]})
-    def loss(ham, trace):
+    def loss(ham, trace, adjoint=adjoint):
         out = descend(
             ham, xs, solver=Euler(0.5), rtol=0.0, atol=1e-11, adjoint=adjoint, trace=trace
         )
@@ -331,7 +331,7 @@ def test_records_with_every_adjoint(adjoint):
     W = ham.hypersynapses["w"].W
     i, j = np.unravel_index(np.argmax(abs(slope.hypersynapses["w"].W)), W.shape)
     at = lambda d: loss(
-        HAM(dict(ham.neurons), {"w": LinearSynapse(W.at[i, j].add(d))}, ham.connections), False
+        HAM(dict(ham.neurons), {"w": LinearSynapse(W.at[i, j].add(d))}, ham.connections), False, "checkpointed"
     )[0]
     close(slope.hypersynapses["w"].W[i, j], (at(h) - at(-h)) / (2 * h), 1e-5)
 
