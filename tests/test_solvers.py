@@ -330,9 +330,9 @@ def test_records_with_every_adjoint(adjoint):
     h = 1e-5
     W = ham.hypersynapses["w"].W
     i, j = np.unravel_index(np.argmax(abs(slope.hypersynapses["w"].W)), W.shape)
-    at = lambda d: loss(
-        HAM(dict(ham.neurons), {"w": LinearSynapse(W.at[i, j].add(d))}, ham.connections), False, "checkpointed"
-    )[0]
+    def at(d):
+        near = {"w": LinearSynapse(W.at[i, j].add(d))}
+        return loss(HAM(dict(ham.neurons), near, ham.connections), False, "checkpointed")[0]
     close(slope.hypersynapses["w"].W[i, j], (at(h) - at(-h)) / (2 * h), 1e-5)
 
 
