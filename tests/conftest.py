@@ -1,11 +1,14 @@
 """What takes long, tests/thorough and tests marked `thorough`, is run when pytest is given
 --thorough."""
 
+import gc
 import time
 from pathlib import Path
 
 import jax
 import pytest
+
+gc.set_threshold(100_000, 20, 50) # tracing makes many small objects, and throws few away
 
 THOROUGH = Path(__file__).parent / "thorough"
 

@@ -164,16 +164,16 @@ def test_a_mask_through_a_saturated_softmax_is_not_rest(solver):
 
 
 @GUARDED
-@pytest.mark.parametrize("under_jit", [False, True])
-def test_a_mask_that_holds_nothing_is_no_mask(solver, under_jit):
+def test_a_mask_that_holds_nothing_is_no_mask(solver):
     "A layer norm far out is flat: along ∂E/∂x nothing moves, along ∂E/∂x̂ it does."
     ham = hmx.HAM([hmx.LayerNormLayer(2, leak=False)], [lambda x: (x[0] - 1) ** 2], [([0], 0)])
     start = {0: jnp.array([0, 1e5], jnp.float32)}
-    descend = lambda clamp: hmx.descend(ham, start, solver=solver, clamp=clamp)
-    if under_jit: descend = lambda clamp, f=descend: jax.jit(lambda: f(clamp))()
-    held, free = descend({0: np.zeros(2, bool)}), descend(None)
-    assert held.code == free.code == CONVERGED
-    assert hmx.LayerNormLayer(2).activations(held.xs[0])[0] > 0.99
+    free = lambda xs, clamp=None: hmx.descend(ham, xs, solver=solver, clamp=clamp)
+    held = lambda xs: free(xs, {0: np.zeros(2, bool)})
+    for descend in (free, held, jax.jit(held)):
+        out = descend(start)
+        x = np.asarray(out.xs[0])
+        assert out.code == CONVERGED and (x[0] - x[1]) / x.std() > 1.98
 
 
 @pytest.mark.parametrize("x0", [1.0, 1.1, 2.0, 5.0])

@@ -114,7 +114,7 @@ def test_nonlinear_trajectory_is_that_of_scipy_and_its_energy_falls():
     shapes = {n: x.shape for n, x in xs.items()}
     def unflat(v):
         parts = np.split(v, np.cumsum([math.prod(s) for s in shapes.values()])[:-1])
-        return {n: jnp.asarray(p.reshape(s)) for (n, s), p in zip(shapes.items(), parts)}
+        return {n: p.reshape(s) for (n, s), p in zip(shapes.items(), parts, strict=True)}
     ref = solve_ivp(
         lambda t, v: flat(field(unflat(v))),
         (0, 4),
@@ -169,32 +169,27 @@ def test_rest_is_the_fixed_point_and_the_rest_of_the_times_is_nan():
 
 def test_clamped_elements_keep_their_bits_and_rows_are_alone():
     ham, xs = mixed(2), start(mixed(2), bs=4)
-    xs[0] = xs[0].at[0, 0, 0].set(-0.0)
-    mask = jr.bernoulli(jr.PRNGKey(9), 0.4, (4, 2, 3)).at[0, 0, 0].set(True)
-    saveat = jnp.linspace(0.0, 5.0, 7)
-    out = flow(ham.vectorize(), xs, 5.0, clamp={0: mask, 1: True}, saveat=saveat, steady=True)
+    xs, mask = jax.device_get((xs, jr.bernoulli(jr.PRNGKey(9), 0.4, (4, 2, 3))))
+    mask, xs[0] = mask.copy(), xs[0].copy()
+    mask[0, 0, 0], xs[0][0, 0, 0] = True, -0.0
+    def run(rows):
+        begin = {n: jnp.asarray(x[rows]) for n, x in xs.items()}
+        clamp, saveat = {0: jnp.asarray(mask[rows]), 1: True}, np.linspace(0.0, 5.0, 7)
+        out = flow(ham.vectorize(), begin, 5.0, clamp=clamp, saveat=saveat, steady=True)
+        return jax.device_get(out)
+    out = run(np.arange(4))
     for i in range(4):
         for t in range(7):
             if not np.isnan(out.ts[i, t]):
-                assert same_bits(
-                    np.asarray(out.xs[0][i, t])[mask[i]], np.asarray(xs[0][i])[mask[i]]
-                ) and same_bits(out.xs[1][i, t], xs[1][i])
-        assert same_bits(
-            np.asarray(out.x1[0][i])[mask[i]], np.asarray(xs[0][i])[mask[i]]
-        ) and same_bits(out.x1[1][i], xs[1][i])
-        only = np.full(4, i)  # the row beside none but itself, in the same program
-        alone = flow(
-            ham.vectorize(),
-            {n: np.asarray(x)[only] for n, x in xs.items()},
-            5.0,
-            clamp={0: np.asarray(mask)[only], 1: True},
-            saveat=saveat,
-            steady=True,
-        )
+                assert same_bits(out.xs[0][i, t][mask[i]], xs[0][i][mask[i]])
+                assert same_bits(out.xs[1][i, t], xs[1][i])
+        assert same_bits(out.x1[0][i][mask[i]], xs[0][i][mask[i]])
+        assert same_bits(out.x1[1][i], xs[1][i])
+        alone = run(np.full(4, i))  # the row beside none but itself, in the same program
         for n in xs: close(out.xs[n][i], alone.xs[n][0], rtol=1e-10, atol=1e-12)
         close(out.energies[i], alone.energies[0], rtol=1e-10)
         assert out.steps[i] == alone.steps[0] and out.code[i] == alone.code[0]
-    assert not np.array_equal(np.asarray(out.x1[0])[~mask], np.asarray(xs[0])[~mask])
+    assert not np.array_equal(out.x1[0][~mask], xs[0][~mask])
 
 
 def test_a_clamped_problem_has_the_closed_form_of_the_free_part():
@@ -213,7 +208,13 @@ def test_a_clamped_problem_has_the_closed_form_of_the_free_part():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "layer", [SoftmaxLayer(5, beta=3.0), LayerNormLayer(5), LayerNormLayer((2, 5))]
+    "layer",
+    [
+        SoftmaxLayer(5, beta=3.0),
+        LayerNormLayer((2, 5)),
+        pytest.param(LayerNormLayer(5), marks=pytest.mark.thorough), # one row of the same
+    ],
+    ids=["softmax", "two rows of layer norm", "layer norm"],
 )
 def test_the_energy_falls_also_where_a_mask_cuts_a_competition(layer):
     "40 networks each: along the flow of the free states no saved energy is above the one before"
@@ -256,12 +257,12 @@ def test_gradients_against_finite_differences():
             ham, {**xs, "v": v}, t1, clamp=mask, saveat=[0.5, 1.0], stepsize_controller=tight
         )
         return sum((x**3).sum() for x in out.x1.values()) + out.energies[1] * out.xs["h"][0, 1]
-    at = (W, xs["v"], jnp.asarray(0.7), jnp.asarray(1.5))
-    grads, value = jax.jit(jax.grad(loss, (0, 1, 2, 3)))(*at), jax.jit(loss)
-    for i, g in enumerate(grads):
+    at = (W, xs["v"], jnp.array(0.7, float), jnp.array(1.5, float)) # one program for all
+    both = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))
+    for i, g in enumerate(both(*at)[1]):
         d = jr.normal(jr.PRNGKey(i), at[i].shape)
         shifted = [
-            value(*(v + s * 1e-5 * d if j == i else v for j, v in enumerate(at))) for s in (1, -1)
+            both(*(v + s * 1e-5 * d if j == i else v for j, v in enumerate(at)))[0] for s in (1, -1)
         ]
         close((g * d).sum(), (shifted[0] - shifted[1]) / 2e-5, rtol=1e-5)
 

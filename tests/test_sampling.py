@@ -55,7 +55,13 @@ def all_states(ham):
     parts = {n: np.asarray(all_corners(corner_law(layer))) for n, layer in ham.neurons.items()}
     index = np.array(list(itertools.product(*(range(len(p)) for p in parts.values()))))
     xhats = {n: jnp.asarray(p[index[:, i]]) for i, (n, p) in enumerate(parts.items())}
-    return xhats, -np.asarray(sum(ham.vectorize().connection_energies(xhats)), float)
+    energy = jax.jit(lambda xhats: sum(ham.vectorize().connection_energies(xhats)))
+    return xhats, -np.asarray(energy(xhats), float)
+
+
+def begin(ham, rows):
+    "Activations of a batch at its initial states"
+    return jax.jit(lambda: ham.activations(ham.init_states(rows)))()
 
 
 def rows(xhats):
@@ -68,7 +74,7 @@ def test_gibbs_meets_every_corner_as_often_as_it_should(name):
     many, (xhats, high) = ham.vectorize(), all_states(ham)
     p = np.exp((high - high.max()) / T)
     p /= p.sum()
-    start = many.activations(many.init_states(300))
+    start = begin(many, 300)
     out = hmx.sample(many, start, hmx.Gibbs(T), draws=200, warmup=30, key=jr.key(1))
     place = {tuple(row): i for i, row in enumerate(rows(xhats))}
     drawn = rows({n: v.reshape(-1, *v.shape[2:]) for n, v in out.xhats.items()})
@@ -111,7 +117,7 @@ def test_a_clamp_conditions():
     many, (xhats, high) = ham.vectorize(), all_states(ham)
     given = {"v": jnp.array([1.0, 0, 0, 1]), "h": jnp.array([1.0, -1.0, 0.0])}
     held = {"v": True, "h": jnp.array([True, True, False])}
-    start = many.activations(many.init_states(200))
+    start = begin(many, 200)
     start |= {n: jnp.broadcast_to(x, (200, *x.shape)) for n, x in given.items()}
     out = hmx.sample(many, start, hmx.Gibbs(), clamp=held, draws=100, keep=tuple(ham.neurons),
                      key=jr.key(2))
@@ -175,7 +181,7 @@ def test_a_swap_keeps_every_law():
     "Two levels of one unit: both marginals, of which the second is not drawn, by its swaps"
     ham = hmx.HAM({"s": hmx.SigmoidLayer(1)}, {"b": hmx.BiasSynapse(jnp.array([2.0]))},
                   [(("s",), "b")]).vectorize()
-    start = ham.activations(ham.init_states(500))
+    start = begin(ham, 500)
     levels = (0.5, 4.0)
     out = hmx.sample(ham, start, hmx.tempering(hmx.Gibbs(), levels), draws=200, key=jr.key(6))
     cold, hot = (1 / (1 + np.exp(-2 / T)) for T in levels)

@@ -101,18 +101,21 @@ def run(ham, xs, solver, max_steps=400):
     size = lambda ham: lambda xs: sum(
         abs((x * xs[n]).sum()) for n, x in ham.activations(xs).items()
     )
-    go = lambda ham, xs: descend(
-        ham,
-        xs,
-        solver=solver,
-        max_steps=max_steps,
-        trace=Trace(parts=True, functions={"size": size(ham)}),
-    )
+    def go(ham, xs):
+        out = descend(
+            ham,
+            xs,
+            solver=solver,
+            max_steps=max_steps,
+            trace=Trace(parts=True, functions={"size": size(ham)}),
+        )
+        return out, ham.dEdact(ham.activations(out.xs), out.xs)
     return jax.jit(jax.vmap(go))(ham, xs)
 
 
-def examine(ham, xs, out):
-    "What must hold of every descent of a guarded solver."
+def examine(ham, out, again):
+    "What must hold of every descent of a guarded solver; `again` is its gradient, computed anew."
+    xs, again = jax.device_get((out.xs, again))
     E, eps = np.asarray(out.energies, float), float(jnp.finfo(out.energies.dtype).eps)
     parts = sum(
         abs(np.asarray(v, float)) for v in jtu.tree_leaves(out.records["parts"])
@@ -122,24 +125,22 @@ def examine(ham, xs, out):
     with np.errstate(invalid="ignore"):
         assert not (E[:, 1:] > lowest[:, :-1] + allowed[:, 1:]).any()
     assert not np.any(out.rises)
-    code, again = np.asarray(out.code), jax.vmap(
-        lambda ham, xs: ham.dEdact(ham.activations(xs), xs)
-    )(ham, out.xs)
-    # the gradient is small, computed anew: all of it where the layer leaks
+    code = np.asarray(out.code)
+    # the gradient is small: all of it where the layer leaks
     for i in np.flatnonzero(code == CONVERGED):
         for n, layer in ham.neurons.items():
             if layer.leak:
                 assert (
-                    abs(again[n][i]).max() <= 3e-5 * (1 + abs(out.xs[n][i]).max())
+                    abs(again[n][i]).max() <= 3e-5 * (1 + abs(xs[n][i]).max())
                     if eps > 1e-10
-                    else 1e-9 * (1 + abs(out.xs[n][i]).max())
+                    else 1e-9 * (1 + abs(xs[n][i]).max())
                 )
     assert np.all(np.asarray(out.steps)[code == MAX_STEPS] == out.energies.shape[1] - 1)
     # far below where it began, far beyond any state of its scale
     for i in np.flatnonzero(code == UNBOUNDED):
         assert (
             np.nanmin(E[i]) < E[i, 0]
-            and max(abs(np.asarray(x[i])).max() for x in out.xs.values()) > 1e3
+            and max(abs(x[i]).max() for x in xs.values()) > 1e3
         )
     for i in np.flatnonzero(code == NONFINITE): assert not np.isfinite(E[i, 0])
     return np.bincount(code, minlength=7)
@@ -153,7 +154,7 @@ def examine(ham, xs, out):
 def test_no_rise_and_a_true_reason(seed, solver):
     ham = papers(seed) if seed % 4 == 0 else network(seed + 1000)[0]
     ham, xs = many(ham, seed)
-    counts = examine(ham, xs, run(ham, xs, solver))
+    counts = examine(ham, *run(ham, xs, solver))
     print(
         dict(
             zip(
@@ -190,7 +191,9 @@ def test_no_rise_in_narrow_dtypes_whatever_the_first_step(solver, dtype):
         )
         out = descend(ham, {"v": x, "h": jnp.zeros(5, dtype)}, solver=solver, max_steps=150)
         return out.energies, out.rises, out.code, out.xs
-    E, rises, code, xs = jax.vmap(one)(W.astype(dtype), jr.normal(jr.PRNGKey(1), (24, 6), dtype))
+    E, rises, code, xs = jax.jit(jax.vmap(one))(
+        W.astype(dtype), jr.normal(jr.PRNGKey(1), (24, 6), dtype)
+    )
     assert (
         not rises.any()
         and set(code.tolist()) <= {CONVERGED, MAX_STEPS, STUCK}
@@ -233,7 +236,7 @@ def test_a_mask_through_a_softmax_does_not_climb(solver):
             )
         )(out.xs["h"])
         return out.xs["h"], out.rises, out.residual, free
-    end, rises, residual, free = jax.vmap(one)(W, x, h)
+    end, rises, residual, free = jax.jit(jax.vmap(one))(W, x, h)
     assert not rises.any() and np.array_equal(np.asarray(end)[:, mask], h[:, mask])
     # what the residual measures
     assert np.all(abs(np.asarray(free))[:, ~mask].max(1) <= np.asarray(residual) + 1e-9)
@@ -247,13 +250,12 @@ def test_tokens_without_leak_converge_where_their_activations_rest():
     )
     out = descend(ham, ham.init_states(key=jr.PRNGKey(3)), max_steps=500, rtol=1e-8, atol=1e-8)
     assert out.converged and out.rises == 0
-    pull = jax.vjp(ham.neurons["t"].activations, out.xs["t"])[1](
-        ham.dEdact(out.xhats, out.xs)["t"]
-    )[0]
-    assert (
-        abs(pull).max() * abs(out.xs["t"]).max()
-        < 1e-6 * abs(ham.dEdact(out.xhats, out.xs)["t"]).max() * 10
-    )
+    @jax.jit
+    def pulled(xhats, xs):
+        slope = ham.dEdact(xhats, xs)["t"]
+        return slope, jax.vjp(ham.neurons["t"].activations, xs["t"])[1](slope)[0]
+    slope, pull = map(np.asarray, pulled(out.xhats, out.xs))
+    assert abs(pull).max() * abs(out.xs["t"]).max() < 1e-6 * abs(slope).max() * 10
 
 
 # --------------------------------------------------------------------------------------------------
@@ -292,12 +294,15 @@ def test_schedules_of_the_step_and_of_beta_are_the_loop_by_hand():
     ham, dt, beta = memory(jnp.array(2.0)), lambda k: 0.3 / (1 + k), lambda k: 0.5 + k / 10
     xs = ham.init_states(key=jr.PRNGKey(6))
     out = descend(ham, xs, solver=Euler(dt), anneal={"h": beta}, max_steps=7)
+    @jax.jit
+    def step(now, xs, dt):
+        E, g = now.dEdact(now.activations(xs), xs, return_energy=True)
+        return E, {n: x - dt / now.neurons[n].tau * g[n] for n, x in xs.items()}
     energies = []
     for k in range(8):
-        now = memory(beta(k))
-        E, g = now.dEdact(now.activations(xs), xs, return_energy=True)
+        E, after = step(memory(jnp.array(beta(k))), xs, dt(k))
         energies.append(E)
-        if k < 7: xs = {n: x - dt(k) / now.neurons[n].tau * g[n] for n, x in xs.items()}
+        if k < 7: xs = after
     close(out.energies, energies, 1e-12)
     close(out.xs["v"], xs["v"], 1e-12)
 
@@ -311,13 +316,13 @@ def test_records_with_every_adjoint(adjoint):
     ham = memory()
     xs = ham.init_states(key=jr.PRNGKey(7))
     watch = Trace(parts=True, functions={"first": lambda xs: xs["v"][0]})
-    def loss(ham, trace):
+    def loss(ham, trace, adjoint=adjoint):
         out = descend(
             ham, xs, solver=Euler(0.5), rtol=0.0, atol=1e-11, adjoint=adjoint, trace=trace
         )
         return out.xs["v"] @ jnp.arange(10.0) + out.energy, out
-    slope, out = jax.grad(loss, has_aux=True)(ham, watch)
-    plain, _ = jax.grad(loss, has_aux=True)(ham, False)
+    both = jax.jit(lambda ham: [jax.grad(loss, has_aux=True)(ham, t) for t in (watch, False)])
+    (slope, out), (plain, _) = both(ham)
     close(slope.hypersynapses["w"].W, plain.hypersynapses["w"].W, 1e-12)
     k = int(out.steps)
     close(sum(jtu.tree_leaves(out.records["parts"]))[:k + 1], out.energies[:k + 1], 1e-12)
@@ -325,9 +330,9 @@ def test_records_with_every_adjoint(adjoint):
     h = 1e-5
     W = ham.hypersynapses["w"].W
     i, j = np.unravel_index(np.argmax(abs(slope.hypersynapses["w"].W)), W.shape)
-    at = lambda d: loss(
-        HAM(dict(ham.neurons), {"w": LinearSynapse(W.at[i, j].add(d))}, ham.connections), False
-    )[0]
+    def at(d):
+        near = {"w": LinearSynapse(W.at[i, j].add(d))}
+        return loss(HAM(dict(ham.neurons), near, ham.connections), False, "checkpointed")[0]
     close(slope.hypersynapses["w"].W[i, j], (at(h) - at(-h)) / (2 * h), 1e-5)
 
 
@@ -431,8 +436,7 @@ def test_the_default_solver_has_the_gradient_of_the_fixed_point():
     ham = memory()
     xs = ham.init_states(key=jr.PRNGKey(11))
     loss = lambda ham, adjoint: descend(ham, xs, adjoint=adjoint).xs["v"] @ jnp.arange(10.0)
-    steps, implicit = (
-        jax.grad(loss)(ham, adjoint).hypersynapses["w"].W
-        for adjoint in (optx.RecursiveCheckpointAdjoint(), optx.ImplicitAdjoint())
-    )
+    adjoints = optx.RecursiveCheckpointAdjoint(), optx.ImplicitAdjoint()
+    both = jax.jit(lambda ham: [jax.grad(loss)(ham, a).hypersynapses["w"].W for a in adjoints])
+    steps, implicit = both(ham)
     close(steps, implicit, 1e-7, 1e-7 * float(abs(implicit).max()))
