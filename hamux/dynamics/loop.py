@@ -32,7 +32,7 @@ from hamux.dynamics.results import (
     STUCK,
     UNBOUNDED,
 )
-from .solver import AbstractSolver, Move, at_step, rounding
+from .solver import AbstractSolver, Move, at_step, empty_point, rounding
 from ..lagrangians.facts import facts_of, with_setting
 from ..network.hypergraph import HAM
 from ..network.parameters import seal, unseal
@@ -218,7 +218,7 @@ def first_rows(
 ) -> Rows:
     "The rows before the first evaluation."
     xs = {n: setup.start[n] for n in setup.free}
-    E = jax.eval_shape(lambda xs: setup.over(lambda p, _, x: p.evaluate(x).energy, 0, xs), xs)
+    E = jax.eval_shape(lambda xs: setup.over(lambda p, _, x: empty_point(p, x).energy, 0, xs), xs)
     zero, nan = jnp.zeros(E.shape, jnp.int32), jnp.full(E.shape, jnp.nan, E.dtype)
     r = jnp.full(E.shape, jnp.nan, jnp.result_type(*xs.values()))
     solver = setup.over(lambda p, _, x: setup.solver.init(p, x), 0, xs)
@@ -235,12 +235,11 @@ def empty_records(
     "Room for what will be recorded."
     if setup.trace is None: return None
     xs = {n: setup.start[n] for n in setup.free}
-    def values(xs):
-        return setup.over(
-            lambda p, _, x: (p.evaluate(x).energy, setup.trace.values(p, p.evaluate(x))), 0, xs
-        )
+    def of_one(problem, _, x):
+        point = dataclasses.replace(empty_point(problem, x), xs=x)
+        return point.energy, setup.trace.values(problem, point)
 
-    E, parts = jax.eval_shape(values, xs)
+    E, parts = jax.eval_shape(lambda xs: setup.over(of_one, 0, xs), xs)
     room = lambda v, n: jnp.full((n, *v.shape), _void(v.dtype), v.dtype)
     slots = setup.max_steps // setup.trace.every + 1
     return room(E, setup.max_steps + 1), jtu.tree_map(lambda v: room(v, slots), parts)

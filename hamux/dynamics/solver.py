@@ -10,6 +10,7 @@ __all__ = ['Move', 'AbstractSolver', 'check_setting', 'at_step', 'plain_step', '
 
 # %% ../../nbs/api/dynamics/solver.ipynb #641e5c3b
 import abc
+import functools
 import math
 import numbers
 from typing import Any, ClassVar
@@ -182,12 +183,30 @@ def lowers(
     return fine & jnp.isfinite(new.energy) & jnp.isfinite(new.size) & jnp.isfinite(both)
 
 # %% ../../nbs/api/dynamics/solver.ipynb #9b7db4af
+def _shape(leaf):
+    "The shape and dtype of an array; anything else as it is."
+    if not eqx.is_array(leaf): return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=getattr(leaf, "weak_type", False))
+
+
+@functools.lru_cache(256)
+def _shapes(tree, leaves, default):
+    "The shapes of a point, from those of a problem and its states."
+    problem, xs = tree.unflatten(leaves)
+    arrays, rest = eqx.partition((problem, xs), lambda v: isinstance(v, jax.ShapeDtypeStruct))
+    def look(arrays):
+        problem, xs = eqx.combine(arrays, rest)
+        return problem.evaluate(xs)
+    return jax.eval_shape(look, arrays)
+
+
 def empty_point(
     problem: Problem, # the energy of the free states
     xs: dict, # the free states
 ) -> Point: # of zeros
-    "A point to hold before the first evaluation."
-    shapes = jax.eval_shape(problem.evaluate, xs)
+    "A point to hold before the first evaluation, found once for each structure of a problem."
+    leaves, tree = jtu.tree_flatten((problem, xs))
+    shapes = _shapes(tree, tuple(map(_shape, leaves)), jnp.result_type(float))
     return jtu.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
