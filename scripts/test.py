@@ -156,7 +156,9 @@ def compare_by_numpy() -> None:
         is_key = jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
         return value if is_key else np.asarray(value)
 
-    def through(compare): return lambda a, b, **more: compare(plain(a), plain(b), **more)
+    def through(compare):
+        return lambda a, b, *eps, **named: compare(plain(a), plain(b), *eps, **named)
+
     fastcore.test.is_close = through(fastcore.test.is_close)
     fastcore.test.equals = fastcore.imports.equals = through(fastcore.imports.equals)
 
