@@ -35,6 +35,7 @@ LONG_PAGES = {
     "06_two_directions",
     "07_three_gradients",
     "08_completing_digits",
+    "10_sparse_memories",
 }
 Outcome = tuple[str, bool | int]  # what was checked; whether it passed, or how many did
 
