@@ -3,6 +3,7 @@
 
 import argparse
 import filecmp
+import gc
 import multiprocessing
 import os
 import re
@@ -22,7 +23,20 @@ from fastcore.nbio import write_nb
 from text_pages import read_page, text_pages
 
 ROOT = Path(__file__).resolve().parent.parent
-PLAIN_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+PLAIN_FLAGS = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_parallel_codegen_split_count=1" # small programs are not worth dividing
+)
+# a third more to compile, a tenth to run: for the pages whose programs run as long as they compile
+FASTER_FLAGS = PLAIN_FLAGS.replace("level=0", "level=1")
+LONG_PAGES = {
+    "04_discrete_memories",
+    "05_denoising_memory",
+    "06_two_directions",
+    "07_three_gradients",
+    "08_completing_digits",
+    "10_sparse_memories",
+}
 Outcome = tuple[str, bool | int]  # what was checked; whether it passed, or how many did
 
 
@@ -131,14 +145,36 @@ def run_notebook(path: Path) -> tuple[bool, float]:
         jax.clear_caches() # or what an open notebook compiled is kept
 
 
+def compare_by_numpy() -> None:
+    "Let fastcore compare arrays as NumPy's: JAX would compile each comparison of each shape"
+    import fastcore.imports
+    import fastcore.test
+    import jax
+    import numpy as np
+
+    def plain(value):
+        if not isinstance(value, jax.Array): return value
+        is_key = jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
+        return value if is_key else np.asarray(value)
+
+    def through(compare):
+        return lambda a, b, *eps, **named: compare(plain(a), plain(b), *eps, **named)
+
+    fastcore.test.is_close = through(fastcore.test.is_close)
+    fastcore.test.equals = fastcore.imports.equals = through(fastcore.imports.equals)
+
+
 def computes(page: Path) -> bool:
-    "Whether a page takes longer to run than to compile: those that come in two sizes do"
-    return "HAMUX_FULL" in page.read_text(encoding="utf-8")
+    "Whether the programs of a page run as long as they compile"
+    return page.stem in LONG_PAGES
 
 
 def run_several(paths: list[Path]) -> list[tuple[bool, float]]:
     "Run notebooks one after the other"
-    if any(map(computes, paths)): os.environ["XLA_FLAGS"] = ""
+    gc.set_threshold(200_000, 50, 100) # tracing makes many small objects, and hardly a cycle
+    if any(map(computes, paths)):
+        os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace(PLAIN_FLAGS, FASTER_FLAGS)
+    compare_by_numpy()
     results = []
     for path in paths:
         try:
@@ -152,14 +188,19 @@ def run_several(paths: list[Path]) -> list[tuple[bool, float]]:
     return results
 
 
+def dealt(paths: list[Path], count: int) -> list[list[Path]]:
+    "The paths in so many parts of one size, or fewer"
+    return [part for part in (paths[i::count] for i in range(count)) if part]
+
+
 def run_notebooks(options) -> Iterator[Outcome]:
-    "Every cell of every notebook runs, some five notebooks in a process; first what computes"
+    "Every cell of every notebook runs, several notebooks in a process; first what computes"
     paths = [p for p in notebooks() if not options.k or options.k in p.as_posix()]
     if not paths and not options.k: raise RuntimeError("there is no notebook under nbs/")
     long = [p for p in paths if computes(p)]
     short = [p for p in paths if p not in long]
-    count = max(options.workers, len(short) // 5)
-    parts = [[p] for p in long] + [part for part in (short[i::count] for i in range(count)) if part]
+    parts = dealt(long, max(options.workers, len(long) // 2))
+    parts += dealt(short, max(options.workers, len(short) // 8))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.workers, mp_context=context, max_tasks_per_child=1) as pool:
         runs = {pool.submit(run_several, part): part for part in parts}

@@ -50,11 +50,15 @@ def _image_shape(row):
 
 def _draw_image(ax, image, cmap, low, high):
     "One image, its unknown pixels hatched."
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
     ax.imshow(image, cmap=cmap, vmin=low, vmax=high)
     hatched = dict(facecolor="#e8eefc", edgecolor="#7088c0", hatch="////", lw=0)
-    for y, x in np.argwhere(np.isnan(image)):
-        left, right, low, high = x - 0.5, x + 0.5, y - 0.5, y + 0.5
-        ax.fill([left, right, right, left], [low, low, high, high], **hatched)
+    places = np.argwhere(np.isnan(image))[:, None, ::-1] # (x, y) of each
+    if len(places):
+        corners = np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]])
+        squares = Path.make_compound_path_from_polys(places + corners)
+        ax.add_patch(PathPatch(squares, **hatched)) # one patch, since each costs
     ax.set_xticks([]); ax.set_yticks([])
 
 # %% ../../nbs/api/display/plots.ipynb #d64009c6
