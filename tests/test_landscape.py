@@ -402,6 +402,18 @@ def test_composition_recovers_weights():
     assert composition(np.zeros((0, 20)), patterns).parts.shape[0] == 0
 
 
+@pytest.mark.parametrize("measure", ["overlap", "distance"])
+def test_nothing_is_no_mixture(measure):
+    "The symmetric saddle of a network is made of no pattern"
+    made = hmx.composition(np.zeros((1, 3)), np.eye(3) + 1, measure=measure)
+    assert made.kind.tolist() == ["spurious"] and made.words(0) == "spurious"
+    for states, says in (([[np.nan, 0, 0]], "states"), (np.eye(3), "patterns")):
+        patterns = np.eye(3) if says == "states" else [[np.inf, 0, 0]]
+        with pytest.raises(ValueError, match=f"{says} must be finite, got NaN or inf in row 0"):
+            hmx.composition(np.asarray(states), np.asarray(patterns))
+    assert len(hmx.composition(np.zeros((0, 3)), np.eye(3)).kind) == 0
+
+
 def test_plot_shows_every_point():
     import matplotlib.pyplot as plt
     found = find_wells({0: GRID})
@@ -427,6 +439,10 @@ def test_plot_shows_every_point():
         (dict(patterns=np.ones((2, 3))), ValueError, r"patterns must be .* of shape \(2,\)"),
         (dict(patterns=np.ones((2, 2)), layer="z"), ValueError, "unknown layer 'z'"),
         (dict(patterns=np.ones((2, 2)), measure="angle"), ValueError, "'overlap' or 'distance'"),
+        (dict(patterns=np.array([[1, np.nan]])), ValueError, "patterns must be finite.* in row 0"),
+        (dict(measure="angle"), ValueError, "'overlap' or 'distance'"),
+        (dict(layer="z"), ValueError, "unknown layer 'z'"),
+        (dict(steps=0), ValueError, "steps must be a positive int, got 0"),
         (dict(solver=0.1), TypeError, "solver must be one such as Euler"),
     ],
 )

@@ -442,6 +442,23 @@ def test_a_batch_of_networks_descends_as_each_alone(solver):
 # --- similarities of a user's own, and memories that are recalled to the bit ----------------------
 
 
+@pytest.mark.parametrize("dtype, most", [(jnp.float32, 1e9), (jnp.float16, 1e4)])
+def test_the_cosine_does_not_depend_on_lengths(dtype, most):
+    x, xi = np.array([3.0, -1, 2, 0.5]), np.array([1.0, 2, -1, 4])
+    exact = x @ xi / np.sqrt((x @ x) * (xi @ xi))
+    slope = jax.jit(jax.value_and_grad(Cosine()))
+    for a, b in ((1, 1), (1 / most, 1), (most, 1), (1, most), (most, most), (1, 1 / most)):
+        value, g = slope(jnp.asarray(a * x, dtype), jnp.asarray(b * xi, dtype))
+        assert abs(float(value) - exact) < 20 * float(jnp.finfo(dtype).eps)
+        if dtype == jnp.float32:
+            unit = x / np.sqrt(x @ x)
+            np.testing.assert_allclose(
+                a * np.asarray(g, float), (xi / np.sqrt(xi @ xi) - exact * unit) / np.sqrt(x @ x),
+                atol=1e-6)
+    zero = jnp.zeros(4, dtype)
+    assert Cosine()(zero, jnp.asarray(xi, dtype)) == 0 == Cosine()(jnp.asarray(x, dtype), zero)
+
+
 class Bilinear(eqx.Module):
     "A similarity that is none of the library's, with a number that is a constant."
     W: jax.Array

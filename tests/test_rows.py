@@ -168,3 +168,15 @@ def test_a_stack_is_described_saved_by_row_and_learned(tmp_path):
 def test_bad_input(call, error, says):
     with pytest.raises(error) as e: call()
     assert re.search(says, str(e.value)), str(e.value)
+
+
+def test_a_row_that_is_not_there():
+    X = jnp.ones((4, 5, 3))
+    make = lambda X: hmx.HAM(
+        {"x": hmx.IdentityLayer(3)}, {"m": hmx.MemorySynapse(X)}, [(("x",), "m")])
+    many = jax.vmap(make)(X).vectorize(axes=0)
+    for i in (4, -5):
+        with pytest.raises(IndexError, match=f"row must be one of 4 rows, got {i}"): many.row(i)
+    with pytest.raises(ValueError, match="axes names nothing"): make(X[0]).vectorize(axes=[])
+    with pytest.raises(ValueError, match="there must be a row"):
+        jax.vmap(make)(X[:0]).vectorize(axes=0)

@@ -311,6 +311,60 @@ def test_draws_are_returns():
     assert np.isnan(lost.energy).all()
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_rare_corners_are_as_rare_in_half_precision(dtype):
+    "On and of a rare value, with probability 1/1097 each: four standard errors of 200,000 draws"
+    units = hmx.HAM(
+        {"v": hmx.SigmoidLayer(100), "c": hmx.SoftmaxLayer((100, 2))},
+        {"b": hmx.BiasSynapse(jnp.full(100, -7.0, dtype)),
+         "p": hmx.BiasSynapse(jnp.tile(jnp.array([-7.0, 0.0], dtype), (100, 1)))},
+        [(("v",), "b"), (("c",), "p")],
+    )
+    start = units.activations(units.init_states(dtype=dtype))
+    out = hmx.sample(units, start, hmx.Gibbs(), draws=2000, warmup=0, key=jr.key(0))
+    rare = 1 / (1 + np.exp(7.0))
+    for xhat in (out.xhats["v"], out.xhats["c"][..., 0]):
+        assert xhat.dtype == dtype
+        off = np.asarray(xhat, float).mean() - rare
+        assert abs(off) < 4 * np.sqrt(rare / xhat.size)
+
+
+@pytest.mark.parametrize("x64", [True, False], ids=["x64", "32"])
+def test_temperatures_of_another_dtype(x64):
+    "A float32 network with 64 bits enabled, and one in half precision without"
+    with jax.enable_x64(x64):
+        dtype = jnp.float32 if x64 else jnp.bfloat16
+        ham = hmx.HAM({"v": hmx.SigmoidLayer(3), "h": hmx.TanhLayer(2)},
+                      {"W": hmx.LinearSynapse(jnp.ones((3, 2), dtype))}, [(("v", "h"), "W")])
+        start = ham.activations(ham.init_states(dtype=dtype))
+        ramp, key = lambda i: 1.0 + 1 / (1 + i), jr.key(0)
+        for sampler in (hmx.tempering(hmx.Gibbs(), [0.7, 2.0]), hmx.Gibbs(ramp)):
+            out = hmx.sample(ham, start, sampler, draws=3, key=key)
+            assert {v.dtype for v in out.xhats.values()} == {jnp.dtype(dtype)}
+        exact = np.log(2**3 * 2**2 * 1.0) # at a temperature so high that the energy is nothing
+        found = hmx.log_partition(ham, temperature=1e6, steps=4, chains=3, key=key).value
+        assert abs(float(found) - exact) < 1e-4
+
+
+def test_a_start_is_looked_at_in_every_row():
+    ham = NETWORKS["a Boltzmann machine"].vectorize()
+    good = np.full((3, 5), 0.5, np.float32)
+    for bad, says in ((-4.0, "must be activations"), (np.nan, "must be activations")):
+        start = np.where(np.arange(3)[:, None] == 2, bad, good).astype(np.float32)
+        with pytest.raises(ValueError, match=says):
+            hmx.sample(ham, {"s": start}, hmx.Gibbs(), draws=3, key=jr.key(0))
+    with pytest.raises(ValueError, match="must be finite, got NaN or inf in row 2"):
+        hmx.sample(ham, {"s": start}, hmx.MetropolisLangevin(), draws=3, key=jr.key(0))
+
+
+def test_the_partition_function_of_what_is_given_is_its_weight():
+    ham = NETWORKS["a Boltzmann machine"]
+    xhats = {"s": jnp.array([1.0, 0, 1, 1, 0])}
+    out = hmx.log_partition(ham, clamp="s", xhats=xhats, temperature=0.5, key=jr.key(0))
+    v = np.asarray(xhats["s"], float)
+    assert np.isclose(out.value, v @ COUPLING @ v / 0.5) and out.error == 0
+
+
 def test_effective_draws_and_r_hat_of_what_is_known():
     x = np.zeros((4, 8000))
     noise = np.random.default_rng(1).normal(size=x.shape)
@@ -325,6 +379,14 @@ def test_effective_draws_and_r_hat_of_what_is_known():
     many = np.stack([x, noise], -1)
     assert hmx.r_hat(many).shape == hmx.effective_sample_size(many).shape == (2,)
     np.testing.assert_allclose(hmx.r_hat(many)[0], hmx.r_hat(x))
+
+
+def test_what_is_not_finite_agrees_with_nothing():
+    draws = np.random.default_rng(0).normal(size=(3, 100, 2))
+    draws[0, 3, 0] = np.inf
+    for f in (hmx.r_hat, hmx.effective_sample_size):
+        found = f(draws)
+        assert np.isnan(found[0]) and np.isfinite(found[1])
 
 
 def test_annealing_finds_the_partition_function():
@@ -448,6 +510,21 @@ WRONG = {
     "states for activations": (lambda: hmx.sample(
         machine(), {"v": jnp.full(4, -3.0), "h": jnp.zeros(3)}, hmx.Gibbs(), key=jr.key(0)),
         "start of the layer 'v' must be activations"),
+    "a cold schedule": (lambda: hmx.Gibbs(lambda i: -1.0), "at step 0 must be positive"),
+    "a schedule of rows": (lambda: hmx.Gibbs(lambda i: jnp.ones(1)), r"got shape \(1,\)"),
+    "a schedule of one value": (
+        lambda: hmx.pseudo_likelihood("v", temperature=lambda i: 1.0),
+        "temperature must be a number or an array, got a function"),
+    "many keys": (lambda: hmx.sample(machine(), machine().init_states(), hmx.Gibbs(),
+                                     key=jr.split(jr.key(0), 3)), "key must be a PRNG key"),
+    "a layer that is not there": (lambda: hmx.sample(
+        machine(), machine().init_states(), hmx.Gibbs(), keep="vv", key=jr.key(0)),
+        r"keep must name layers, got \['vv'\]"),
+    "traced levels": (lambda: jax.jit(lambda t: hmx.tempering(hmx.Gibbs(), [t, 2.0]))(1.0),
+                      "must be known numbers, got traced ones"),
+    "rows that do not match": (lambda: hmx.contrastive_divergence(["v", "h"])(
+        machine(), (jnp.ones((3, 4)), jnp.ones((2, 3))), jr.key(0)), "must have as many rows"),
+    "no draw": (lambda: hmx.r_hat(np.zeros((0, 10))), "draws must have shape"),
     "one level": (lambda: hmx.tempering(hmx.Gibbs(), [1.0]), "two or more positive numbers"),
     "one chain that trains": (lambda: hmx.contrastive_divergence(
         "v", sampler=hmx.tempering(hmx.Gibbs(), [1.0, 2.0], one_chain=True)),

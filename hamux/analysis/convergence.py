@@ -13,15 +13,16 @@ from jaxtyping import Float
 
 # %% ../../nbs/api/analysis/convergence.ipynb #6c05e6fb
 def _as_draws(draws, who):
-    "Chains cut in two halves, (2 chains, draws / 2, quantities)."
+    "Chains cut in two halves, (2 chains, draws / 2, quantities); NaN for what is not finite."
     x = np.asarray(draws, float)
-    if x.ndim < 2 or x.shape[1] < 4:
+    if x.ndim < 2 or x.shape[1] < 4 or not x.size:
         raise ValueError(
             f"{who}: draws must have shape (chains, draws, …), with 4 draws or more, got {x.shape}."
             " A single chain needs an axis: draws[None]."
         )
     half = x.shape[1] // 2
     flat = x.reshape(*x.shape[:2], -1)
+    flat = np.where(np.isfinite(flat).all((0, 1)), flat, np.nan)
     return np.concatenate([flat[:, :half], flat[:, -half:]]), x.shape[2:]
 
 
@@ -70,7 +71,7 @@ def _normal_scores(x):
 
 def r_hat(
     draws: Float[np.ndarray, "chains draws ..."], # of one quantity or of many
-) -> Float[np.ndarray, "..."]: # near 1 where chains agree; NaN for what never changes
+) -> Float[np.ndarray, "..."]: # near 1 where chains agree; NaN as above
     "The rank-normalised split R̂ of Vehtari et al. (2021), the larger of location and scale."
     x, shape = _as_draws(draws, "r_hat")
     folded = abs(x - np.median(x, axis=(0, 1)))

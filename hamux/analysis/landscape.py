@@ -96,6 +96,14 @@ class Composition(eqx.Module):
 _CANDIDATES = 64
 
 
+def _are_finite(rows, what):
+    "Raise ValueError for the first row that holds NaN or inf."
+    flat = np.asarray(rows, float).reshape(len(rows), math.prod(np.shape(rows)[1:]))
+    good = np.isfinite(flat).all(1)
+    if not good.all():
+        raise ValueError(f"{what} must be finite, got NaN or inf in row {good.argmin()}.")
+
+
 def _weights(x, patterns, measure, either_sign):
     "The patterns that a state is made of, their weights, and the distance to what they make."
     if measure == "overlap":
@@ -135,6 +143,7 @@ def composition(
 ) -> Composition:
     "Which patterns states are made of. Raises ValueError or TypeError for bad input."
     which = dict(measure=measure, threshold=threshold, either_sign=either_sign)
+    _are_finite(states, "composition: states"); _are_finite(patterns, "composition: patterns")
     found = in_parts(lambda xs: which_memory(xs, patterns, **which), np.asarray(states))
     rows = np.asarray(states, float).reshape(len(states), math.prod(np.shape(patterns)[1:]))
     stored = np.asarray(patterns, float).reshape(len(patterns), -1)
@@ -146,7 +155,8 @@ def composition(
     fill = lambda v, value: np.pad(v, (0, most - len(v)), constant_values=value)
     parts = np.array([fill(p, -1) for p, *_ in made], int).reshape(len(rows), most)
     weights = np.array([fill(w, 0) for _, w, _ in made], float).reshape(len(rows), most)
-    arrays = parts, weights, misfit, misfit <= limit
+    some = (parts >= 0).any(1) # nothing is no mixture: the state 0
+    arrays = parts, weights, misfit, some & (misfit <= limit)
     return Composition(found.index, *map(jnp.asarray, arrays))
 
 # %% ../../nbs/api/analysis/landscape.ipynb #38318713
@@ -236,6 +246,11 @@ def _read_starts(ham, starts, clamp, batch):
         raise ValueError(
             f"find_attractors: starts must have one row for each start, got {rows} rows by layer."
         )
+    if isinstance(ham, VectorizedHAM) and ham.per_row:
+        raise ValueError(
+            "find_attractors: ham must be one network for all starts, got one whose rows have"
+            " arrays of their own. Take that of a row with ham.row(i)."
+        )
     many = ham.vectorize()
     read_start("find_attractors", many, {n: x[:1] for n, x in starts.items()})
     whole, _ = read_clamp(clamp, many.neurons, ()) # one mask for all: its shape is the layer's
@@ -296,11 +311,13 @@ def _scales(many, starts, clamp, batch):
     length, spread = square.sum(), np.maximum(square - mean**2, 0).sum()
     precise, wide = (float(jnp.finfo(jnp.result_type(*also, *start.xs.values())).eps)
                      for also in ((), (jnp.float32,)))
-    least = 100 * wide ** (2 / 3) * math.sqrt(length / len(mean))
+    # half precision comes to rest a tenth of an entry away from where it should
+    resolved = max(100 * wide ** (2 / 3), 10 * precise ** (2 / 3))
+    least = resolved * math.sqrt(length / len(mean))
     sizes = np.concatenate(sizes)
     own, change = np.split(sizes[:, 1:], 2, 1)
     return _Scales(
-        max(1e-3 * math.sqrt(spread), least) or 100 * wide ** (2 / 3),
+        max(1e-3 * math.sqrt(spread), least) or resolved,
         _typical_gradient(own, change, precise),
         float(np.median(abs(sizes[:, 0]))),
     )
@@ -396,7 +413,7 @@ def _stabilities(many, xs, clamp, steps, gradient):
     "The softest mode of each point, some points at a time."
     size = sum(x[0].size for x in xs.values())
     most = max(2**22 // (2 * size * min(steps, size)), 1) # the vectors of the search, 16 MB
-    dtype = jnp.result_type(jnp.float32, *xs.values())
+    dtype = jnp.result_type(*xs.values())
     known = dict(clamp=clamp, steps=steps, atol=float(jnp.finfo(dtype).eps) ** 0.5 * gradient)
     return in_parts(lambda xs: stability(many, xs, **known), xs, min(most, 512))
 
@@ -425,18 +442,20 @@ def _widths(points, label, plain, first):
 
 # %% ../../nbs/api/analysis/landscape.ipynb #0faf9723
 def _read_patterns(many, patterns, layer, which):
-    "The layer that the patterns are of. Raises ValueError for what does not fit."
+    "The layer that the patterns are of, if there are any. Raises ValueError for what is unfit."
     layer = next(iter(many.neurons)) if layer is None else layer
     if layer not in many.neurons:
         known = ", ".join(map(repr, many.neurons))
         raise ValueError(f"find_attractors: unknown layer {layer!r}. Known are: {known}.")
+    read_measure(**which)
+    if patterns is None: return layer
     shape = many.neurons[layer].shape
     if np.shape(patterns)[1:] != shape or not len(patterns):
         raise ValueError(
             f"find_attractors: patterns must be activations of the layer {layer!r} of shape"
             f" {shape}, one per row, got shape {np.shape(patterns)}."
         )
-    read_measure(**which)
+    _are_finite(patterns, "find_attractors: patterns")
     return layer
 
 
@@ -473,10 +492,12 @@ def find_attractors(
     "The fixed points that many starts find. Raises ValueError or TypeError for bad input."
     many, starts = _read_starts(ham, starts, clamp, batch)
     _is_positive(tolerance, "tolerance"); _is_positive(flat, "flat")
+    if not isinstance(steps, numbers.Integral) or isinstance(steps, bool) or steps < 1:
+        raise ValueError(f"find_attractors: steps must be a positive int, got {steps!r}.")
     maps = _read_symmetry(symmetry, starts)
     sign = symmetry == "sign" if either_sign is None else bool(either_sign)
     which = dict(measure=measure, threshold=threshold, either_sign=sign and measure == "overlap")
-    if patterns is not None: layer = _read_patterns(many, patterns, layer, which)
+    layer = _read_patterns(many, patterns, layer, which)
     scales = _scales(many, starts, clamp, batch)
     if tolerance is not None: scales = scales._replace(tolerance=tolerance)
     settings = dict(solver=solver, max_steps=max_steps, rtol=rtol, atol=atol, clamp=clamp)

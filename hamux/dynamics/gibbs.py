@@ -77,7 +77,7 @@ def input_fields(
     "The input currents of some layers, in units of the temperature."
     moving = {n: xhats[n] for n in names}
     slopes = jax.grad(lambda moving: synapse_energy(problem, xhats | moving))(moving)
-    return {n: -slope / temperature for n, slope in slopes.items()}
+    return {n: (-slope / temperature).astype(slope.dtype) for n, slope in slopes.items()}
 
 
 def _visit(problem, law, name, values, temperature, key):
@@ -111,6 +111,10 @@ class Gibbs(AbstractSampler):
                     f"Gibbs: the start of the layer {n!r} must be activations (corners, or"
                     " probabilities of them), got others. Give ham.activations(xs), not states xs."
                 )
+
+    def fits(self, problem):
+        laws = corner_laws(problem)
+        return jnp.stack([law.admits(problem.start[n]) for n, law in laws.items()]).all()
 
     def temperature_at(self, problem, sweep):
         layers = {n: problem.ham.neurons[n] for n in problem.free}

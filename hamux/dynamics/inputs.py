@@ -113,6 +113,8 @@ def _outcome(f, time, who):
         raise TypeError(
             f"{who} must be a function that JAX can trace: choose by jnp.where, not by if."
         ) from e
+    except TypeError as e:
+        raise TypeError(f"{who} must be a function of one number, the time or step: {e}") from e
     if not hasattr(out, "shape") or not hasattr(out, "dtype"):
         raise TypeError(f"{who} must return one array, got {out!r}.")
     return out, jaxpr.consts

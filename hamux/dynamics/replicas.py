@@ -30,6 +30,7 @@ class Tempered(AbstractSampler):
     def moves_corners(self): return self.sampler.moves_corners
 
     def check(self, problem): self.sampler.check(problem)
+    def fits(self, problem): return self.sampler.fits(problem)
     def temperature_at(self, problem, sweep): return self.temperature
 
     def init(self, problem, key):
@@ -109,6 +110,7 @@ class OneChain(AbstractReturning):
     def moves_corners(self): return self.sampler.moves_corners
 
     def check(self, problem): self.sampler.check(problem)
+    def fits(self, problem): return self.sampler.fits(problem)
     def temperature_at(self, problem, sweep): return self.temperature
 
     def init(self, problem, key):
@@ -156,6 +158,11 @@ def tempering(
     "Parallel or simulated tempering. Raises ValueError or TypeError for bad temperatures."
     if not isinstance(sampler, AbstractSampler) or isinstance(sampler, Tempered | OneChain):
         raise TypeError(f"tempering: sampler must be one such as Gibbs(), got {sampler!r}.")
+    if any(isinstance(t, jax.core.Tracer) for t in jtu.tree_leaves(temperatures)):
+        raise TypeError(
+            "tempering: temperatures must be known numbers, got traced ones. Make the sampler"
+            " outside of jit."
+        )
     T = np.asarray(temperatures, float)
     good = T.ndim == 1 and len(T) > 1 and (T > 0).all() and np.isfinite(T).all()
     if not good or not (np.diff(T) > 0).all():

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .problem import Problem, read_start
 from .programs import solver_as_data
@@ -39,7 +39,13 @@ class AbstractSampler(eqx.Module):
     def check(self,
               problem: Problem, # the energy of the free layers
               ) -> None:
-        "Raise ValueError for layers or a clamp that it cannot sample."
+        "Raise ValueError for layers, a clamp or a start that it cannot sample."
+
+    def fits(self,
+             problem: Problem, # the energy of the free layers; its `start` is where to begin
+             ) -> Bool[Array, ""]: # all finite, unless it asks for more
+        "Whether a chain can begin at the start."
+        return jnp.stack([jnp.isfinite(problem.start[n]).all() for n in problem.free]).all()
 
     @abc.abstractmethod
     def temperature_at(self,
@@ -243,11 +249,14 @@ def _sample(start, sampler, keys, counts, keep):
     return over(lambda p, k: _chain(p, sampler, k, counts, keep), keys)
 
 # %% ../../nbs/api/dynamics/sampling.ipynb #141d2e1b
+def _is_typed(key): return jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+
+
 def _check_call(sampler, key, **counts):
     "Raise for settings that cannot be meant."
     if not isinstance(sampler, AbstractSampler):
         raise TypeError(f"sample: sampler must be one such as Gibbs(), got {sampler!r}.")
-    if not isinstance(key, jax.Array):
+    if not isinstance(key, jax.Array) or key.ndim > (0 if _is_typed(key) else 1):
         raise TypeError(f"sample: key must be a PRNG key such as jax.random.key(0), got {key!r}.")
     for name, (value, least) in counts.items():
         if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
@@ -262,6 +271,26 @@ def _warn_of_lost(sampler, energy):
     warnings.warn(
         f"sample: {lost.sum()} of {lost.size} chains were away for {_PATIENCE} sweeps, and the rest"
         " of their draws is NaN. Give a longer warmup, or levels that are closer.", stacklevel=3)
+
+
+@eqx.filter_jit
+def _fitting(begin, sampler):
+    "Whether each row is where a chain can begin."
+    one = lambda xs, masks: sampler.fits(Problem(begin.ham, xs, masks, begin.free))
+    return jax.vmap(one)(begin.xs, begin.masks)
+
+
+def _check_starts(begin, sampler):
+    "Raise ValueError for a network or a row that the sampler cannot sample."
+    def check(i):
+        row = jtu.tree_map(lambda v: v[i], (begin.xs, begin.masks))
+        sampler.check(Problem(begin.ham, *row, begin.free))
+    check(0)
+    if any(isinstance(v, jax.core.Tracer) for v in jtu.tree_leaves((begin.ham, begin.xs))): return
+    bad = np.flatnonzero(~np.asarray(_fitting(begin, sampler)))
+    if not len(bad): return
+    check(bad[0])
+    raise ValueError(f"sample: the start must be finite, got NaN or inf in row {bad[0]}.")
 
 
 def sample(
@@ -281,7 +310,8 @@ def sample(
     "Draw from the law exp(−E/T) of a network. Raises ValueError or TypeError for bad input."
     _check_call(sampler, key, draws=(draws, 1), warmup=(warmup, 0), thin=(thin, 1))
     begin = read_start("sample", ham, start, clamp)
-    names = tuple(begin.free if keep is None else keep)
+    one = isinstance(keep, str | numbers.Integral)
+    names = tuple(begin.free if keep is None else (keep,) if one else keep)
     unknown = [n for n in names if n not in begin.ham.neurons]
     if unknown: raise ValueError(f"sample: keep must name layers, got {unknown}.")
     if not begin.free: raise ValueError("sample: there must be a layer that is not clamped.")
@@ -289,8 +319,7 @@ def sample(
     if not begin.batched:
         begin = begin._replace(**jtu.tree_map(
             lambda v: v[None], {"xs": begin.xs, "masks": begin.masks}))
-    first = jtu.tree_map(lambda v: v[0], (begin.xs, begin.masks))
-    sampler.check(Problem(begin.ham, *first, begin.free))
+    _check_starts(begin, sampler)
     counts = int(draws), int(warmup), int(thin)
     out = _sample(begin, solver_as_data(sampler), keys, counts, names)
     if not isinstance(ham, VectorizedHAM): out = jtu.tree_map(lambda v: v[0], out)

@@ -86,7 +86,8 @@ def check_setting(
 ) -> Any: # the same: a positive number, a scalar array or a schedule (a function of the step)
     "A setting that is checked. Raises TypeError or ValueError if it is none."
     if callable(value):
-        if not schedule: raise TypeError(f"{who}: {what} must be a number, got a function.")
+        if not schedule:
+            raise TypeError(f"{who}: {what} must be a number or an array, got a function.")
         check_setting(at_step(value, 0), who, f"{what} at step 0", zero, schedule=False)
         return value
     also = ", or a function of the step" if schedule else ""

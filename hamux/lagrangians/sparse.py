@@ -318,6 +318,7 @@ def _rows(x, beta, axis, who):
     "The state, its own dtype, β per row, the axes, and the shape of what rows have."
     x, dtype = real_state(x, who)
     axes = reduced_axes(axis, x.ndim, who)
+    if not x.size: raise ValueError(f"{who}: x must have an entry, got shape {x.shape}.")
     row = tuple(1 if i in axes else s for i, s in enumerate(x.shape))
     return x, dtype, hyperparameter(beta, "beta", who, row, x.dtype), axes, row
 

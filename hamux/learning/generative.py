@@ -53,6 +53,9 @@ def _by_layer(who, ham, names, batch):
                 f"{who}: data of the layer {n!r} must have shape (rows, …) with rows of"
                 f" {ham.neurons[n].shape}, got {np.shape(v)}."
             )
+    rows = {n: len(v) for n, v in zip(names, arrays, strict=True)}
+    if len(set(rows.values())) > 1 or not min(rows.values()):
+        raise ValueError(f"{who}: all layers must have as many rows, one or more, got {rows}.")
     return {n: jnp.asarray(v, ham.dtype) for n, v in zip(names, arrays, strict=True)}
 
 
