@@ -1,5 +1,9 @@
 """What compiles, and what must not: counted, with results that do not depend on it."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -14,6 +18,7 @@ from hamux import compiled_programs
 from hamux.dynamics import filled_size
 from hamux.dynamics.solver import plain_step
 
+ROOT = Path(__file__).resolve().parent.parent
 W = 0.3 * jr.normal(jr.key(0), (7, 5))
 MEMORIES = jr.normal(jr.key(1), (9, 7))
 
@@ -196,3 +201,29 @@ def test_a_network_of_numpy_arrays():
     for ham in (pair(), jax.device_get(pair())):
         out = recalled(ham, starts(5))
         assert out.converged.all() and out.energy.shape == (5,)
+
+
+FIRST_CALLS = """
+import numpy as np, jax, jax.numpy as jnp, hamux as hmx
+rows = np.random.default_rng(0).uniform(size=(20, 8)).astype("f4")
+ham = hmx.HAM(
+    {"x": hmx.IdentityLayer(8), "h": hmx.SoftmaxLayer(20, beta=3.0)},
+    {"s": hmx.LinearSynapseWithBias(rows.T, -(rows**2).sum(1) / 2)}, [(("x", "h"), "s")])
+start = jax.device_put({"x": rows[0], "h": np.zeros(20, "f4")})
+with hmx.compiled_programs() as names: hmx.descend(ham, start, solver=hmx.Euler(0.1), rtol=1e-3)
+print(*names, sep="; ")
+queries = np.where(np.arange(8) < 4, rows[:3], np.nan)
+with hmx.compiled_programs() as names: hmx.recall(rows, queries, k=2, solver=hmx.Euler(0.1))
+print(*names, sep="; ")
+"""
+
+
+def test_a_first_call_compiles_no_small_programs():
+    "The descent alone; of a recall also a pass over the patterns and the nearest, for both looks"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    python = [sys.executable, "-c", FIRST_CALLS]
+    run = subprocess.run(python, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    descend, recall = (line.split("; ") for line in run.stdout.splitlines())
+    assert len(descend) == 1 and "_descend" in descend[0]
+    assert len(recall) == 3 and sum("_descend" in name for name in recall) == 1
