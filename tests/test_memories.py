@@ -13,6 +13,10 @@ import pytest
 
 import hamux as hmx
 from hamux.memories import memory_ham, recall_states
+from hamux.memories.bank import ArrayRows, Bank
+from hamux.memories.candidates import bank_network, settle
+from hamux.memories.frames import Frame
+from hamux.memories.looking import look
 
 RNG = np.random.default_rng(0)
 PATTERNS = RNG.integers(0, 200, (20, 12))
@@ -304,6 +308,21 @@ def test_large_banks_end_where_the_whole_network_does(beta):
     _, log_sum, _ = weights_by_hand(memory, out.patterns.astype(float), rows.astype(float))
     np.testing.assert_allclose(out.energy, -log_sum / memory.beta, rtol=1e-5, atol=1e-4)
     if beta is None: np.testing.assert_array_equal(out.ids[:, 0], np.arange(8))
+
+
+@pytest.mark.parametrize("beta", [100.0, 20.0])
+def test_descents_among_few_end_in_the_basin_of_all(beta):
+    "Also where the pull of all the others is less than rounding"
+    rng = np.random.default_rng(0)
+    rows, x = (rng.standard_normal((n, 6)).astype(np.float32) for n in (400, 300))
+    free = rng.random(x.shape) < 0.7
+    bank = Bank(ArrayRows(rows), Frame(1.0, np.zeros(6), 1.0), "float32")
+    start = np.where(free, look(bank, x, beta, averages=True).mean, x)
+    few = settle(bank, start, free, beta, max_steps=1000)
+    whole = hmx.descend(bank_network(rows, np.zeros(400, "f4"), beta, False).vectorize(),
+                        {"pattern": start}, clamp={"pattern": ~free})
+    gap = abs(few.descent.xs["pattern"] - np.asarray(whole.xs["pattern"])).max(1)
+    assert (gap > 1e-2).sum() <= 1 # a start may be on a ridge
 
 
 def test_a_bank_on_the_disk(tmp_path):

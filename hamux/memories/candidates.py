@@ -69,6 +69,10 @@ def _with_others(rows, log_weights, x, logits, log_sum, mean, beta, alone):
     )
     centre = x + force / weight[:, None]
     log_weight = jnp.log(weight) + log_sum + 0.5 * beta * (force**2).sum(1) / weight**2
+    # a force that is rounding would draw to a pattern that does not exist
+    noise = 32 * jnp.finfo(x.dtype).eps * (distance + abs(x).max(1))
+    centre = jnp.where((size > noise)[:, None], centre, x)
+    log_weight = jnp.where(size > noise, log_weight, -jnp.inf)
     rows = jnp.concatenate([rows, centre[:, None]], 1)
     return rows, jnp.concatenate([log_weights, log_weight[:, None]], 1), jnp.log(weight) + log_sum
 
