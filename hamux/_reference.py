@@ -3,6 +3,7 @@
 here since nbdev finds a renderer by its name alone, in whatever folder it runs."""
 
 import ast
+import dataclasses
 import functools
 import inspect
 import re
@@ -167,7 +168,9 @@ def fields(cls) -> list[Row]:
             kind = type_of(node.annotation, value)
             said = beside(node, lines) or getattr(rows.get(node.target.id), "meaning", "")
             rows[node.target.id] = Row(node.target.id, kind, text, said)
-    return list(rows.values())
+    if inspect.isabstract(cls) or not dataclasses.is_dataclass(cls): return list(rows.values())
+    made_of = [rows[f.name] for f in dataclasses.fields(cls) if f.name in rows] # in their order
+    return made_of + [row for row in rows.values() if belongs_to_class(row)]
 
 
 def beside(node: ast.AST, lines: list[str]) -> str:
