@@ -21,9 +21,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from .sampling import AbstractReturning, AbstractSampler
 
 # %% ../../nbs/api/dynamics/replicas.ipynb #c631371b
-class Tempered(AbstractSampler):
-    "A sampler at many temperatures, whose states are swapped; draws are those of the first."
-    sampler: AbstractSampler # how the chain of each level moves
+class _Levels(AbstractSampler):
+    "What samplers at many temperatures have in common."
+    sampler: AbstractSampler # how the chain moves at each level
     temperature: Float[Array, " levels"] # from cold to hot
 
     @property
@@ -32,6 +32,11 @@ class Tempered(AbstractSampler):
     def check(self, problem): self.sampler.check(problem)
     def fits(self, problem): return self.sampler.fits(problem)
     def temperature_at(self, problem, sweep): return self.temperature
+    def anywhere(self, ham): return self.sampler.anywhere(ham)
+
+
+class Tempered(_Levels):
+    "A sampler at many temperatures, whose states are swapped; draws are those of the first."
 
     def init(self, problem, key):
         keys = jr.split(key, len(self.temperature))
@@ -58,7 +63,6 @@ class Tempered(AbstractSampler):
     def energy(self, problem, state): return self.sampler.energy(problem, self._coldest(state))
     def values(self, problem, state): return self.sampler.values(problem, self._coldest(state))
     def xhats(self, problem, state): return self.sampler.xhats(problem, self._coldest(state))
-    def anywhere(self, ham): return self.sampler.anywhere(ham)
 
     def estimate(self, problem, state, temperature, means=True):
         return self.sampler.estimate(problem, self._coldest(state), temperature[0], means)
@@ -101,17 +105,8 @@ class OnLadder(eqx.Module):
     settled: Bool[Array, ""] # whether the warm-up is over
 
 
-class OneChain(AbstractReturning):
+class OneChain(_Levels, AbstractReturning):
     "A sampler that walks between temperatures; draws are its states at the first."
-    sampler: AbstractSampler # how the chain moves at each level
-    temperature: Float[Array, " levels"] # from cold to hot
-
-    @property
-    def moves_corners(self): return self.sampler.moves_corners
-
-    def check(self, problem): self.sampler.check(problem)
-    def fits(self, problem): return self.sampler.fits(problem)
-    def temperature_at(self, problem, sweep): return self.temperature
 
     def init(self, problem, key):
         chain, none = self.sampler.init(problem, key), jnp.zeros(len(self.temperature), int)
@@ -142,7 +137,6 @@ class OneChain(AbstractReturning):
     def energy(self, problem, state): return self.sampler.energy(problem, state.chain)
     def values(self, problem, state): return self.sampler.values(problem, state.chain)
     def xhats(self, problem, state): return self.sampler.xhats(problem, state.chain)
-    def anywhere(self, ham): return self.sampler.anywhere(ham)
 
     def estimate(self, problem, state, temperature, means=True):
         return self.sampler.estimate(problem, state.chain, temperature[0], means)
