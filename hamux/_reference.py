@@ -206,7 +206,8 @@ def own_methods(cls) -> list[ast.FunctionDef]:
 def is_made_by_hand(cls) -> bool:
     "Whether a user calls the class: other ones hold what only the library can give them"
     if inspect.isabstract(cls): return False
-    names = inspect.signature(cls).parameters if init_of(cls) or cls.__annotations__ else ()
+    held = dataclasses.is_dataclass(cls) and dataclasses.fields(cls) # those of its bases, too
+    names = inspect.signature(cls).parameters if init_of(cls) or cls.__annotations__ or held else ()
     return bool(names) and not any(name.startswith("_") for name in names)
 
 
