@@ -37,6 +37,27 @@ LONG_PAGES = {
     "08_completing_digits",
     "10_sparse_memories",
 }
+# more than ten seconds each; run by the stage "slow", and where -k names them
+SLOW_PAGES = LONG_PAGES - {"10_sparse_memories"} | {
+    "02_energy_transformer",
+    "09_memories_for_tables",
+    "11_what_was_never_stored",
+    "12_sampling_and_training",
+    "adjoints",
+    "attention",
+    "attractors",
+    "candidates",
+    "check",
+    "continuous",
+    "gradients",
+    "memory",
+    "random_features",
+    "recipes",
+    "replicas",
+    "training",
+}
+# what pages and their runs import beside hamux
+PRELOADED = ["jupytext", "matplotlib.pyplot", "nbdev.test", "optax", "pandas", "sklearn.model_selection"]
 Outcome = tuple[str, bool | int]  # what was checked; whether it passed, or how many did
 
 
@@ -60,6 +81,12 @@ def differing(before: Path, after: Path, pattern: str) -> list[str]:
         filecmp.cmpfiles(before, after, names, shallow=False)[1]
         + filecmp.cmpfiles(before, after, names)[2]
     )
+
+
+def modules(package: Path) -> list[str]:
+    "The names of a package's modules"
+    found = (p.relative_to(package.parent).with_suffix("").parts for p in package.rglob("*.py"))
+    return [".".join(parts) for parts in found if not parts[-1].startswith("_")]
 
 
 def unexported(package: Path, pages: Path) -> list[str]:
@@ -121,28 +148,18 @@ def as_notebook(path: Path) -> Iterator[Path]:
 
 
 def run_notebook(path: Path) -> tuple[bool, float]:
-    "Run one notebook, and leave the process as it was."
-    import jax
-    import matplotlib.pyplot as plt
+    "Whether every cell of a notebook ran, and in how many seconds"
     from nbdev.config import get_config
     from nbdev.test import test_nb
-    config, settings = get_config(path), dict(jax.config.values)
-    main = sys.modules["__main__"] # a notebook puts itself there
-    try:
-        with as_notebook(path) as notebook:
-            return test_nb(
-                notebook,
-                skip_flags=config.tst_flags.split(),
-                basepath=str(ROOT),
-                profile=bool(config.exec_profile),
-                cell_timeout=config.cell_timeout,
-            )
-    finally:
-        changed = {n: v for n, v in settings.items() if jax.config.values[n] != v}
-        for name, value in changed.items(): jax.config.update(name, value)
-        sys.modules["__main__"] = main
-        plt.close("all")
-        jax.clear_caches() # or what an open notebook compiled is kept
+    config = get_config(path)
+    with as_notebook(path) as notebook:
+        return test_nb(
+            notebook,
+            skip_flags=config.tst_flags.split(),
+            basepath=str(ROOT),
+            profile=bool(config.exec_profile),
+            cell_timeout=config.cell_timeout,
+        )
 
 
 def compare_by_numpy() -> None:
@@ -169,49 +186,47 @@ def computes(page: Path) -> bool:
     return page.stem in LONG_PAGES
 
 
-def run_several(paths: list[Path]) -> list[tuple[bool, float]]:
-    "Run notebooks one after the other"
+def run_alone(path: Path) -> bool:
+    "Run one notebook in this process, which does nothing else, and print how it went"
     gc.set_threshold(200_000, 50, 100) # tracing makes many small objects, and hardly a cycle
-    if any(map(computes, paths)):
+    if computes(path):
         os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace(PLAIN_FLAGS, FASTER_FLAGS)
     compare_by_numpy()
-    results = []
-    for path in paths:
-        try:
-            results.append(run_notebook(path))
-        except Exception:
-            traceback.print_exc()
-            results.append((False, 0.0))
-        passed, seconds = results[-1]
-        name = path.relative_to(ROOT).as_posix()
-        print(f"  {'pass' if passed else 'FAIL'} {seconds:6.1f} s  {name}", flush=True)
-    return results
-
-
-def dealt(paths: list[Path], count: int) -> list[list[Path]]:
-    "The paths in so many parts of one size, or fewer"
-    return [part for part in (paths[i::count] for i in range(count)) if part]
+    try:
+        passed, seconds = run_notebook(path)
+    except Exception:
+        traceback.print_exc()
+        passed, seconds = False, 0.0
+    name = path.relative_to(ROOT).as_posix()
+    print(f"  {'pass' if passed else 'FAIL'} {seconds:6.1f} s  {name}", flush=True)
+    return passed
 
 
 def run_notebooks(options) -> Iterator[Outcome]:
-    "Every cell of every notebook runs, several notebooks in a process; first what computes"
-    paths = [p for p in notebooks() if not options.k or options.k in p.as_posix()]
-    if not paths and not options.k: raise RuntimeError("there is no notebook under nbs/")
-    long = [p for p in paths if computes(p)]
-    short = [p for p in paths if p not in long]
-    parts = dealt(long, max(options.workers, len(long) // 2))
-    parts += dealt(short, max(options.workers, len(short) // 8))
-    context = multiprocessing.get_context("spawn")
+    "Every cell of the notebooks that take seconds"
+    pages = notebooks()
+    if not pages: raise RuntimeError("there is no notebook under nbs/")
+    unknown = (LONG_PAGES | SLOW_PAGES) - {p.stem for p in pages}
+    if unknown: raise RuntimeError(f"no page is called {', '.join(sorted(unknown))}")
+    if options.k: return run_pages([p for p in pages if options.k in p.as_posix()], options)
+    return run_pages([p for p in pages if p.stem not in SLOW_PAGES], options)
+
+
+def run_pages(paths: list[Path], options) -> Iterator[Outcome]:
+    "Every cell of these notebooks, each in a process of its own"
+    # forked from one that has imported everything, but has not let JAX look for devices
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks: context.set_forkserver_preload([*PRELOADED, *modules(ROOT / "hamux")])
     with ProcessPoolExecutor(options.workers, mp_context=context, max_tasks_per_child=1) as pool:
-        runs = {pool.submit(run_several, part): part for part in parts}
+        runs = {pool.submit(run_alone, path): path for path in sorted(paths, key=computes)[::-1]}
         for run in as_completed(runs):
             try:
-                results = run.result()
+                passed = run.result()
             except Exception: # the process has died
                 traceback.print_exc()
-                results = [(False, 0.0)] * len(runs[run])
-            for path, (passed, _) in zip(runs[run], results, strict=True):
-                yield path.relative_to(ROOT).as_posix(), passed
+                passed = False
+            yield runs[run].relative_to(ROOT).as_posix(), passed
 
 
 def tested(options, *args: str, **env: str) -> Iterator[Outcome]:
@@ -239,13 +254,23 @@ def tested(options, *args: str, **env: str) -> Iterator[Outcome]:
 
 
 def pytest(options) -> Iterator[Outcome]:
-    args = ["-m", "not slow"] if options.fast else []
-    if options.thorough: args.append("--thorough")
-    # where the last digits count, the programs must be those that users have
+    "The tests but those marked slow; with -k or --thorough those as well"
+    if options.thorough: return run_tests(options, "--thorough")
+    return run_tests(options, *([] if options.k else ["-m", "not slow"]))
+
+
+def run_tests(options, *args: str) -> Iterator[Outcome]:
+    "Tests, and then those of which the last digits count: their programs must be those of users"
     digits = "tests/test_lagrangians.py"
     yield from tested(options, *args, f"--ignore={digits}", "tests")
     ours = os.environ["XLA_FLAGS"].startswith(PLAIN_FLAGS)
     yield from tested(options, *args, digits, **{"XLA_FLAGS": PLAIN_FLAGS} if ours else {})
+
+
+def slow(options) -> Iterator[Outcome]:
+    "The pages and the tests that take long one by one"
+    yield from run_pages([p for p in notebooks() if p.stem in SLOW_PAGES], options)
+    yield from run_tests(options, "-m", "slow")
 
 
 def sample(options) -> Iterator[Outcome]:
@@ -260,6 +285,7 @@ STAGES = {
     "export": export,
     "notebooks": run_notebooks,
     "pytest": pytest,
+    "slow": slow,
     "sample": sample,
 }
 
@@ -270,18 +296,17 @@ def main() -> int:
         "--only",
         nargs="+",
         choices=STAGES,
-        default=[stage for stage in STAGES if stage != "sample"],
+        default=list(STAGES)[:-2],
         metavar="STAGE",
-        help=f"{', '.join(STAGES)}; all but the last if this is not given",
+        help=f"{', '.join(STAGES)}; all but the last two if this is not given",
     )
     parser.add_argument(
         "-k",
         default="",
-        help="only notebooks whose path contains this, and tests that pytest -k selects",
+        help="only notebooks whose path contains this, and tests that pytest -k selects, slow or not",
     )
-    parser.add_argument("--fast", action="store_true", help="leave out the tests marked slow")
     parser.add_argument(
-        "--thorough", action="store_true", help="with the campaigns of tests/thorough, some hours"
+        "--thorough", action="store_true", help="pytest with slow tests and the campaigns of tests/thorough, some hours"
     )
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()

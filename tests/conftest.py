@@ -1,8 +1,9 @@
 """What takes long, tests/thorough and tests marked `thorough`, is run when pytest is given
---thorough."""
+--thorough. A test with cases that is marked `slow(but=n)` is slow but for its first n."""
 
 import gc
 import time
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -23,7 +24,15 @@ def pytest_ignore_collect(collection_path, config):
     return True if inside and not config.getoption("--thorough") else None
 
 
+@pytest.hookimpl(tryfirst=True) # before -m looks at the marks
 def pytest_collection_modifyitems(config, items):
+    seen = Counter()
+    for item in items:
+        mark = item.get_closest_marker("slow")
+        if not mark: continue
+        test = item.nodeid.partition("[")[0]
+        seen[test] += 1
+        if seen[test] <= mark.kwargs.get("but", 0): item.own_markers.remove(mark)
     if config.getoption("--thorough"): return
     long = [item for item in items if item.get_closest_marker("thorough")]
     items[:] = [item for item in items if item not in long]

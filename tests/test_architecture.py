@@ -239,6 +239,7 @@ def test_old_paths_import(old):
         assert getattr(module, name).__name__ == name if name != "CONVERGED" else True
 
 
+@pytest.mark.slow
 def test_old_star_imports():
     code = (
         "from hamux.solvers import *; from hamux.build import *; Euler, Backtracking, Site, build"
@@ -427,6 +428,7 @@ class Frozen(hmx.AbstractAdjoint):
     def ends(self, setup, last): return jax.lax.stop_gradient(last.ahead)
 
 
+@pytest.mark.slow
 def test_a_solver_and_an_adjoint_of_yours():
     ham = hmx.HAM([hmx.TanhLayer(4)], [hmx.BiasSynapse(jnp.arange(4.0))], [([0], 0)])
     end = hmx.descend(ham, ham.init_states(), solver=Halving())
@@ -468,6 +470,7 @@ class Farthest(eqx.Module):
         return (end.xhats[0] ** 2).mean()
 
 
+@pytest.mark.slow
 def test_a_learning_method_and_a_loss_of_yours():
     ham = hmx.HAM(
         [hmx.IdentityLayer(3)], [hmx.BiasSynapse(jnp.array([1.0, -2.0, 0.5]))], [([0], 0)]

@@ -196,6 +196,7 @@ def dense(ham, xs, clamp=()):
     return np.sort(np.linalg.eigvals(inner).real), S, H, D, tau
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("name", ["tanh", "null", "relu", "leakless"])
 def test_curvature_is_the_smallest_eigenvalue_of_the_dense_matrix(name):
     for key in range(3):
@@ -334,6 +335,7 @@ def test_wilson_covers_as_often_as_it_says():
         assert 0.90 < ((low <= p) & (p <= high)).mean() <= 1.0
 
 
+@pytest.mark.slow
 def test_the_basin_of_a_double_well_is_a_half_line():
     "One identity unit with two memories at ±1 (β large): a start returns iff it keeps its sign."
     memory = MemorySynapse(
@@ -362,6 +364,7 @@ def test_the_basin_of_a_double_well_is_a_half_line():
     assert np.isnan(out.radius(0.5)) and 1 < out.radius(0.8) < 2
 
 
+@pytest.mark.slow
 def test_basins_of_a_named_layer_start_with_the_others_settled():
     """The visible layer is fast: were the hidden layer at zero, it would have forgotten the query
     before it is recognised."""

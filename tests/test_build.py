@@ -65,6 +65,7 @@ def expected(layers):
     ]
 
 
+@pytest.mark.slow(but=3)
 @pytest.mark.parametrize(
     "kind, depth, width",
     [
@@ -88,6 +89,7 @@ def test_currents_are_of_order_one(kind, depth, width):
     )
 
 
+@pytest.mark.slow(but=2)
 @pytest.mark.parametrize(
     "kinds, widths",
     [
@@ -109,6 +111,7 @@ def test_currents_of_different_layers(widths, kinds):
     assert max(expected(layers)) <= 1
 
 
+@pytest.mark.slow
 @seed(0)
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
@@ -128,6 +131,7 @@ def test_the_rule(ends):
     )
 
 
+@pytest.mark.slow
 def test_self_connection_and_three_bodies():
     three = [hmx.TanhLayer(20), hmx.ReluLayer((4, 5)), hmx.IdentityLayer(20)]
     a, b, c = (float(square_norm(layer)) for layer in three)

@@ -81,6 +81,7 @@ def test_a_fall_is_not_a_rise(solver):
     assert out.converged.all() and not out.rises.any()
 
 
+@pytest.mark.slow(but=2)
 @GUARDED
 @pytest.mark.parametrize("layer", [hmx.TanhLayer, hmx.SigmoidLayer, hmx.SoftmaxLayer])
 def test_far_out_is_not_stuck(layer, solver):
@@ -101,6 +102,7 @@ def test_far_out_a_lagrangian_that_declares_nothing_is_not_stuck(solver):
     assert hmx.descend(ham, xs, solver=solver).converged.all()
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("d, beta, spread", [(2, 1.0, 2.0), (2, 4.0, 1.0), (4, 1.0, 2.0)])
 def test_the_edge_of_a_tent_is_not_the_end(d, beta, spread):
     "The gradient jumps there, and a step that crosses it lowers the energy."
@@ -116,6 +118,7 @@ def test_the_edge_of_a_tent_is_not_the_end(d, beta, spread):
     assert ours.energy.mean() < euler.energy.mean() + 0.02
 
 
+@pytest.mark.slow
 def test_a_first_trial_that_changes_nothing_is_not_the_last():
     "A hundredth of the time constant is below what bfloat16 resolves, and so is the least of two."
     half = hmx.BiasSynapse(jnp.array([1.35], jnp.bfloat16))
@@ -129,6 +132,7 @@ def test_a_first_trial_that_changes_nothing_is_not_the_last():
     np.testing.assert_allclose(out.xs[1], 1, rtol=1e-4)
 
 
+@pytest.mark.slow(but=2)
 @GUARDED
 @pytest.mark.parametrize("dtype, W, n", [(jnp.float16, 40.0, 4), (jnp.bfloat16, 150.0, 20)])
 def test_a_large_state_in_half_precision_is_not_unbounded(dtype, W, n, solver):
@@ -163,6 +167,7 @@ def test_a_mask_through_a_saturated_softmax_is_not_rest(solver):
     assert near.code == CONVERGED
 
 
+@pytest.mark.slow(but=1)
 @GUARDED
 def test_a_mask_that_holds_nothing_is_no_mask(solver):
     "A layer norm far out is flat: along ∂E/∂x nothing moves, along ∂E/∂x̂ it does."

@@ -153,6 +153,7 @@ def test_memories_may_have_holes(folder):
     np.testing.assert_allclose(answers[stored], PATTERNS[stored], atol=0.1)
 
 
+@pytest.mark.slow
 def test_scale_and_noise_are_obeyed(folder, capsys):
     "Columns of units a million apart; noise of 0.05 is a beta of 400"
     units = np.where(np.arange(12) % 2, 1, 1e6)
@@ -212,6 +213,7 @@ def test_the_report_names_the_memories(folder, capsys):
     assert {(line["verdict"], line["converged"]) for line in lines} == {("one", "1")}
 
 
+@pytest.mark.slow
 def test_unknown_queries_are_counted_and_marked(folder, capsys):
     "Half of the queries are ten times as far away as any memory; p-values are those of 40 memories"
     near = PATTERNS + np.float32(0.01)
@@ -405,6 +407,7 @@ def recall_apart(forked, folder):
     return run
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line(folder, recall_apart):
     np.save(folder / "many.npy", np.repeat(HOLES, 2000, 0))
     done = recall_apart(queries="many.npy", limits=[("RLIMIT_FSIZE", 10**6)])
@@ -413,6 +416,7 @@ def test_a_full_disk_is_one_line(folder, recall_apart):
     assert not [*folder.glob("out.npy"), *folder.glob("*.tmp"), *folder.glob(".hamux*")]
 
 
+@pytest.mark.slow
 def test_terminated_leaves_no_half_written_file(folder):
     np.save(folder / "many.npy", np.repeat(HOLES, 20_000, 0))
     (folder / "out.npy").write_bytes(b"what was there")
@@ -454,6 +458,7 @@ def test_queries_are_streamed(folder):
     assert os.path.getsize(folder / "out.npy") == os.path.getsize(folder / "many.npy")
 
 
+@pytest.mark.slow
 def test_python_m_hamux_is_the_demo(tmp_path):
     "Where no arrow can be printed, too"
     done = subprocess.run(
@@ -478,6 +483,7 @@ def demo(*argv):
         return stopped.code
 
 
+@pytest.mark.slow
 def test_demo_brings_back_95_of_100_halves(tmp_path, capsys):
     assert demo("-o", f"{tmp_path}/d.png") == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -491,6 +497,7 @@ def test_demo_on_other_digits(tmp_path, seed):
     assert demo("-c", "half", "--seed", seed, "-o", f"{tmp_path}/d.png") == 0
 
 
+@pytest.mark.slow
 def test_demo_says_when_the_recall_fails(tmp_path, capsys):
     assert demo("-n", "60", "-c", "noise", "--noise", "2", "-o", f"{tmp_path}/d.png") == 1
     assert "came back, fewer than 95%" in capsys.readouterr().err
@@ -526,6 +533,7 @@ def test_demo_without_scikit_learn(tmp_path, capsys, monkeypatch):
 # what is said, where nobody can hear it
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("how, status, words", [
     ({"out": "closed"}, 2, "standard output cannot be written: it is closed"),
     ({"out": "/dev/full"}, 2, "standard output cannot be written: No space left on device"),
@@ -547,6 +555,7 @@ def test_a_mistake_where_errors_cannot_be_said(recall_apart, err):
     assert recall_apart(queries="lost.npy", err=err) == (2, "", "")
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_gone(folder, recall_apart, forked):
     done = recall_apart(out="a pipe")
     assert done.stderr == "" and done.returncode == 141
@@ -554,6 +563,7 @@ def test_a_reader_that_has_gone(folder, recall_apart, forked):
     assert done.returncode == 2 and "No space left on device" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_deleted_working_folder(folder, recall_apart):
     gone = 'mkdir gone && cd gone && rmdir ../gone && exec "$0" -m hamux -n 30 -c half'
     command = ["sh", "-c", gone, sys.executable]
@@ -570,6 +580,7 @@ def test_a_deleted_working_folder(folder, recall_apart):
 # memory, scales, bombs
 
 
+@pytest.mark.slow
 def test_a_batch_is_no_larger_than_the_queries(folder, recall_apart):
     done = recall_apart("--batch", 10**7, limits=[("RLIMIT_DATA", 3 * 2**30)])
     assert done.returncode == 0, done.stderr
@@ -611,6 +622,7 @@ def test_hostile_files_are_one_line(folder, capsys, name, content):
     assert name in refused(folder, capsys, memories=name) or name == "q.csv"
 
 
+@pytest.mark.slow
 def test_programs_are_kept_in_the_cache_folder(tmp_path, forked):
     "Read the second time; none with --no-cache."
     kept = []

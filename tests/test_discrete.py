@@ -117,6 +117,7 @@ def test_exponential_flip_for_flip(beta):
         np.testing.assert_allclose(out.energy[k], path[-1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_orders():
     "A random order is another path to a minimum; the key fixes it, and a row is what it is alone"
     memory, start = hmx.DiscreteHopfield(couplings(5, 40)), signs(6, 30, 40)

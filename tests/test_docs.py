@@ -122,6 +122,7 @@ def is_in_its_class(name: str) -> bool:
     return method in {getattr(node, "name", "") for node in tree(exported(None, owner)).body}
 
 
+@pytest.mark.slow
 def test_every_parameter_and_result_is_explained():
     "By a comment beside it, or by what is passed on, returned, implemented or held"
     shown = [name for name in PUBLIC if not is_in_its_class(name)]
@@ -163,6 +164,7 @@ def test_what_is_returned_and_raised():
     assert "- `ValueError`: NeuronLayer: tau must be a positive finite number, got …" in text
 
 
+@pytest.mark.slow
 def test_what_helpers_raise_is_told_in_the_words_of_the_call():
     "Not what is caught, and not what says nothing without its numbers"
     text = lambda name: str(Reference(getattr(hamux, name)))
@@ -278,6 +280,7 @@ def test_a_text_page_is_read_as_a_notebook(project):
     assert [c.id for c in cells[3:5]] == ["imports", "area"]
 
 
+@pytest.mark.slow
 def test_text_pages_export_as_notebooks_do(project):
     run_export(project)
     module = (project / "sample/wing/page.py").read_text()
@@ -294,6 +297,7 @@ def test_text_pages_export_as_notebooks_do(project):
     assert found.stdout == "12.6\n", found.stderr
 
 
+@pytest.mark.slow
 def test_a_cell_keeps_its_name_when_another_is_put_before_it(project):
     page = project / "nbs/a.qmd"
     run_export(project)
@@ -303,11 +307,13 @@ def test_a_cell_keeps_its_name_when_another_is_put_before_it(project):
     assert (project / "sample/wing/page.py").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_page_without_a_module_is_no_riddle(project):
     (project / "nbs/c.qmd").write_text("```{python}\n#| export\nx = 1\n```\n")
     with pytest.raises(subprocess.CalledProcessError): run_export(project)
 
 
+@pytest.mark.slow
 def test_text_pages_are_processed_as_notebooks_are(project):
     run_export(project)
     cells = before_render.as_rendered(project / "nbs/a.qmd", project)

@@ -138,6 +138,7 @@ never = dict(rtol=0.0, atol=0.0)  # not to stop before max_steps
 # the flow
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_euler_is_the_hand_written_loop_never_climbs_and_ends_where_the_fixed_point_equation_holds(
     name,
@@ -387,6 +388,7 @@ def test_rows_are_independent():
     assert same_bits(out.xs["x"][1], x[1])  # a row that cannot start is returned as it was
 
 
+@pytest.mark.slow
 def test_gradients_of_good_rows_beside_bad_ones():
     x = jnp.array([[0.5, -1.0], [np.nan, 0.2], [0.7, 0.1], [3.0, 0.1]])
     W = jnp.array([[1.0, 0.3], [0.3, 0.8]])
@@ -422,6 +424,7 @@ def test_an_empty_batch():
 # jit, vmap and gradients by the user
 
 
+@pytest.mark.slow
 def test_user_level_jit_and_vmap():
     ham = two_layers(0)
     batch = start(ham, 3, 3)
@@ -464,6 +467,7 @@ def directional(f, at, h=1e-5):
 held = {"v": np.array([True, True, False, False, False])}
 
 
+@pytest.mark.slow
 def test_gradients_through_the_steps_are_those_of_the_unrolled_loop():
     ham = two_layers(0)
     xs, target = start(ham), jr.normal(jr.PRNGKey(8), (5,))
@@ -489,6 +493,7 @@ def test_gradients_through_the_steps_are_those_of_the_unrolled_loop():
     for exact, slope in directional(f, at): close(exact, slope, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_implicit_gradients_are_those_of_the_fixed_point():
     xs, target = start(two_layers(0)), jr.normal(jr.PRNGKey(8), (5,))
     ham = HAM({"v": TanhLayer(5, tau=jnp.array(1.5)), "h": SoftmaxLayer(4, beta=jnp.array(2.0))},
@@ -757,6 +762,7 @@ def without_leak(layer, *synapses):
     return HAM({"t": layer}, list(synapses), [(("t",), i) for i in range(len(synapses))])
 
 
+@pytest.mark.slow
 def test_one_rule_of_rest_for_descend_flow_and_stability():
     """A layer norm without leak under a bias: its state grows along itself, its activation has
     come to rest"""
@@ -777,6 +783,7 @@ FLAT = {
 }
 
 
+@pytest.mark.slow
 def test_what_is_flat_now_is_not_at_rest():
     """The state moves on along the ray until it leaves the plateau. All three layers are one
     network, and in each row the bias of one case pulls; in the last row none does"""
@@ -803,6 +810,7 @@ def test_what_is_flat_now_is_not_at_rest():
     assert at_rest[3].all() and residual[3] == 0 == fall[3]
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("seed", range(3))
 def test_the_energy_transformer_comes_to_rest(seed):
     "Under the default solver, with states that stay finite, in single precision"
@@ -824,6 +832,7 @@ def test_the_energy_transformer_comes_to_rest(seed):
         )
 
 
+@pytest.mark.slow
 def test_masks_of_a_clamp_may_be_traced():
     ham = two_layers(0)
     masks = np.array([[True, False, False, False, True], [False] * 5])

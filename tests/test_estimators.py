@@ -215,6 +215,7 @@ def gaussian_mean_shift(X, beta):
     return x
 
 
+@pytest.mark.slow
 def test_clusters_are_the_ends_of_mean_shift():
     model = hsk.MemoryClusterer(beta=1.0, scale=None).fit(BLOBS)
     ends = gaussian_mean_shift(BLOBS, 1.0)
@@ -300,6 +301,7 @@ def test_tables_that_cannot_be_meant():
         hsk.MemoryClassifier().fit(ROWS, np.arange(60) % 2, sample_weight=-np.ones(60))
 
 
+@pytest.mark.slow
 def test_without_scikit_learn():
     code = "import sys; sys.modules['sklearn'] = None; import hamux; import hamux.sklearn"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

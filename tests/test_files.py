@@ -742,6 +742,7 @@ def python(code, *args):
     )
 
 
+@pytest.mark.slow(but=2)
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_streaming_needs_batches_only(tmp_path, suffix):
     "30 MB (of text: 5) go through in batches of 0.3 MB; little more than two may be alive"
@@ -877,6 +878,7 @@ def test_what_an_archive_promises_is_not_allocated(tmp_path, size, promised, wor
     assert words in message and most < 10 * size + 10**6
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("last", ["1", "x"])
 def test_a_million_columns(tmp_path, last):
     "Eight bytes a number and a few copies of the line, not a word object for each"

@@ -81,6 +81,7 @@ def flat(xs):
     )
 
 
+@pytest.mark.slow
 def test_linear_trajectory_is_the_matrix_exponential():
     ham, A, b, tau = gaussian()
     xs, ts = start(ham), np.linspace(0.0, 6.0, 13)
@@ -103,6 +104,7 @@ def test_linear_trajectory_is_the_matrix_exponential():
     )
 
 
+@pytest.mark.slow
 def test_nonlinear_trajectory_is_that_of_scipy_and_its_energy_falls():
     ham = mixed()
     xs, ts = start(ham), np.linspace(0.0, 4.0, 13)
@@ -151,6 +153,7 @@ def test_small_euler_steps_agree_to_first_order():
     assert np.abs(2 * fine - coarse - exact).max() < errors[1] / 50
 
 
+@pytest.mark.slow
 def test_rest_is_the_fixed_point_and_the_rest_of_the_times_is_nan():
     ham, A, b, _ = gaussian()
     out = flow(ham, start(ham), math.inf, steady=True, saveat=[0.0, 2.0, 1e4])
@@ -167,6 +170,7 @@ def test_rest_is_the_fixed_point_and_the_rest_of_the_times_is_nan():
     assert again.steps == 0 and same_bits(flat(again.x1), flat(out.x1))
 
 
+@pytest.mark.slow
 def test_clamped_elements_keep_their_bits_and_rows_are_alone():
     ham, xs = mixed(2), start(mixed(2), bs=4)
     xs, mask = jax.device_get((xs, jr.bernoulli(jr.PRNGKey(9), 0.4, (4, 2, 3))))
@@ -192,6 +196,7 @@ def test_clamped_elements_keep_their_bits_and_rows_are_alone():
     assert not np.array_equal(out.x1[0][~mask], xs[0][~mask])
 
 
+@pytest.mark.slow
 def test_a_clamped_problem_has_the_closed_form_of_the_free_part():
     ham, A, b, tau = gaussian()
     xs, free = start(ham), np.array([0, 1, 1, 0, 1, 1, 1], bool)
@@ -242,6 +247,7 @@ def test_the_energy_falls_also_where_a_mask_cuts_a_competition(layer):
     assert same_bits(np.where(masks, out.x1["h"], 0), np.where(masks, start["h"], 0))
 
 
+@pytest.mark.slow
 def test_gradients_against_finite_differences():
     W = jr.normal(jr.PRNGKey(0), (3, 4))
     xs, mask = {"v": jr.normal(jr.PRNGKey(1), (3,)), "h": jr.normal(jr.PRNGKey(2), (4,))}, {
@@ -281,6 +287,7 @@ def test_gradients_by_integrating_backwards_against_the_matrix_exponential():
     close(in_ham.hypersynapses["b"].b, ((np.eye(7) - P) @ np.linalg.inv(A))[0, :4], atol=1e-7)
 
 
+@pytest.mark.slow
 def test_implicit_gradients_of_rest_under_a_mask():
     ham, A, b, _ = gaussian()
     xs, mask = start(ham), jnp.array([True, False, False, False])
@@ -292,6 +299,7 @@ def test_implicit_gradients_of_rest_under_a_mask():
     close(slope, np.concatenate([[0.0], inverse[0, :3]]), atol=1e-8)
 
 
+@pytest.mark.slow
 def test_bad_rows_are_told_and_touch_no_others():
     ham, A, b, tau = gaussian()
     xs = start(ham, bs=3)
@@ -331,6 +339,7 @@ def test_dtype_is_kept(dtype):
     close(out.x1[0].astype(float), np.exp(-1.0), rtol=2 * float(jnp.finfo(dtype).eps) ** (2 / 3))
 
 
+@pytest.mark.slow
 def test_what_saveat_can_do():
     ham, *_ = gaussian()
     xs = start(ham)
@@ -355,6 +364,7 @@ def test_what_saveat_can_do():
         flow(ham, xs, 2.0, saveat=diffrax.SaveAt(dense=True))
 
 
+@pytest.mark.slow
 def test_under_jit_and_without_compiling_twice():
     traced = []
     def synapse(v, h):

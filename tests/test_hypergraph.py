@@ -343,6 +343,7 @@ def slopes(f, tree, h):
     return out
 
 
+@pytest.mark.slow
 @settings(
     max_examples=4, # each compiles; tests/thorough has ten thousand
     deadline=None,

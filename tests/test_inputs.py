@@ -100,6 +100,7 @@ def test_a_descent_under_moving_inputs_is_the_hand_written_loop(held):
 def smooth(t): return jnp.stack([jnp.sin(t), jnp.cos(2 * t), t / 3, jnp.exp(-t)])
 
 
+@pytest.mark.slow
 def test_a_flow_under_moving_inputs_is_that_of_scipy():
     "And, with the steps of Euler, the descent"
     scale = jnp.arange(1.0, 4.0)
@@ -196,6 +197,7 @@ def test_a_flow_that_runs_out_of_steps_rests_at_no_later_time():
     assert out.t1 < 20.1 and out.code == MAX_STEPS and not out.converged
 
 
+@pytest.mark.slow
 def test_an_input_that_stands_is_a_clamp():
     settings = dict(solver=Euler(0.1), max_steps=300)
     there = jnp.asarray(PATH[0])
@@ -221,6 +223,7 @@ class Show(eqx.Module):
     def __call__(self, step): return self.pictures[jnp.minimum(step // 3, 1)]
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("adjoint", ["checkpointed", "unrolled", "implicit"])
 def test_derivatives_in_what_moves(adjoint):
     "Of a module, and of what a plain function closes over; by finite differences, or at rest"
@@ -252,6 +255,7 @@ def test_derivatives_in_what_moves(adjoint):
 AROUND = 0.7 - 1e-5, 0.7, 0.7 + 1e-5
 
 
+@pytest.mark.slow
 def test_derivatives_of_the_flow_in_what_moves():
     start = {n: v[0] for n, v in STARTS.items()}
     def end(gain):
@@ -262,6 +266,7 @@ def test_derivatives_of_the_flow_in_what_moves():
     np.testing.assert_allclose(slopes[1], (values[2] - values[0]) / 2e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_input_that_is_not_finite_is_told_and_touches_no_other_row():
     "Also where the energy hides it: a leakless relu at NaN is 0"
     hidden = HAM(
@@ -280,6 +285,7 @@ def test_an_input_that_is_not_finite_is_told_and_touches_no_other_row():
     assert moved.code[1] == NONFINITE and moved.converged[jnp.array([0, 2])].all()
 
 
+@pytest.mark.slow
 def test_rows_keep_their_inputs_when_a_batch_shrinks():
     "512 rows of 512 neurons, of which 57 go further, and go on as 64"
     ham = HAM({"x": IdentityLayer(512)}, {"b": BiasSynapse(np.zeros(512))}, [(("x",), "b")])

@@ -48,6 +48,7 @@ def x64():
         yield
 
 
+@pytest.mark.slow(but=7)
 @every(NAMES)
 def test_energies_of_other_pairs_and_their_derivatives(name):
     """E(x̂, x) = <x̂, x> − L(x) for any x̂, with the gradients x and x̂ − ∇L(x), and the derivative
@@ -222,6 +223,7 @@ every_hyperparameter = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow(but=9)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=["float32", "float64"])
 @every_hyperparameter
 def test_hyperparameter_derivatives(name, k, dtype):
@@ -268,6 +270,7 @@ def test_hyperparameter_gradients_match_finite_differences(name, k):
         close(mixed[1], (grad[2] - grad[0]) / (2 * s))
 
 
+@pytest.mark.slow(but=1)
 @every(["entmax", "normmax"])
 def test_second_derivatives_in_degree_and_temperature(name):
     "By finite differences of the first, which are tested above; and in the order of either"
@@ -583,6 +586,7 @@ ARRAYS = dict(beta=jnp.array(1.7), n=jnp.array(2.5), gamma=jnp.array(0.8), delta
               alpha=jnp.array(1.4))
 
 
+@pytest.mark.slow(but=5)
 @pytest.mark.parametrize("shape", [(5,), pytest.param((3, 4), marks=pytest.mark.thorough)], ids=str)
 # which is computed as entmax is
 @every([pytest.param(n, marks=pytest.mark.thorough) if n == "normmax" else n for n in NAMES])
@@ -697,6 +701,7 @@ FAULTS = {  # the Lagrangian, the question that it fails, what the sentence name
 }
 
 
+@pytest.mark.slow(but=14)
 @pytest.mark.parametrize("case", FAULTS)
 def test_faults_are_named(case):
     f, question, words = FAULTS[case]

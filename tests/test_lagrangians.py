@@ -182,6 +182,7 @@ def check(name, dtype, rows):
 worst = {}  # (name, dtype, quantity) → (error over allowed, where); for whoever wants to look
 
 
+@pytest.mark.slow(but=2)
 @dtypes
 @every(NAMES)
 def test_whole_range(name, dtype, request):

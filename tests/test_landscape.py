@@ -104,6 +104,7 @@ GRID[abs(GRID) < 1e-9] = 0
 find_wells = ft.partial(find_attractors, FOUR, solver=Euler(0.1), batch=441, **TIGHT)
 
 
+@pytest.mark.slow
 def test_minima_saddles_and_the_maximum_of_four_wells():
     """E = Σ (x²−1)²/4: minima at (±1, ±1) of curvature 2, saddles at (0, ±1), (±1, 0) and a maximum
     at 0, where the softest mode has −1; a start keeps the signs of its entries."""
@@ -173,6 +174,7 @@ def test_clamps_pass_through_and_each_input_has_its_own_points():
         find_wells({0: begin}, clamp={0: np.ones((len(begin), 2), bool)})
 
 
+@pytest.mark.slow
 def test_layers_are_compared_together_and_may_be_clamped_as_a_whole():
     "Two layers whose energies are wells: points that agree in one layer are not one."
     ham = HAM(
@@ -242,6 +244,7 @@ def circle_memory(K, room=64):
     return HAM([IdentityLayer(2, leak=False)], [synapse], [((0,), 0)])
 
 
+@pytest.mark.slow
 def test_few_patterns_on_a_circle_are_points_and_many_are_a_ring():
     """Of K even patterns Σ exp(2βR cos) is K (I₀ + 2 I_K cos Kθ + …): at K = 64 the closed form to
     the last digits, a flat ring; at K = 4 each pattern is a minimum."""
@@ -269,6 +272,7 @@ def hadamard(n):
     return H
 
 
+@pytest.mark.slow
 def test_orthogonal_patterns_and_their_negatives_are_the_attractors():
     """With W = ΞᵀΞ/N the state mξ is at rest where m = tanh βm; the rates are 1 − βh, h = 1 − m²,
     and, outside of the patterns, 1."""
@@ -298,6 +302,7 @@ def test_orthogonal_patterns_and_their_negatives_are_the_attractors():
     close(np.linalg.eigvals(A).real.min(), found.softest.curvature[0], atol=1e-7)
 
 
+@pytest.mark.slow
 def test_minima_of_log_sum_relu_are_the_centroids_inside_their_own_supports():
     """Five random patterns in eight dimensions: NumPy tries all 31 subsets; we start near their
     centroids, and from 900 other points."""
@@ -337,6 +342,7 @@ def in_units(kind, c):
     return HAM([IdentityLayer(8, leak=kind == "leak")], [synapse], [((0,), 0)]), Xi
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("kind, count", [("softmax", 5), ("tents", 2), ("leak", 2)])
 def test_units_change_nothing(kind, count):
     """Powers of two are exact, so a network and its starts in other units have the same points with
@@ -362,6 +368,7 @@ def test_units_change_nothing(kind, count):
         find_attractors(small, {0: c * begin}, symmetry=lambda xs: {0: xs[0] + c})
 
 
+@pytest.mark.slow
 def test_a_landscape_may_begin_at_rest_or_nowhere():
     "From its own ends, in float32, where gradients are rounding; and from the saddle at 0."
     ham, Xi = in_units("tents", 1.0)

@@ -151,6 +151,7 @@ def test_every_kind_has_the_same_gradient_through_its_steps():
     assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(b)
 
 
+@pytest.mark.slow
 def test_every_kind_of_layer_and_synapse():
     (ham, xs), (go, grads) = kinds(), of_every_kind("implicit")
     idle = [
@@ -221,6 +222,7 @@ def flat(tree): return np.asarray(ravel_pytree(tree)[0])
 def cosine(a, b): return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
 
 
+@pytest.mark.slow
 def test_methods_agree():
     exact = by("implicit")
     assert isinstance(exact.grads, hmx.VectorizedHAM) and exact.equilibria["free"].converged.all()
@@ -257,6 +259,7 @@ class ForwardGradient(hmx.AbstractMethod):
         return Gradient(mean, unravel(jax.lax.map(slope, basis) @ basis), {"free": end})
 
 
+@pytest.mark.slow
 def test_a_method_of_a_user():
     "In `gradient`, in a loss and in `fit`, with no other file touched."
     xs, y = batch()
@@ -280,6 +283,7 @@ def test_a_method_of_a_user():
     assert out.unconverged.tolist() == [0]
 
 
+@pytest.mark.slow
 def test_a_batch_is_the_mean_of_its_rows_and_of_vmap():
     xs, y = batch()
     one = lambda xs, y: gradient(small(), miss, xs, targets=y, **SETTINGS)
@@ -293,6 +297,7 @@ def test_a_batch_is_the_mean_of_its_rows_and_of_vmap():
     )
 
 
+@pytest.mark.slow
 def test_second_derivatives():
     xs, y = batch()
     d = jtu.tree_map(lambda v: jnp.asarray(np.random.default_rng(0).normal(size=v.shape)), small())
@@ -312,6 +317,7 @@ def test_second_derivatives():
     np.testing.assert_allclose((go(1e-5)[0] - go(-1e-5)[0]) / 2e-5, forward, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_rows_that_have_not_converged_or_are_not_finite():
     xs, y = batch()
     xs = {n: x.at[1].set(jnp.nan) if n == "r" else x for n, x in xs.items()}
@@ -335,6 +341,7 @@ def test_rows_that_have_not_converged_or_are_not_finite():
         jax.block_until_ready(go("raise"))
 
 
+@pytest.mark.slow
 def test_a_degenerate_valley_is_not_passed_over():
     def rest(w, adjoint): # v rests anywhere on an axis of curvature 0, and the loss asks where
         class Quadratic(eqx.Module):
@@ -450,12 +457,14 @@ def slopes_from_rest(first, start):
     return [jax.grad(f)(jnp.array(2.0)) for f in (end, lambda beta: -lagrangian(b, beta, first))]
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("first, start", [(1.0, -1.0), (0.0, 0.0)], ids=["relu", "sparsemax"])
 def test_activations_that_do_not_change_at_first_have_a_gradient(first, start):
     "At rest the energy is −L(b), and its slope that of L; the first error of a step is 0."
     np.testing.assert_allclose(*slopes_from_rest(first, start), rtol=1e-6)
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize(
     "solver",
     # the page of adjoints asserts it of Backtracking
@@ -478,6 +487,7 @@ PLATEAUS = {
 }
 
 
+@pytest.mark.slow
 def test_a_plateau_that_is_not_at_rest_has_no_implicit_gradient():
     """Though a layer that reads it stands still. All three cases are one network, and a row has one
     of them: the biases of the others hold what pulls at them"""
@@ -503,6 +513,7 @@ def test_a_plateau_that_is_not_at_rest_has_no_implicit_gradient():
     assert all(jnp.isfinite(v).all() for v in go(held, "nan").values()) # no other case is at fault
 
 
+@pytest.mark.slow
 def test_tokens_that_grow_along_themselves_have_the_gradient_of_the_steps():
     "The activations of a layer norm without leak are at rest; Euler's steps grow with the states."
     keys = jr.split(jr.key(11), 4)

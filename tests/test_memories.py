@@ -105,6 +105,7 @@ def test_magnitudes(unit):
     assert n == 20 and out.converged.all() and np.isfinite(answers).all()
 
 
+@pytest.mark.slow
 def test_the_largest_numbers():
     "A mean that overflows as a sum, and the largest number itself"
     top = np.finfo(float).max
@@ -289,6 +290,7 @@ def big_bank(rng, K=3000, d=400):
     return rng.standard_normal((K, d)).astype(np.float32)
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("beta", [None, 0.01])
 def test_large_banks_end_where_the_whole_network_does(beta):
     "Among few, or in the stream: the same answers as one network of all patterns gives"
@@ -310,6 +312,7 @@ def test_large_banks_end_where_the_whole_network_does(beta):
     if beta is None: np.testing.assert_array_equal(out.ids[:, 0], np.arange(8))
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("beta", [100.0, 20.0])
 def test_descents_among_few_end_in_the_basin_of_all(beta):
     "Also where the pull of all the others is less than rounding"
@@ -325,6 +328,7 @@ def test_descents_among_few_end_in_the_basin_of_all(beta):
     assert (gap > 1e-2).sum() <= 1 # a start may be on a ridge
 
 
+@pytest.mark.slow
 def test_a_bank_on_the_disk(tmp_path):
     "The same answers from an array, from a mapped array, and from files"
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
@@ -413,6 +417,7 @@ def test_sparse_arrays_are_refused():
     with pytest.raises(TypeError, match="must be dense"): hmx.Memory(sparse.eye(3, format="csr"))
 
 
+@pytest.mark.slow
 def test_a_changed_memory_answers_as_a_new_one():
     "After adding, replacing, forgetting and fading: the same energies as a memory made so"
     rng = np.random.default_rng(6)
@@ -469,6 +474,7 @@ def test_nothing_to_recall_is_said():
     np.testing.assert_array_equal(out.patterns, NORMAL + 0.1)
 
 
+@pytest.mark.slow
 def test_p_values_of_exchangeable_queries():
     "The share of p ≤ α is at most α, to three standard errors, whole and partly known"
     rng = np.random.default_rng(7)

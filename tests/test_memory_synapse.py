@@ -65,6 +65,7 @@ def derivatives_of_two(ours, plain, Xi, hyper, X):
     return jax.jit(lambda *args: [derivatives(f, *args) for f in (ours, plain)])(Xi, hyper, X)
 
 
+@pytest.mark.slow(but=2)
 @pytest.mark.parametrize(
     "L, hyper, similarity, mask", CASES, ids=lambda v: getattr(v, "__name__", None)
 )
@@ -252,6 +253,7 @@ def in_one_piece_with_gaps(L, similarity, mask):
     return energy
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("L, hyper, similarity, mask", [
     (hmx.lagr_softmax, {"beta": 0.7}, "dot", MASK),
     (hmx.lagr_softmax, {"beta": 0.7}, "euclidean", MASK),
@@ -345,6 +347,7 @@ def test_a_bias_learns_as_the_memories_do():
     np.testing.assert_allclose(bend, np.outer(p, p) - np.diag(p), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_gaps_are_data_of_a_compiled_program():
     Xi, x = jr.normal(jr.key(0), (23, 3)), {"v": jnp.ones(3)}
     layer = hmx.NeuronLayer(hmx.lagr_identity, 3, leak=False)
@@ -411,6 +414,7 @@ SOLVERS = [
 ]
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
 def test_a_batch_of_networks_descends_as_each_alone(solver):
     with jax.enable_x64(True):
@@ -475,6 +479,7 @@ OWN = {
 }
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("L, names", [
     (hmx.lagr_softmax, ["mahalanobis", "cosine"]),
     (hmx.lagr_ghostmax, ["mapped"]),
@@ -545,6 +550,7 @@ def test_a_pattern_that_leads_by_the_margin_is_recalled_to_the_bit(similarity):
             elif beta < 1: assert not still.any()
 
 
+@pytest.mark.slow
 def test_sparse_memories_on_rows_that_are_traced_and_masked():
     Xi, x = jr.normal(jr.key(0), (9, 4)), jr.normal(jr.key(1), (4,))
     masks = np.array([[True] * 9, [True, False, True] * 3])
@@ -564,6 +570,7 @@ def test_a_mask_leaves_as_many_memories_as_win():
     np.testing.assert_allclose(MemorySynapse(Xi, L, mask=np.arange(8) < 3)(jnp.ones(4)), -3.0)
 
 
+@pytest.mark.slow
 def test_subsets_are_taken_from_all_blocks_and_filled_slots():
     "Far apart, the best in the first block; or all negative, so that an empty slot's 0 is better"
     rng = np.random.default_rng(0)

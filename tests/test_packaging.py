@@ -58,6 +58,7 @@ def test_drift_sees(tmp_path):
     assert "binary file" in generated.drift(files, tmp_path)
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize(
     "script, file", [("sync_dependencies", "settings.ini"), ("make_readme", "README.md")]
 )
@@ -213,7 +214,6 @@ def test_wheel_is_whole(wheel):
     assert any(n.endswith("licenses/LICENSE") for n in names)
 
 
-@pytest.mark.slow
 def test_wheel_metadata(wheel):
     def read(name):
         found = next(n for n in wheel.namelist() if n.endswith(f".dist-info/{name}"))
@@ -240,6 +240,7 @@ def test_console_scripts_resolve(target):
 # --- importing ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_import_is_light():
     asked = "hamux.HAM, hamux.MemorySynapse, hamux.descend, hamux.draw"
     loaded = python(
@@ -248,6 +249,7 @@ def test_import_is_light():
     assert loaded == []
 
 
+@pytest.mark.slow
 def test_a_wing_is_imported_when_asked_for():
     told = "print(*[m for m in sys.modules if m in wings])"
     code = (
@@ -260,6 +262,7 @@ def test_a_wing_is_imported_when_asked_for():
     assert set(second.split()) == {"hamux.lagrangians", "hamux.network"}
 
 
+@pytest.mark.slow
 def test_import_is_quiet():
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", "from hamux import HAM, descend, draw, recall"],

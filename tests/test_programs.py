@@ -47,6 +47,7 @@ def programs(calls):
     return counts
 
 
+@pytest.mark.slow
 def test_batches_share_programs():
     sizes = (1, 5, 6, 7, 100, 1000)
     xs, settings = {n: starts(n) for n in sizes}, dict(solver=hmx.Euler(0.3), max_steps=94)
@@ -55,6 +56,7 @@ def test_batches_share_programs():
     assert list(map(len, counts)) == [1, 0, 0, 0, 1, 1] + 6 * [0]
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("rows", [1, pytest.param(5, marks=pytest.mark.thorough), 13])
 @pytest.mark.parametrize("solver", [hmx.Adaptive(), hmx.Euler(0.3), hmx.Langevin(0.01, 0.1)])
 def test_rows_that_fill_up_change_nothing(solver, rows):
@@ -80,6 +82,7 @@ def test_sizes():
     assert len(set(sizes)) <= 8 * 8 # eight for every doubling
 
 
+@pytest.mark.slow
 def test_numbers_are_data():
     "Of layers, solvers and tolerances: all of them change at once"
     xs = starts(8)
@@ -94,6 +97,7 @@ def test_numbers_are_data():
         assert list(map(len, counts)) == [1] + [0] * 9
 
 
+@pytest.mark.slow
 def test_numbers_are_data_of_flow_and_stability():
     xs = starts(2)
     for name, go in (
@@ -107,6 +111,7 @@ def test_numbers_are_data_of_flow_and_stability():
         assert counts == [1, 0, 0]
 
 
+@pytest.mark.slow
 def test_masks_are_data():
     rng = np.random.default_rng(0)
     def bank(mask):
@@ -130,6 +135,7 @@ def test_masks_are_data():
     np.testing.assert_allclose(ours.xs["v"], by_hand.xs["v"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_arrays_of_any_length_share_the_program_of_recall():
     rng = np.random.default_rng(0)
     A = rng.normal(size=(20, 6)).astype("f4")
@@ -145,6 +151,7 @@ def test_arrays_of_any_length_share_the_program_of_recall():
     np.testing.assert_allclose(answers[8], A[:8], atol=0.05)
 
 
+@pytest.mark.slow
 def test_a_number_still_does_not_learn():
     "And one that learns does, through the same function."
     x = {n: v[0] for n, v in starts(1).items()}
@@ -218,6 +225,7 @@ print(*names, sep="; ")
 """
 
 
+@pytest.mark.slow
 def test_a_first_call_compiles_no_small_programs():
     "The descent alone; of a recall also a pass over the patterns and the nearest, for both looks"
     env = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -40,6 +40,7 @@ def test_kernel_is_unbiased(beta):
     np.testing.assert_allclose(estimates.std(), sd, rtol=0.15)
 
 
+@pytest.mark.slow
 def test_slope_of_the_error():
     """−½ in log–log over several seeds, in the published setting: corners of a cube of side 1/√d,
     K = 50, β = 10"""
@@ -82,6 +83,7 @@ def test_one_pattern_is_exact_where_it_lies():
     np.testing.assert_allclose(doubled, -math.log(2) / 2, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_add_and_remove():
     patterns = jr.normal(jr.key(0), (700, 4))
     whole = RandomFeatureMemory.store(jr.key(1), patterns, 1.0, 30, floor=2.0)
@@ -100,6 +102,7 @@ def test_add_and_remove():
     assert jnp.isfinite(empty(patterns[0]))
 
 
+@pytest.mark.slow
 def test_gradient_and_floor():
     patterns = jr.normal(jr.key(0), (5, 3))
     memory = RandomFeatureMemory.store(jr.key(1), patterns, 2.0, 500)
@@ -120,6 +123,7 @@ def test_gradient_and_floor():
     np.testing.assert_allclose(np.sqrt(np.mean(sums**2)), memory.noise, rtol=0.03)
 
 
+@pytest.mark.slow
 def test_parameters():
     memory = RandomFeatureMemory.store(jr.key(1), jr.normal(jr.key(0), (5, 3)), 2.0, 50)
     slope_of = jax.jit(jax.grad(lambda m: m(jnp.zeros(3))))
@@ -134,6 +138,7 @@ def test_parameters():
         assert got.T.dtype == got.frequencies.dtype == got(jnp.ones(3, dtype)).dtype == dtype
 
 
+@pytest.mark.slow
 def test_recall():
     "Above the noise, the descent ends where that of the exact memory ends"
     beta, stored = 60.0, corners(jr.key(0), 10, 64)

@@ -38,6 +38,7 @@ def alone(i, **settings):
     return hmx.descend(memory(BANKS[i]), {"x": STARTS["x"][i]}, **settings)
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize(
     "solver", [hmx.Adaptive(), hmx.Euler(0.3), hmx.Relaxation()], ids=lambda s: type(s).__name__
 )
@@ -115,6 +116,7 @@ def test_temperatures_schedules_and_masks_of_rows():
     assert out.converged.all() and (out.steps >= 20).all()
 
 
+@pytest.mark.slow
 def test_the_flow_of_each_row():
     out = hmx.flow(stacked(), STARTS, 2.0, saveat=[1.0, 2.0])
     for i in (0, 4):

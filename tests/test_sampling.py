@@ -68,6 +68,7 @@ def rows(xhats):
     return np.concatenate([np.asarray(v).reshape(len(v), -1) for v in xhats.values()], 1)
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_gibbs_meets_every_corner_as_often_as_it_should(name):
     ham, T = NETWORKS[name], 1.3
@@ -97,6 +98,7 @@ def test_layers_go_at_once_only_where_the_energy_is_affine():
     for name in ("a Boltzmann machine", "a dense memory"): assert of(name) == [((), ("s",))]
 
 
+@pytest.mark.slow
 def test_temperature_is_that_of_the_layers_unless_it_is_given():
     "β enters as 1/T; scaling weights and β against each other changes nothing, bit by bit"
     def machine(beta, scale):
@@ -112,6 +114,7 @@ def test_temperature_is_that_of_the_layers_unless_it_is_given():
     np.testing.assert_array_equal(drawn(machine(4.0, 0.5)), drawn(machine(1.0, 0.5), 0.25))
 
 
+@pytest.mark.slow
 def test_a_clamp_conditions():
     ham = NETWORKS["a machine of three layers"]
     many, (xhats, high) = ham.vectorize(), all_states(ham)
@@ -132,6 +135,7 @@ def test_a_clamp_conditions():
     hmx.sample(many, out.last, hmx.Gibbs(), clamp=held, draws=2, warmup=0, key=jr.key(3))
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("dt", [0.1, 1.0])
 def test_metropolis_has_the_law_at_any_step(dt):
     """Of two layers with different time constants, one held in part: second moments by quadrature,
@@ -160,6 +164,7 @@ def test_metropolis_has_the_law_at_any_step(dt):
     assert 0.2 < out.accepted.mean() < (1.0 if dt == 1.0 else 1.01)
 
 
+@pytest.mark.slow
 def test_a_gaussian_at_a_step_that_is_taken_half_the_time():
     "Means, covariances, and the acceptance of a chain in ten dimensions"
     A = np.eye(10) * np.linspace(1, 4, 10)
@@ -177,6 +182,7 @@ def test_a_gaussian_at_a_step_that_is_taken_half_the_time():
     assert 0.2 < out.accepted.mean() < 0.95
 
 
+@pytest.mark.slow
 def test_a_swap_keeps_every_law():
     "Two levels of one unit: both marginals, of which the second is not drawn, by its swaps"
     ham = hmx.HAM({"s": hmx.SigmoidLayer(1)}, {"b": hmx.BiasSynapse(jnp.array([2.0]))},
@@ -202,6 +208,7 @@ def valleys():
     )
 
 
+@pytest.mark.slow
 def test_one_chain_has_the_law_of_the_coldest_level():
     "Of all 1024 corners, where a plain chain stays in the valley that it began in"
     ham, T, ladder = valleys(), 0.8, [0.8, 1.2, 1.8, 2.7, 4.0]
@@ -231,6 +238,7 @@ def test_one_chain_has_the_law_of_the_coldest_level():
     assert (stuck.xhats["h"] > 0).mean() < 0.05 < p @ (xhats["h"][:, 0] > 0)
 
 
+@pytest.mark.slow
 def test_one_chain_has_the_density_of_the_coldest_level():
     "Of a well with two bottoms, and one layer beside it: moments by quadrature"
     T, start = 0.3, {"x": jnp.full((200, 1), -2.0), "y": jnp.zeros((200, 1))}
@@ -257,6 +265,7 @@ def test_one_chain_has_the_density_of_the_coldest_level():
     assert out.accepted["levels"].mean(0).min() > 0.1 and 0.5 < out.accepted["moves"].mean() < 1
 
 
+@pytest.mark.slow
 def test_levels_are_visited_as_the_weights_say():
     """Of four separate units, whose ⟨E⟩ = −Σ b σ(b/T) and log Z = Σ log(1 + exp(b/T)): a level has
     the weight Z exp(g), with g by the trapezoid rule, which is off where levels are far apart"""
@@ -311,6 +320,7 @@ def test_draws_are_returns():
     assert np.isnan(lost.energy).all()
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_rare_corners_are_as_rare_in_half_precision(dtype):
     "On and of a rare value, with probability 1/1097 each: four standard errors of 200,000 draws"
@@ -329,6 +339,7 @@ def test_rare_corners_are_as_rare_in_half_precision(dtype):
         assert abs(off) < 4 * np.sqrt(rare / xhat.size)
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("x64", [True, False], ids=["x64", "32"])
 def test_temperatures_of_another_dtype(x64):
     "A float32 network with 64 bits enabled, and one in half precision without"
@@ -389,6 +400,7 @@ def test_what_is_not_finite_agrees_with_nothing():
         assert np.isnan(found[0]) and np.isfinite(found[1])
 
 
+@pytest.mark.slow
 def test_annealing_finds_the_partition_function():
     for name in ("a machine of three layers", "a dense memory"):
         ham = NETWORKS[name]
@@ -423,6 +435,7 @@ def machine():
     )
 
 
+@pytest.mark.slow
 def test_contrastive_divergence_has_the_slope_of_the_likelihood():
     """With many sweeps, from the data or kept; and with the hidden layer among the data, where the
     first half is the data's own"""
@@ -467,6 +480,7 @@ def test_contrastive_divergence_with_many_temperatures_is_that_of_the_first():
     np.testing.assert_allclose(slope, wanted, atol=0.05)
 
 
+@pytest.mark.slow
 def test_chains_are_carried_through_fit_and_its_file(tmp_path):
     "A run in two parts is the run in one, chains and all; without the chains it is another"
     data = np.asarray(RNG.integers(0, 2, (60, 4)), np.float32)
@@ -485,6 +499,7 @@ def test_chains_are_carried_through_fit_and_its_file(tmp_path):
     assert not np.array_equal(start["v"], chains[0])
 
 
+@pytest.mark.slow
 def test_score_matching_is_least_at_the_law_of_the_noisy_data():
     """A tanh layer with bias: the states of its own law, exp(−U/T), are the data; with noise
     that is small the slope in the bias is nothing, and beside it is not"""

@@ -112,6 +112,7 @@ def named(wing, name_of):
     return sorted(n for n, v in things.items() if name_of(v) is not None)
 
 
+@pytest.mark.slow(but=4)
 @pytest.mark.parametrize("name", named(lagrangians, lambda f: facts_of(f).name))
 def test_every_lagrangian(name, tmp_path):
     function = getattr(lagrangians, name)
@@ -334,6 +335,7 @@ def test_every_truncation_is_refused(tmp_path):
         with pytest.raises(FileProblem): load(path)
 
 
+@pytest.mark.slow
 def test_a_changed_byte_is_refused_or_harmless(tmp_path):
     "Whatever byte changes, the answer is a FileProblem or the network, bit by bit."
     ham, path = small(), tmp_path / "n"
@@ -583,6 +585,7 @@ def test_a_killed_writer_leaves_a_whole_file(tmp_path):
 DATA = Path(__file__).parent / "data"
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("name", sorted(p.stem for p in DATA.glob("*.hamux")))
 def test_files_of_an_older_version_load(name):
     "Also those that 0.3.0 itself could not load: log_sum_relu and random features"
@@ -599,6 +602,7 @@ def test_files_of_an_older_version_load(name):
     assert jnp.isfinite(energy(ham, ham.init_states(key=jax.random.key(0))))
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize("name", sorted(p.stem for p in DATA.glob("*.hamux")))
 def test_a_changed_byte_of_an_older_file(name, tmp_path, request):
     "Refused, or harmless: what a zip's own checksum shows"

@@ -125,6 +125,7 @@ def test_bad_input(call, error, said):
     assert said in str(e.value)
 
 
+@pytest.mark.slow
 def test_a_slow_layer_without_its_reaction_leads_on_and_with_it_comes_to_rest():
     "The one is no energy; the other is, and so it ends"
     import hamux as hmx

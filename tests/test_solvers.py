@@ -175,6 +175,7 @@ def close(got, expected, rtol=1e-9, atol=1e-11):
     np.testing.assert_allclose(got, expected, rtol=rtol, atol=atol)
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize(
     "dtype", [jnp.float16, jnp.bfloat16, jnp.float32], ids=lambda d: jnp.dtype(d).name
 )
@@ -211,6 +212,7 @@ def test_no_rise_in_narrow_dtypes_whatever_the_first_step(solver, dtype):
     )
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize(
     "solver",
     [Adaptive(), Backtracking(), Relaxation(), Euler(0.02)],
@@ -242,6 +244,7 @@ def test_a_mask_through_a_softmax_does_not_climb(solver):
     assert np.all(abs(np.asarray(free))[:, ~mask].max(1) <= np.asarray(residual) + 1e-9)
 
 
+@pytest.mark.slow
 def test_tokens_without_leak_converge_where_their_activations_rest():
     ham = HAM(
         {"t": LayerNormLayer((3, 8), leak=False)},
@@ -272,6 +275,7 @@ def memory(beta=2.0):
     )
 
 
+@pytest.mark.slow
 def test_rows_that_leave_a_large_batch_get_what_they_get_alone():
     ham = memory()
     xs = ham.vectorize().init_states(300, key=jr.PRNGKey(5))
@@ -307,6 +311,7 @@ def test_schedules_of_the_step_and_of_beta_are_the_loop_by_hand():
     close(out.xs["v"], xs["v"], 1e-12)
 
 
+@pytest.mark.slow(but=1)
 @pytest.mark.parametrize(
     "adjoint",
     [optx.RecursiveCheckpointAdjoint(), optx.ImplicitAdjoint()],
@@ -336,6 +341,7 @@ def test_records_with_every_adjoint(adjoint):
     close(slope.hypersynapses["w"].W[i, j], (at(h) - at(-h)) / (2 * h), 1e-5)
 
 
+@pytest.mark.slow
 def test_a_progress_bar_is_harmless_under_grad_and_vmap(capsys):
     ham = memory()
     f = lambda x, progress: descend(
@@ -352,6 +358,7 @@ def test_a_progress_bar_is_harmless_under_grad_and_vmap(capsys):
 # temperature
 
 
+@pytest.mark.slow
 def test_langevin_has_the_law_of_the_energy_for_sigmoid_neurons():
     W, T = np.array([[0.0, 1.5], [1.5, 0.0]]) / 2, 0.2
     ham = HAM(
@@ -380,6 +387,7 @@ def test_langevin_has_the_law_of_the_energy_for_sigmoid_neurons():
         assert abs(got.mean() - mean) < 4 * got.std() / n**0.5 + 0.02 * abs(mean)
 
 
+@pytest.mark.slow
 def test_chains_have_keys_of_their_own_and_clamps_hold():
     ham = HAM(
         {"x": IdentityLayer(3), "y": TanhLayer(2)},
@@ -409,6 +417,7 @@ def test_chains_have_keys_of_their_own_and_clamps_hold():
     close(alone.xs["x"], out.xs["x"][2], 1e-12)
 
 
+@pytest.mark.slow
 def test_a_ramp_is_over_where_rounding_says_so():
     """0.9 − 100 · 0.009 is 1e-16, 1.35 − 150 · 0.009 is 1e-7 in float32, noise that nothing
     resolves; 0.7 − 100 · 0.007 is −1e-16, without a root. A temperature that stays is one"""
@@ -432,6 +441,7 @@ def test_a_ramp_is_over_where_rounding_says_so():
     assert (run(lambda s: jnp.where(s < 100, 0.5, 1e-9)).code == SAMPLED).all()
 
 
+@pytest.mark.slow
 def test_the_default_solver_has_the_gradient_of_the_fixed_point():
     ham = memory()
     xs = ham.init_states(key=jr.PRNGKey(11))

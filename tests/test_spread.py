@@ -51,6 +51,7 @@ def mesh(): return jax.make_mesh((jax.device_count(),), ("memories",))
 ROWS = np.random.default_rng(0).normal(size=(40, 3))
 
 
+@pytest.mark.slow
 def test_recall_takes_a_mesh():
     queries = np.where(np.arange(3) > 0, ROWS[:5], np.nan)
     one, many = recall(ROWS, queries, k=2), recall(ROWS, queries, k=2, mesh=mesh())

@@ -103,6 +103,7 @@ SETTINGS = dict(
 )
 
 
+@pytest.mark.slow
 def test_denoising_closed_form():
     "With one attractor the end does not depend on the noise: v* = (1 − WWᵀ)⁻¹ b"
     with jax.enable_x64(True):
@@ -114,6 +115,7 @@ def test_denoising_closed_form():
         agrees(denoising_loss("v", 0.7, **SETTINGS), quadratic(W, b), y, closed, jr.key(1))
 
 
+@pytest.mark.slow
 def test_completion_closed_form():
     "The hidden pixels u given the known k: v_u = (1 − W_u W_uᵀ)⁻¹ (b_u + W_u W_kᵀ v_k)"
     with jax.enable_x64(True):
@@ -139,6 +141,7 @@ def test_completion_closed_form():
         agrees(loss, ham, y, closed, key, plain=True)
 
 
+@pytest.mark.slow
 def test_classification_closed_form():
     "Image – label in one synapse is logistic regression"
     with jax.enable_x64(True):
@@ -531,6 +534,7 @@ def test_a_recall_that_is_not_finite_has_no_loss():
     )
 
 
+@pytest.mark.slow
 def test_unconverged_rows_are_counted():
     "Row i starts further away than row i − 1, and a fixed number of steps is enough for some"
     ham = hmx.HAM(
@@ -603,6 +607,7 @@ def started():
     return start, run_identity(start, mask, DATA, 4, jr.key(7))
 
 
+@pytest.mark.slow
 def test_an_interrupt_loses_nothing(tmp_path):
     "at whatever line of the loop it comes: the run goes on from its file to the same bits"
     settings = dict(validation=DATA, validate_every=3, **QUICK)
@@ -753,6 +758,7 @@ def test_large_data_are_read_in_parts(tmp_path, order):
     assert digest(np.zeros((0, 3)), np.float32(1)) == digest(np.ones(1, np.float32))
 
 
+@pytest.mark.slow
 def test_validation_may_be_added(tmp_path):
     "At whatever step, also when all are done, and again at each retry"
     more = dict(validation=DATA, validate_every=3, patience=4)
@@ -830,6 +836,7 @@ def test_files_without_checksums_go_on(tmp_path):
     assert set(header["digests"]) == {"data", "start"} # from now on they are
 
 
+@pytest.mark.slow
 def test_losses_keep_their_dtype(tmp_path):
     "A run in float64 goes on with the losses that it had"
     with jax.enable_x64(True):

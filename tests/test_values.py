@@ -88,6 +88,7 @@ NAMES = (
 ).split()
 
 
+@pytest.mark.slow
 def test_nothing_is_forgotten(): assert set(NAMES) == set(things())
 
 
