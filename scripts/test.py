@@ -3,7 +3,6 @@
 
 import argparse
 import filecmp
-import gc
 import multiprocessing
 import os
 import re
@@ -19,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 
+import quick
 from fastcore.nbio import write_nb
 from text_pages import read_page, text_pages
 
@@ -188,7 +188,7 @@ def computes(page: Path) -> bool:
 
 def run_alone(path: Path) -> bool:
     "Run one notebook in this process, which does nothing else, and print how it went"
-    gc.set_threshold(200_000, 50, 100) # tracing makes many small objects, and hardly a cycle
+    quick.settle()
     if computes(path):
         os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace(PLAIN_FLAGS, FASTER_FLAGS)
     compare_by_numpy()
@@ -269,7 +269,7 @@ def run_tests(options, *args: str) -> Iterator[Outcome]:
 
 def slow(options) -> Iterator[Outcome]:
     "The pages and the tests that take long one by one"
-    yield from run_pages([p for p in notebooks() if p.stem in SLOW_PAGES], options)
+    yield from run_pages([p for p in notebooks() if p.stem in SLOW_PAGES and options.k in p.as_posix()], options)
     yield from run_tests(options, "-m", "slow")
 
 

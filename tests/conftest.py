@@ -1,15 +1,15 @@
 """What takes long, tests/thorough and tests marked `thorough`, is run when pytest is given
 --thorough. A test with cases that is marked `slow(but=n)` is slow but for its first n."""
 
-import gc
 import time
 from collections import Counter
 from pathlib import Path
 
 import jax
 import pytest
+import quick  # of scripts
 
-gc.set_threshold(100_000, 20, 50) # tracing makes many small objects, and throws few away
+quick.settle()
 
 THOROUGH = Path(__file__).parent / "thorough"
 

@@ -810,7 +810,7 @@ def test_what_is_flat_now_is_not_at_rest():
     assert at_rest[3].all() and residual[3] == 0 == fall[3]
 
 
-@pytest.mark.slow(but=1)
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_the_energy_transformer_comes_to_rest(seed):
     "Under the default solver, with states that stay finite, in single precision"

@@ -16,6 +16,7 @@ from lagrangian_cases import (  # of this folder
     C_HVP,
     C_VALUE,
     DIM,
+    DTYPES,
     HYPER,
     NAMES,
     NORMS,
@@ -32,6 +33,13 @@ from hamux import NeuronLayer
 # every hypothesis example is a batch of ROWS vectors of DIM entries: one compilation for each
 # Lagrangian and dtype
 ROWS = 8
+
+# the other dtypes with what is slow
+float32_first = pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(d, marks=() if d == jnp.float32 else pytest.mark.slow) for d in DTYPES],
+    ids=lambda d: jnp.dtype(d).name,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -227,7 +235,7 @@ def hard_vectors(dtype):
     ]
 
 
-@dtypes
+@float32_first
 @every(NAMES)
 def test_hard_cases(name, dtype):
     ts = [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [-1.0, 2.0, 0.5, -0.25]]
@@ -266,7 +274,7 @@ def wrong_energies(name, dtype, rows):
         if r > 1: yield f"{got[k]!r}, true {mp.nstr(true, 17)}, {r:.3g} × allowed: {where}"
 
 
-@dtypes
+@float32_first
 @every(NAMES)
 def test_energies_of_pairs_do_not_cancel(name, dtype):
     """At every magnitude: <σ(x), x> − L(x) to a few units in the last place, though both terms

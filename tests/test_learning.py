@@ -457,7 +457,7 @@ def slopes_from_rest(first, start):
     return [jax.grad(f)(jnp.array(2.0)) for f in (end, lambda beta: -lagrangian(b, beta, first))]
 
 
-@pytest.mark.slow(but=1)
+@pytest.mark.slow
 @pytest.mark.parametrize("first, start", [(1.0, -1.0), (0.0, 0.0)], ids=["relu", "sparsemax"])
 def test_activations_that_do_not_change_at_first_have_a_gradient(first, start):
     "At rest the energy is −L(b), and its slope that of L; the first error of a step is 0."

@@ -290,7 +290,7 @@ def big_bank(rng, K=3000, d=400):
     return rng.standard_normal((K, d)).astype(np.float32)
 
 
-@pytest.mark.slow(but=1)
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [None, 0.01])
 def test_large_banks_end_where_the_whole_network_does(beta):
     "Among few, or in the stream: the same answers as one network of all patterns gives"
@@ -312,7 +312,7 @@ def test_large_banks_end_where_the_whole_network_does(beta):
     if beta is None: np.testing.assert_array_equal(out.ids[:, 0], np.arange(8))
 
 
-@pytest.mark.slow(but=1)
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [100.0, 20.0])
 def test_descents_among_few_end_in_the_basin_of_all(beta):
     "Also where the pull of all the others is less than rounding"

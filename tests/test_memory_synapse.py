@@ -481,9 +481,9 @@ OWN = {
 
 @pytest.mark.slow(but=1)
 @pytest.mark.parametrize("L, names", [
-    (hmx.lagr_softmax, ["mahalanobis", "cosine"]),
-    (hmx.lagr_ghostmax, ["mapped"]),
     (hmx.lagr_exp, ["bilinear"]),
+    (hmx.lagr_ghostmax, ["mapped"]),
+    (hmx.lagr_softmax, ["mahalanobis", "cosine"]),
     pytest.param(hmx.lagr_entmax, ["bilinear"], marks=pytest.mark.thorough),
 ], ids=lambda v: getattr(v, "__name__", None))
 def test_own_similarities_stream_in_every_derivative(L, names):
