@@ -33,6 +33,8 @@ def pytest_collection_modifyitems(config, items):
         test = item.nodeid.partition("[")[0]
         seen[test] += 1
         if seen[test] <= mark.kwargs.get("but", 0): item.own_markers.remove(mark)
+    # what takes a minute begins first, or the last worker to finish would be alone with it
+    items.sort(key=lambda item: not any(m.kwargs.get("minute") for m in item.iter_markers("slow")))
     if config.getoption("--thorough"): return
     long = [item for item in items if item.get_closest_marker("thorough")]
     items[:] = [item for item in items if item not in long]

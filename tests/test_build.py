@@ -70,7 +70,7 @@ def expected(layers):
     "kind, depth, width",
     [
         *((kind, 5, 30) for kind in KINDS),
-        *(pytest.param(kind, 2, 400, marks=pytest.mark.thorough) for kind in KINDS),
+        *(pytest.param(kind, 2, 400, marks=pytest.mark.slow) for kind in KINDS),
         ("tanh", 2, 400),
         ("relu", 9, 100),
     ],
@@ -224,7 +224,7 @@ print(bool(jax.numpy.isfinite(E)), resource.getrusage(resource.RUSAGE_SELF).ru_m
 """
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_the_example_at_its_size():
     "121 million weights, 484 MB: built in little more than that."
     run = subprocess.run(

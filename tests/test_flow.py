@@ -217,7 +217,7 @@ def test_a_clamped_problem_has_the_closed_form_of_the_free_part():
     [
         SoftmaxLayer(5, beta=3.0),
         LayerNormLayer((2, 5)),
-        pytest.param(LayerNormLayer(5), marks=pytest.mark.thorough), # one row of the same
+        pytest.param(LayerNormLayer(5), marks=pytest.mark.slow), # one row of the same
     ],
     ids=["softmax", "two rows of layer norm", "layer norm"],
 )

@@ -345,7 +345,7 @@ def slopes(f, tree, h):
 
 @pytest.mark.slow
 @settings(
-    max_examples=4, # each compiles; tests/thorough has ten thousand
+    max_examples=8, # each compiles; tests/thorough has ten thousand
     deadline=None,
     derandomize=True,
     database=None,

@@ -587,9 +587,9 @@ ARRAYS = dict(beta=jnp.array(1.7), n=jnp.array(2.5), gamma=jnp.array(0.8), delta
 
 
 @pytest.mark.slow(but=5)
-@pytest.mark.parametrize("shape", [(5,), pytest.param((3, 4), marks=pytest.mark.thorough)], ids=str)
+@pytest.mark.parametrize("shape", [(5,), pytest.param((3, 4), marks=pytest.mark.slow)], ids=str)
 # which is computed as entmax is
-@every([pytest.param(n, marks=pytest.mark.thorough) if n == "normmax" else n for n in NAMES])
+@every([pytest.param(n, marks=pytest.mark.slow) if n == "normmax" else n for n in NAMES])
 def test_no_false_alarm(name, shape):
     bound = {k: v for k, v in ARRAYS.items() if k in HYPER[name]}
     report = lagr.check_lagrangian(

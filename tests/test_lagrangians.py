@@ -195,7 +195,7 @@ worst = {}  # (name, dtype, quantity) → (error over allowed, where); for whoev
 @every(NAMES)
 def test_whole_range(name, dtype, request):
     row = st.tuples(vectors(dtype), directions(dtype), hypers(name, dtype))
-    batches = 200 if request.config.getoption("--thorough") else 10
+    batches = 200 if request.config.getoption("--thorough") else 20
 
     @seed(zlib.crc32(f"{name} {jnp.dtype(dtype)}".encode()))
     # no shrinking: the message names the row that fails, and a batch shrinks slowly

@@ -145,7 +145,7 @@ def of_every_kind(adjoint):
     return go, grads
 
 
-@pytest.mark.thorough # of fewer kinds: tokens that grow, and test_dynamics, test_solvers
+@pytest.mark.slow # of fewer kinds: tokens that grow, and test_dynamics, test_solvers
 def test_every_kind_has_the_same_gradient_through_its_steps():
     a, b = (ravel_pytree(of_every_kind(adjoint)[1])[0] for adjoint in ("checkpointed", "implicit"))
     assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(b)
@@ -424,7 +424,7 @@ def errors_of_the_steps(atol, solver=hmx.Adaptive(), max_steps=1000):
     return size(jax.vmap(jax.grad(loss))(*at) - slopes) / size(slopes)
 
 
-@pytest.mark.thorough # the page of adjoints asserts as much of loose tolerances
+@pytest.mark.slow # the page of adjoints asserts as much of loose tolerances
 @pytest.mark.parametrize("steps", [5, 10, 20, 40])
 def test_unfinished_descents_of_the_default_solver_have_no_exact_gradient(steps):
     "What is left out is as large as the gradient; see *Lengths that are found*."
@@ -435,7 +435,7 @@ def test_unfinished_descents_of_the_default_solver_have_no_exact_gradient(steps)
     if steps < 20: assert np.median(error) > 0.01
 
 
-@pytest.mark.thorough # the page of adjoints asserts it, too
+@pytest.mark.slow # the page of adjoints asserts it, too
 def test_the_error_of_the_default_solver_dies_out_as_it_converges():
     loose, close, rest = (np.asarray(errors_of_the_steps(tol)) for tol in (1e-3, 1e-6, 1e-11))
     print(*(f"median {np.median(e):.1e}, worst {e.max():.1e}" for e in (loose, close, rest)))
@@ -468,7 +468,7 @@ def test_activations_that_do_not_change_at_first_have_a_gradient(first, start):
 @pytest.mark.parametrize(
     "solver",
     # the page of adjoints asserts it of Backtracking
-    [Euler(0.5), hmx.Relaxation(), pytest.param(Backtracking(), marks=pytest.mark.thorough)],
+    [Euler(0.5), hmx.Relaxation(), pytest.param(Backtracking(), marks=pytest.mark.slow)],
     ids=lambda s: type(s).__name__,
 )
 def test_unfinished_descents_of_other_solvers_have_an_exact_gradient(solver):

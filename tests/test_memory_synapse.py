@@ -27,7 +27,7 @@ CASES = [  # lagrangian, its learned hyperparameter, similarity, mask
     (log_sum_relu, {"beta": 0.2}, "euclidean", MASK),
     (hmx.lagr_entmax, {"alpha": 1.4, "beta": 0.7}, "dot", None),
     (Partial(hmx.lagr_ksubsets, k=3), {"beta": 0.7}, "euclidean", MASK),
-    *(pytest.param(*case, marks=pytest.mark.thorough) for case in (
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
         (hmx.lagr_sparsemax, {"beta": 0.7}, "euclidean", MASK),
         (hmx.lagr_normmax, {"alpha": 1.7, "beta": 0.7}, "dot", MASK),
     )),
@@ -484,7 +484,7 @@ OWN = {
     (hmx.lagr_exp, ["bilinear"]),
     (hmx.lagr_ghostmax, ["mapped"]),
     (hmx.lagr_softmax, ["mahalanobis", "cosine"]),
-    pytest.param(hmx.lagr_entmax, ["bilinear"], marks=pytest.mark.thorough),
+    pytest.param(hmx.lagr_entmax, ["bilinear"], marks=pytest.mark.slow),
 ], ids=lambda v: getattr(v, "__name__", None))
 def test_own_similarities_stream_in_every_derivative(L, names):
     with jax.enable_x64(True):

@@ -57,7 +57,7 @@ def test_batches_share_programs():
 
 
 @pytest.mark.slow(but=1)
-@pytest.mark.parametrize("rows", [1, pytest.param(5, marks=pytest.mark.thorough), 13])
+@pytest.mark.parametrize("rows", [1, pytest.param(5, marks=pytest.mark.slow), 13])
 @pytest.mark.parametrize("solver", [hmx.Adaptive(), hmx.Euler(0.3), hmx.Langevin(0.01, 0.1)])
 def test_rows_that_fill_up_change_nothing(solver, rows):
     "Under `jax.jit` no row is added, and numbers are constants."

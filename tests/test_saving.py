@@ -608,7 +608,7 @@ def test_a_changed_byte_of_an_older_file(name, tmp_path, request):
     "Refused, or harmless: what a zip's own checksum shows"
     whole, ham = (DATA / f"{name}.hamux").read_bytes(), load(DATA / f"{name}.hamux")
     rng, refused = np.random.default_rng(0), 0
-    places = 400 if request.config.getoption("--thorough") else 12
+    places = 400 if request.config.getoption("--thorough") else 40
     for at, bit in zip(rng.integers(0, len(whole), places), rng.integers(0, 8, places)):
         changed = bytearray(whole)
         changed[at] ^= 1 << int(bit)
@@ -677,7 +677,7 @@ def test_files_of_0_3_that_need_more(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["training_validated", pytest.param("training", marks=pytest.mark.thorough)]
+    "name", ["training_validated", pytest.param("training", marks=pytest.mark.slow)]
 )
 def test_a_training_of_0_3_goes_on(name, tmp_path):
     import optax

@@ -30,7 +30,7 @@ def check(answer, processes):
     assert names == ["all-reduce"] and most <= B * D
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minute=True)
 def test_eight_devices_are_one_in_one_process_or_two(tmp_path):
     check(said(start(PROGRAM, 8, tmp_path)), processes=1)
     for answer in said_by_two(PROGRAM, tmp_path): check(answer, processes=2)

@@ -548,7 +548,7 @@ def test_gallery(pages):
         assert re.search(r"^\[(first steps|further|research) · [\d½ –]+ min", card, re.M), card
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minute=True)
 def test_proc_nbs(tmp_path):
     for name in ("nbs", "hamux"):
         shutil.copytree(

@@ -36,7 +36,7 @@ def check(answer, processes):
     assert sums == N * (M * D + D + V + 4) and gathered == 2 * N * M * DEVICES
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minute=True)
 def test_eight_devices_are_one_in_one_process_or_two(folder):
     check(said(start(PROGRAM, 8, folder)), processes=1)
     for answer in said_by_two(PROGRAM, folder): check(answer, processes=2)
