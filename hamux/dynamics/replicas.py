@@ -32,6 +32,7 @@ class _Levels(AbstractSampler):
     def check(self, problem): self.sampler.check(problem)
     def fits(self, problem): return self.sampler.fits(problem)
     def temperature_at(self, problem, sweep): return self.temperature
+    def temperature_of_draws(self, temperature): return temperature[0]
     def anywhere(self, ham): return self.sampler.anywhere(ham)
 
 

@@ -54,6 +54,12 @@ class AbstractSampler(eqx.Module):
                        ): # T
         "The temperature of a sweep."
 
+    def temperature_of_draws(self,
+                             temperature, # T of a sweep
+                             ) -> Float[Array, ""]: # T
+        "The temperature of the draws, of all at which a sweep moves."
+        return temperature
+
     @abc.abstractmethod
     def init(self,
              problem: Problem, # the energy of the free layers; its `start` is where to begin

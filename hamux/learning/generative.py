@@ -86,11 +86,6 @@ def _only(who, ham, names):
         )
 
 # %% ../../nbs/api/learning/generative.ipynb #db92a955
-def _drawn_at(T):
-    "The temperature of the draws: the first, where a sampler has several."
-    return jnp.ravel(T)[0]
-
-
 def _sweeps(problem, sampler, state, k, T, key):
     "The state after k sweeps."
     step = lambda i, s: sampler.sweep(problem, s, T, jr.fold_in(key, i))[0]
@@ -109,14 +104,15 @@ def _halves(loss, ham, row, key):
     held = Problem(still, values, {}, hidden)
     state = _sweeps(held, sampler, sampler.init(held, k[1]), loss.k, T, k[2])
     E = sampler.estimate(Problem(ham, values, {}, hidden), _frozen(state), T)
-    return E / _drawn_at(T), sampler.values(held, state)
+    return E / sampler.temperature_of_draws(T), sampler.values(held, state)
 
 
 def _energy(loss, ham, values, T, means=True):
     "The energy at the values of all layers, whose derivative is that of the law."
     problem = Problem(ham, values, {}, tuple(ham.neurons))
     state = loss.sampler.init(problem, jr.key(0)) # corners stay what they are
-    return loss.sampler.estimate(problem, _frozen(state), T, means) / _drawn_at(T)
+    E = loss.sampler.estimate(problem, _frozen(state), T, means)
+    return E / loss.sampler.temperature_of_draws(T)
 
 
 def _go_on(loss, ham, values, key):
