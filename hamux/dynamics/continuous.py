@@ -137,7 +137,7 @@ def _as_saveat(saveat, dtype):
         )
     return saveat
 
-
+# %% ../../nbs/api/dynamics/continuous.ipynb #63c91816
 def _check_moving(inputs, steady, adjoint):
     "Raise where an input that moves has no end to stop at, or to differentiate."
     if inputs is None: return
@@ -170,7 +170,7 @@ def _check_times(t0, t1, ts, steady):
             f"flow: the times to save must increase, from t0={t0} to t1={t1}, got {ts}."
         )
 
-
+# %% ../../nbs/api/dynamics/continuous.ipynb #0e0ee8e3
 def _longest_step(start, t0, t1):
     "Under an input that moves, the time in which it may not be overlooked; None for any."
     if start.inputs is None: return None

@@ -298,7 +298,7 @@ def _check_starts(begin, sampler):
     check(bad[0])
     raise ValueError(f"sample: the start must be finite, got NaN or inf in row {bad[0]}.")
 
-
+# %% ../../nbs/api/dynamics/sampling.ipynb #f6eed49c
 def sample(
     ham: HAM | VectorizedHAM, # the network; vectorised for many chains
     # where the chains begin, by layer: activations for `Gibbs`, states for `MetropolisLangevin`
