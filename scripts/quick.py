@@ -12,8 +12,8 @@ def settle() -> None:
 
 
 def keep_contexts() -> None:
-    """Let a JAX before 0.12 lower ten programs in one context of MLIR, as later ones do: to make one
-    takes longer than to lower a small program"""
+    """Let a JAX that makes a context of MLIR for each program lower ten in one, as JAX 0.12 does: to
+    make one takes longer than to lower a small program"""
     lowering = importlib.import_module("jax._src.interpreters.mlir")
     make = getattr(lowering, "make_ir_context", None)
     if make is None or hasattr(lowering, "_thread_local_context"): return

@@ -347,6 +347,31 @@ def test_unexported_sees(tmp_path):
     assert run_tests.unexported(ROOT / "hamux", ROOT / "nbs/api") == []
 
 
+pytest_plugins = ["pytester"]
+
+
+def test_a_slow_test_keeps_its_first_cases(pytester):
+    "In the run without slow ones, and in that of slow ones alone the others"
+    pytester.makeconftest((ROOT / "tests/conftest.py").read_text(encoding="utf-8"))
+    pytester.makepyfile("""
+        import pytest
+        @pytest.mark.slow(but=2)
+        @pytest.mark.parametrize("case", range(5))
+        def test_some(case): pass
+        @pytest.mark.slow
+        @pytest.mark.parametrize("case", range(3))
+        def test_none(case): pass
+        @pytest.mark.slow(minute=True)
+        def test_long(): pass
+        def test_all(): pass
+    """)
+    chosen = {"not slow": ["some[0]", "some[1]", "all"],
+              "slow": ["long", "some[2]", "some[3]", "some[4]", "none[0]", "none[1]", "none[2]"]}
+    for marks, names in chosen.items():
+        printed = pytester.runpytest_inprocess("--collect-only", "-q", "-m", marks).outlines
+        assert [line.partition("::test_")[2] for line in printed if "::" in line] == names
+
+
 # --- the files ------------------------------------------------------------------------------------
 
 
