@@ -27,6 +27,7 @@ from hamux.dynamics.solver import (
     rounding,
 )
 from ..lagrangians.facts import facts_of, setting_of
+from ..numerics.reductions import all_each, sum_each
 
 # %% ../../nbs/api/dynamics/adaptive.ipynb #aeac60c8
 def _flat(tree, dtype):
@@ -174,13 +175,13 @@ class _Sums(NamedTuple):
 
 
 def _sums(trial):
-    "All sums over the neurons, in one."
+    "All sums over the neurons; no derivative goes through them."
     (x, a, g), (_, _, g0), (dx, da, _) = trial.new, trial.old, trial.diff
     finite = jnp.isfinite(x) & jnp.isfinite(a) & jnp.isfinite(g)
     size = (abs(g) + abs(g0)) * abs(a)
     terms = [(g + g0) * da / 2, size, g * g, g0 * g0, dx * dx, (g0 / trial.tau) ** 2]
     flags = [(da != 0).astype(g.dtype), (~finite).astype(g.dtype)]
-    return _Sums(*jnp.stack(terms + flags).sum(1))
+    return _Sums(*sum_each(*terms, *flags))
 
 # %% ../../nbs/api/dynamics/adaptive.ipynb #5dbebd2e
 def _resolved(old, new):
@@ -256,8 +257,8 @@ def _error(problem, now, dxs):
     wrong, shares = jax.jvp(problem.duals, (now.xs,), (dxs,))[1], []
     for n, d in wrong.items():
         wide = jnp.promote_types(d.dtype, jnp.float32)
-        four = jnp.stack([v.astype(wide).ravel() for v in (d, now.duals[n], dxs[n], now.xs[n])])
-        seen, size, unseen, length = jnp.sqrt((four * four).sum(1))
+        four = [v.astype(wide) for v in (d, now.duals[n], dxs[n], now.xs[n])]
+        seen, size, unseen, length = map(jnp.sqrt, sum_each(*(v * v for v in four)))
         # a tenth of the error in states that no activation shows, as in a saturated layer
         shares += [seen / (size + 1e-6), 0.1 * unseen / (length + 1e-6)]
     worst = jnp.stack(shares).max()
@@ -321,7 +322,7 @@ def _plain_steps(problem, lines, xs, tau, length, led, misses):
     "Where to look next, the length of a plain step (0 where the model leads), and whether stuck."
     slowest, leaks = problem.slowest.astype(length.dtype), problem.leaks
     stepped = _plain_move(problem, lines, xs, tau, length)
-    still = (jnp.stack([stepped, led]) == lines[0]).all(1)
+    still = all_each(stepped == lines[0], led == lines[0])
     wanted = misses | still[1]
     # without leak longer steps lead on; tried last, for they leap
     if not leaks:
@@ -358,7 +359,7 @@ class Adaptive(AbstractSolver):
         still, dtype, count = jax.lax.stop_gradient, path.counts.dtype, path.now.count
         packed, plain = _packed(now, dtype), path.now.plain
         trial = _trial(problem, packed.lines, path.held.lines)
-        sums = still(_sums(trial))
+        sums = _sums(trial)
         error, fell = _judge(problem, now, path, packed, trial, sums)
         ok = (count == 0) | (fell & ((error <= 4 * self.tol) | (plain > 0)))
         ok = once(step, ok)

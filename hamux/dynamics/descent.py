@@ -28,6 +28,7 @@ from .programs import cut_batch, shared_program
 from .results import CONVERGED, NONFINITE, SAMPLED, in_words, sentence
 from .solver import AbstractSolver
 from ..network.hypergraph import HAM, VectorizedHAM
+from ..numerics.reductions import is_finite
 
 # %% ../../nbs/api/dynamics/descent.ipynb #220b15c9
 def _sentence(code, steps, residual, rises, finite):
@@ -144,12 +145,7 @@ def _setup(start, solver, max_steps, tols, trace, key, anneal, progress):
     xs, masks, drive, place = per_row
     rows = next(iter(xs.values())).shape[0]
     # what is clamped too: an energy can hide a NaN
-    finite = jnp.stack(
-        [
-            jnp.ones(rows, bool),
-            *(jnp.isfinite(x).all(tuple(range(1, x.ndim))) for x in xs.values()),
-        ]
-    ).all(0)
+    finite = jnp.stack([jnp.ones(rows, bool), *map(jax.vmap(is_finite), xs.values())]).all(0)
     clean = {n: choose_rows(finite, x, jnp.zeros_like(x)) for n, x in xs.items()}
     keys = None if key is None else jax.random.split(key, rows) if start.batched else key[None]
     settings = anneal, solver, tols, start.free, max_steps, trace, progress

@@ -34,6 +34,7 @@ from ..lagrangians.facts import facts_of, setting_of
 from ..network.hypergraph import HAM, VectorizedHAM, check_batch, check_states
 from ..network.neurons import NeuronLayer
 from ..network.parameters import as_mask
+from ..numerics.reductions import max_each
 
 # %% ../../nbs/api/dynamics/problem.ipynb #c2161c6a
 def clamp_dict(
@@ -376,10 +377,10 @@ def check_rest(
         x, layer = point.xs[n], problem.ham.neurons[n]
         if layer.leak or n in problem.cut:
             x = jnp.where(problem.masks[n], 0, abs(x)) if n in problem.masks else abs(x)
-            r = abs(g).max()
+            r, size = max_each(abs(g), x)
             if n in problem.cut:
                 r = jnp.maximum(r, _behind_a_plateau(layer, point.xs[n], point.pulls[n]))
-            size = against = x.max()
+            against = size
         else:
             share, size = _still_to_come(layer, x, g)
             r, against = (abs(g) * share).max().astype(g.dtype), abs(g).max()
