@@ -37,12 +37,14 @@ class AbstractAdjoint(eqx.Module):
         "The states at the end, with their derivative."
 
 # %% ../../nbs/api/dynamics/adjoints.ipynb #0c6a04a0
+@eqx.filter_jit # traced once, though a loop that is differentiated asks for it several times
 def _before_first_step(setup):
     "The number of steps taken, the states, and what the solver carries, before the first step."
     xs = {n: setup.start[n] for n in setup.free}
     return jnp.array(0, jnp.int32), xs, setup.over(lambda p, _, x: setup.solver.init(p, x), 0, xs)
 
 
+@eqx.filter_jit
 def _one_more_step(setup, steps, state):
     "One step more, of the rows that took it. One that took its last stands where the solver does."
     count, ahead, solver = state
