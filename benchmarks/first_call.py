@@ -122,6 +122,7 @@ def one(checkout, before, timed):
     "Seconds by hand, of ours, and of the import, in a fresh process"
     env = os.environ | {"PYTHONPATH": str(checkout)}
     env.pop("JAX_COMPILATION_CACHE_DIR", None)
+    env.pop("PYTHONDONTWRITEBYTECODE", None) # what is installed has its bytecode
     run = subprocess.run(
         [sys.executable, "-c", PROCESS, before, timed],
         capture_output=True, text=True, env=env, cwd=checkout,
@@ -139,6 +140,7 @@ def main():
     parser.add_argument("-k", default="", help="only rows whose name contains this")
     a = parser.parse_args()
     start = time.perf_counter()
+    one(a.checkout.resolve(), "", "W") # writes the bytecode
     print(f"{'call':28s} {'ours, s':>8s} {'by hand':>8s} {'ratio':>6s}")
     loads = []
     for name, (before, timed) in ROWS.items():

@@ -980,3 +980,101 @@ def test_bad_input(case):
     assert type(caught.value) in kinds and re.search(words, str(caught.value), re.DOTALL), str(
         caught.value
     )
+
+
+# --- what a function closes over ------------------------------------------------------------------
+
+WEIGHTS = 0.3 * np.random.default_rng(0).standard_normal((4, 3))
+STEPS = {"solver": Euler(0.1), "max_steps": 15, "rtol": 0, "atol": 0}
+REST = {"solver": hmx.Adaptive(), "rtol": 1e-12, "atol": 1e-12}
+
+
+def joined(hidden=None, synapse=None):
+    layers = {"v": IdentityLayer(4), "h": hidden or SoftmaxLayer(3)}
+    synapse = LinearSynapse(WEIGHTS) if synapse is None else synapse
+    return HAM(layers, {"s": synapse}, [(("v", "h"), "s")])
+
+
+def end_by_hand(x, h, b):
+    W = b * WEIGHTS
+    for _ in range(15):
+        a = jax.nn.softmax(h)
+        x, h = x + 0.1 * (W @ a - x), h + 0.1 * (x @ W - h)
+    return (x**2).sum()
+
+
+class Held:
+    "A function of the activations that hides an array from JAX"
+    def __init__(self, b): self.b = b
+    def __call__(self, v, h): return -self.b * (v @ WEIGHTS @ h)
+
+
+# each hides its argument in a function
+HIDDEN = {
+    "hypersynapse": lambda b: (joined(synapse=lambda v, h: -b * (v @ WEIGHTS @ h)), {}),
+    "default": lambda b: (joined(synapse=lambda v, h, b=b: -b * (v @ WEIGHTS @ h)), {}),
+    "Lagrangian": lambda b: (
+        joined(hmx.NeuronLayer(lambda x: hmx.lagr_softmax(x, beta=b), 3)), {}
+    ),
+}
+OF_THE_STEP = {
+    "anneal": lambda b: (joined(SoftmaxLayer(3, beta=1.0)), {"anneal": {"h": lambda n: b + n / 9}}),
+    "dt": lambda b: (joined(), {"solver": Euler(lambda n: b / (9 + n))}),
+    "drive": lambda b: (joined(), {"drive": {"v": lambda n: b * jnp.cos(0.1 * n) * jnp.ones(4)}}),
+}
+
+
+def end_of(hidden, b, **settings):
+    ham, own = hidden(b)
+    xs = {"v": jnp.ones(4), "h": jnp.zeros(3)}
+    return (any_descend(ham, xs, **(settings | own)).xs["v"] ** 2).sum()
+
+
+@pytest.mark.parametrize("adjoint", ["checkpointed", "unrolled", "implicit"])
+@pytest.mark.parametrize("kind", [*HIDDEN, *OF_THE_STEP])
+def test_derivative_reaches_what_a_function_closes_over(kind, adjoint):
+    if kind in OF_THE_STEP and adjoint == "implicit": return
+    hidden = (HIDDEN | OF_THE_STEP)[kind]
+    settings = REST | {"max_steps": 200} if adjoint == "implicit" else STEPS
+    end = lambda b: end_of(hidden, b, adjoint=adjoint, **settings)
+    expected = (end(1.3 + 1e-5) - end(1.3 - 1e-5)) / 2e-5
+    assert abs(expected) > 1e-3
+    close(jax.grad(end)(1.3), expected, rtol=1e-6)
+    close(jax.jit(jax.grad(end))(1.3), expected, rtol=1e-6)
+
+
+def test_derivative_in_a_lambda_is_that_of_the_loop_by_hand():
+    end = lambda b: end_of(HIDDEN["hypersynapse"], b, **STEPS)
+    close(jax.grad(end)(1.3), jax.grad(end_by_hand, argnums=2)(jnp.ones(4), jnp.zeros(3), 1.3))
+
+
+def test_a_traced_array_out_of_sight_is_an_error():
+    with pytest.raises(ValueError, match="'s'.*traced array.*equinox.Module"):
+        jax.grad(lambda b: end_of(lambda b: (joined(synapse=Held(b)), {}), b))(1.3)
+    end_of(lambda b: (joined(synapse=Held(b)), {}), 1.3)  # a constant is none
+
+    def mutual(b):
+        f = lambda v, h, n=1: -b * (v @ WEIGHTS @ h) if n == 0 else g(v, h, n - 1)
+        g = lambda *args: f(*args)
+        return f
+
+    with pytest.raises(ValueError, match="derivative would be lost"):
+        jax.grad(lambda b: end_of(lambda b: (joined(synapse=mutual(b)), {}), b))(1.3)
+
+
+def test_one_program_for_functions_that_are_written_alike():
+    gradient = jax.grad(lambda b: end_of(HIDDEN["hypersynapse"], b, **STEPS))
+    gradient(1.3)
+    with hmx.compiled_programs() as names: gradient(1.4)
+    assert names == []
+
+
+def test_a_weak_number_leaves_the_dtype_alone():
+    @jax.jit
+    def energy(b):
+        ham = joined(synapse=lambda v, h: -b * (v @ WEIGHTS.astype("float32") @ h))
+        assert ham.dtype == jnp.result_type(float)
+        xs = {"v": jnp.ones(4, jnp.float32), "h": jnp.zeros(3, jnp.float32)}
+        return any_descend(ham, xs).energy
+
+    assert energy(1.3).dtype == jnp.float32

@@ -28,6 +28,7 @@ from .programs import cut_batch, shared_program
 from .results import CONVERGED, NONFINITE, SAMPLED, in_words, sentence
 from .solver import AbstractSolver
 from ..network.hypergraph import HAM, VectorizedHAM
+from ..network.parameters import show_captured
 from ..numerics.reductions import is_finite
 
 # %% ../../nbs/api/dynamics/descent.ipynb #220b15c9
@@ -230,7 +231,8 @@ def descend(
 ) -> Descent:
     "Recall: slide down the energy until it is flat. Raises ValueError or TypeError for bad input."
     step = _number(0, jnp.result_type(int))
-    start, anneal = read_start("descend", ham, xs, clamp, drive, step), anneal or {}
+    start = read_start("descend", ham, xs, clamp, drive, step)
+    solver, anneal = show_captured((solver, anneal or {}))
     moves = start.inputs is not None
     _check_settings(solver, max_steps, trace, anneal, key, moves)
     if moves and not start.free:

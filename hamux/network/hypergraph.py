@@ -74,10 +74,25 @@ def check_connections(connections, neurons, hypersynapses):
     return tuple(out)
 
 # %% ../../nbs/api/network/hypergraph.ipynb #8b2743c2
+def _tried(f, part, who, *given):
+    "The shape that f(part, …) returns. Raises ValueError if it holds a traced array out of sight."
+    seen, rest = eqx.partition(part, is_parameter)
+    whole = lambda seen, *given: f(eqx.combine(seen, rest), *given)
+    jaxpr, out = jax.make_jaxpr(whole, return_shape=True)(seen, *given)
+    for v in jaxpr.consts:
+        if not isinstance(v, jax.core.Tracer) or not is_parameter(v): continue
+        raise ValueError(
+            f"{who} holds a traced array of shape {v.shape} where JAX cannot see it, and its"
+            " derivative would be lost. Make it an equinox.Module with the array as a field."
+        )
+    return out
+
+
 def try_layer(name, layer, dtype):
     "Raise unless the layer's Lagrangian is a real scalar with an activation."
     try:
-        jax.eval_shape(layer.activations, jax.ShapeDtypeStruct(layer.shape, dtype))
+        given = jax.ShapeDtypeStruct(layer.shape, dtype)
+        _tried(lambda layer, x: layer.activations(x), layer, "The Lagrangian", given)
     except (TypeError, ValueError) as e:
         raise (TypeError if isinstance(e, TypeError) else ValueError)(
             f"The neuron layer {name!r}: {e}"
@@ -97,7 +112,8 @@ def try_connection(names, s, neurons, synapse, dtype):
     except ValueError:
         pass
     try:
-        out = jax.eval_shape(synapse, *(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes))
+        given = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+        out = _tried(lambda synapse, *xhats: synapse(*xhats), synapse, "it", *given)
     except Exception as e:
         raise ValueError(f"{where} fails for layers of shapes {shapes}: {e}") from e
     if not hasattr(out, "shape") or out.shape != () or not jnp.issubdtype(out.dtype, jnp.floating):
@@ -202,9 +218,8 @@ class HAM(eqx.Module):
     @property
     def dtype(self) -> jnp.dtype:
         "That of all parameters together; JAX's default where there are none."
-        leaves = filter(is_parameter, jtu.tree_leaves((self._neurons, self._hypersynapses)))
-        dtypes = [leaf.dtype for leaf in leaves]
-        return jnp.result_type(*dtypes) if dtypes else jnp.dtype(jnp.result_type(float))
+        leaves = [*filter(is_parameter, jtu.tree_leaves((self._neurons, self._hypersynapses)))]
+        return jnp.dtype(jnp.result_type(*leaves or [float]))
 
 # %% ../../nbs/api/network/hypergraph.ipynb #5935ee06
 def _init_states(ham, bs, key, dtype):
