@@ -76,7 +76,7 @@ def check_connections(connections, neurons, hypersynapses):
 # %% ../../nbs/api/network/hypergraph.ipynb #8b2743c2
 def _tried(f, part, who, *given):
     "The shape that f(part, …) returns. Raises ValueError if it holds a traced array out of sight."
-    seen, rest = eqx.partition(part, is_parameter)
+    seen, rest = eqx.partition(part, lambda v: isinstance(v, jax.core.Tracer))
     whole = lambda seen, *given: f(eqx.combine(seen, rest), *given)
     jaxpr, out = jax.make_jaxpr(whole, return_shape=True)(seen, *given)
     for v in jaxpr.consts:
