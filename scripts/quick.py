@@ -20,8 +20,15 @@ def keep_contexts() -> None:
     kept = threading.local()
 
     def make_ir_context():
+        if is_lowering(): return make() # a program that is needed to lower another one
         if not getattr(kept, "left", 0): kept.context, kept.left = make(), 10
         kept.left -= 1
         return kept.context
+
+    def is_lowering():
+        try:
+            return lowering.ir.Context.current is not None
+        except ValueError:
+            return False
 
     lowering.make_ir_context = make_ir_context

@@ -1030,8 +1030,9 @@ def end_of(hidden, b, **settings):
     return (any_descend(ham, xs, **(settings | own)).xs["v"] ** 2).sum()
 
 
-@pytest.mark.parametrize("adjoint", ["checkpointed", "unrolled", "implicit"])
+@pytest.mark.slow(but=6)
 @pytest.mark.parametrize("kind", [*HIDDEN, *OF_THE_STEP])
+@pytest.mark.parametrize("adjoint", ["checkpointed", "unrolled", "implicit"])
 def test_derivative_reaches_what_a_function_closes_over(kind, adjoint):
     if kind in OF_THE_STEP and adjoint == "implicit": return
     hidden = (HIDDEN | OF_THE_STEP)[kind]

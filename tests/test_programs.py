@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 import hamux as hmx
 from hamux import compiled_programs
@@ -235,3 +237,16 @@ def test_a_first_call_compiles_no_small_programs():
     descend, recall = (line.split("; ") for line in run.stdout.splitlines())
     assert len(descend) == 1 and "_descend" in descend[0]
     assert len(recall) == 3 and sum("_descend" in name for name in recall) == 1
+
+
+def test_a_program_that_another_needs_to_be_lowered():
+    "In the contexts that programs share in a test run"
+    needs = Primitive("needs_another")
+    needs.def_abstract_eval(lambda x: x)
+
+    def lower(context, x):
+        jnp.sin(jnp.arange(17.0)).block_until_ready()
+        return [x]
+
+    mlir.register_lowering(needs, lower)
+    assert jax.jit(needs.bind)(1.0) == 1.0
