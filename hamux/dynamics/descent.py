@@ -146,7 +146,7 @@ def _setup(start, solver, max_steps, tols, trace, key, anneal, progress):
     xs, masks, drive, place = per_row
     rows = next(iter(xs.values())).shape[0]
     # what is clamped too: an energy can hide a NaN
-    finite = jnp.stack([jnp.ones(rows, bool), *map(jax.vmap(is_finite), xs.values())]).all(0)
+    finite = functools.reduce(jnp.logical_and, map(jax.vmap(is_finite), xs.values()))
     clean = {n: choose_rows(finite, x, jnp.zeros_like(x)) for n, x in xs.items()}
     keys = None if key is None else jax.random.split(key, rows) if start.batched else key[None]
     settings = anneal, solver, tols, start.free, max_steps, trace, progress

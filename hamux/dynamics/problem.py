@@ -10,6 +10,7 @@ __all__ = ['clamp_dict', 'read_clamp', 'Start', 'read_start', 'Point', 'is_separ
 
 # %% ../../nbs/api/dynamics/problem.ipynb #641e5c3b
 import dataclasses
+import functools as ft
 import numbers
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
@@ -388,8 +389,9 @@ def check_rest(
         sizes.append(size)
         at_rest.append(r <= atol + rtol * against)
     dtype = jnp.result_type(*residuals)
-    top = lambda values: jnp.stack([v.astype(dtype) for v in values]).max()
-    return jax.lax.stop_gradient((top(residuals), top(sizes), jnp.stack(at_rest).all()))
+    top = lambda values: ft.reduce(jnp.maximum, [v.astype(dtype) for v in values])
+    at_rest = ft.reduce(jnp.logical_and, at_rest)
+    return jax.lax.stop_gradient((top(residuals), top(sizes), at_rest))
 
 # %% ../../nbs/api/dynamics/problem.ipynb #d09149b5
 def shortened(

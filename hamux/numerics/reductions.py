@@ -62,4 +62,5 @@ def is_finite(
 ) -> Bool[Array, ""]: # a flag
     "Whether all entries are finite."
     if not x.size: return jnp.array(True)
-    return jnp.isfinite(jnp.stack(max_each(x, -x))).all()
+    top, bottom = max_each(x, -x)
+    return jnp.isfinite(top) & jnp.isfinite(bottom)
