@@ -126,7 +126,7 @@ class _Emptied:
         vars(f).update(self.attributes)
         return f(*args, **kwargs)
 
-
+# %% ../../nbs/api/network/parameters.ipynb #46eeeb5c
 def _held(f):
     "What a function closes over, and its defaults; None where that is not there yet."
     try:
